@@ -1,0 +1,47 @@
+"""erde: early-exit image classifiers, distilled exit by exit, certified, and run without torch.
+
+The names below load what they need when first used, so that ``import erde`` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from erde.backbones import build_backbone as build_backbone
+    from erde.calibration import calibrate as calibrate
+    from erde.config import load_config as load_config
+    from erde.data import load_data as load_data
+    from erde.exits import EarlyExitNetwork as EarlyExitNetwork
+    from erde.exits import attach_exits as attach_exits
+    from erde.export import export as export
+    from erde.pipeline import run as run
+    from erde.training import distill as distill
+    from erde.training import train as train
+
+__version__ = version("erde")
+
+_HOMES = {
+    "attach_exits": "erde.exits",
+    "build_backbone": "erde.backbones",
+    "calibrate": "erde.calibration",
+    "distill": "erde.training",
+    "EarlyExitNetwork": "erde.exits",
+    "export": "erde.export",
+    "load_config": "erde.config",
+    "load_data": "erde.data",
+    "run": "erde.pipeline",
+    "train": "erde.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'erde' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,61 @@
+"""CIFAR ResNets (He et al. 2015, arXiv 1512.03385, section 4.2) as the distillation papers use them.
+
+Three groups of basic blocks, projection shortcuts (1x1 convolution and batch norm) where the shape
+changes, and for ``x4`` four times the channels with a stem of 32 (RepDistiller, arXiv 1910.10699).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from erde.backbones.base import Backbone, initialise_convolutions
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, ReLU after the sum."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+
+
+def cifar_resnet(
+    depth: int, classes: int, channels: int = 3, widths: tuple[int, int, int, int] = (16, 16, 32, 64)
+) -> Backbone:
+    """A ResNet of ``depth`` = 6n + 2 layers; ``widths`` are the channels of the stem and the three groups."""
+    assert (depth - 2) % 6 == 0, depth
+    stem = nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
+            norm=nn.BatchNorm2d(widths[0]),
+            relu=nn.ReLU(),
+        )
+    )
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=stem)
+    channels_in = widths[0]
+    for group, width in enumerate(widths[1:], start=1):
+        for number in range(1, (depth - 2) // 6 + 1):
+            stride = 2 if group > 1 and number == 1 else 1
+            blocks[f"group{group}_block{number}"] = BasicBlock(channels_in, width, stride)
+            channels_in = width
+    classifier = nn.Sequential(
+        OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels_in, classes))
+    )
+    backbone = Backbone(blocks, classifier)
+    initialise_convolutions(backbone)
+    return backbone

@@ -1,0 +1,330 @@
+"""The bundle, erde's deployable folder: manifest and ONNX stages; sealed, read and verified here.
+
+A bundle is only data: JSON, ONNX and a model card. docs/formats.md describes every field.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from erde.errors import UserError
+from erde.files import replacing_folder, write_json, write_text
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CARD = "README.md"
+# No honest manifest comes near this; a larger one is refused before it is parsed.
+MAX_MANIFEST_BYTES = 64 * 2**20
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Certificate(_Model):
+    """A promise about one operating point: with this confidence, risk <= max_risk.
+
+    Confidence is over the draw of the certify split; it holds for images drawn like that split's.
+    """
+
+    max_risk: float = Field(gt=0, lt=1)
+    confidence: float = Field(gt=0, lt=1)
+    images: int = Field(ge=1)
+    errors: int = Field(ge=0)
+    risk: float
+    upper_bound: float
+    reference: str
+    method: str
+    assumptions: str
+
+    def sentence(self) -> str:
+        """The promise in words."""
+        against = {
+            "final_exit": "that the full network gets right",
+            "no_exit_network": "that the network without exits gets right",
+            "teacher": "that the teacher gets right",
+        }[self.reference]
+        return (
+            f"With {self.confidence:.0%} confidence, at most {self.max_risk * 100:g} % of images are ones "
+            f"{against} and the early answer gets wrong "
+            f"(seen: {self.errors} of {self.images:,} certify images; {self.method})."
+        )
+
+
+class Measured(_Model):
+    """What an operating point does on one split: shares of images, MACs per image."""
+
+    images: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    risk: float
+    macs: float
+    macs_saved: float
+    exit_rates: list[float]
+
+
+class OperatingPoint(_Model):
+    """One named setting of the policy: E-1 thresholds (None disables an exit) and what is known of it."""
+
+    name: str
+    kind: Literal["no-exit", "risk", "budget"]
+    target: float | None
+    thresholds: list[float | None]
+    certificate: Certificate | None
+    note: str | None = None
+    tune: Measured | None = None
+    test: Measured | None = None
+
+
+class ScoreCandidate(_Model):
+    """The share of MACs that a score saves on tune at the default risk."""
+
+    score: str
+    sharpness: float
+    macs_saved: float
+
+
+class Stage(_Model):
+    """One stage: its file and the cost of an image that leaves at its exit, all heads so far included."""
+
+    file: str
+    exit_name: str
+    macs: int
+    parameters: int
+
+
+class ReferenceSample(_Model):
+    """Images and the logits that every exit must give for them: how a loaded bundle checks itself."""
+
+    images: str  # base64 of uint8 (N, H, W, C)
+    count: int = Field(ge=1, le=64)
+    logits: list[list[list[float]]]  # (E, N, K)
+    tolerance: float
+
+    def decode(self, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+        """The images, uint8 (N, H, W, C)."""
+        return np.frombuffer(base64.b64decode(self.images), dtype=np.uint8).reshape(self.count, *shape)
+
+    @staticmethod
+    def encode(images: NDArray[np.uint8]) -> str:
+        """The base64 text of uint8 images."""
+        return base64.b64encode(np.ascontiguousarray(images).tobytes()).decode()
+
+
+class Calibration(_Model):
+    """Exit rates and score histograms (20 equal bins over [0, 1]) on tune, at the default point."""
+
+    exit_rates: list[float]
+    score_histograms: list[list[int]]
+
+
+class Manifest(_Model):
+    """All that the runtime knows of a bundle."""
+
+    format_version: int
+    name: str
+    classes: list[str] = Field(min_length=2)
+    input_shape: tuple[int, int, int]  # H, W, C
+    mean: list[float]
+    std: list[float]
+    resize: Literal["shorter side, then centre crop; bilinear"]
+    precision: Literal["fp32"]
+    opset: int
+    stages: list[Stage] = Field(min_length=1)
+    no_exit_macs: int
+    no_exit_parameters: int
+    score: str
+    sharpness: float = Field(gt=0)
+    temperatures: list[float]
+    operating_points: list[OperatingPoint] = Field(min_length=1)
+    default_operating_point: str
+    calibration: Calibration | None
+    reference_sample: ReferenceSample
+    provenance: dict[str, Any]
+    files: dict[str, str]  # name -> SHA-256
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        exits = len(self.stages)
+        if len(self.temperatures) != exits:
+            raise ValueError(f"{len(self.temperatures)} temperatures for {exits} exits")
+        names = [point.name for point in self.operating_points]
+        if len(set(names)) != len(names):
+            raise ValueError("two operating points have the same name")
+        if self.default_operating_point not in names:
+            raise ValueError(f"the default operating point '{self.default_operating_point}' is not listed")
+        for point in self.operating_points:
+            if len(point.thresholds) != exits - 1:
+                raise ValueError(f"'{point.name}' has {len(point.thresholds)} thresholds for {exits} exits")
+        for stage in self.stages:
+            if stage.file not in self.files:
+                raise ValueError(f"{stage.file} has no checksum")
+        return self
+
+    def point(self, name: str | None) -> OperatingPoint:
+        """The operating point ``name``, the default one for None; :class:`UserError` if there is none."""
+        name = name or self.default_operating_point
+        for point in self.operating_points:
+            if point.name == name:
+                return point
+        known = ", ".join(point.name for point in self.operating_points)
+        raise UserError(f"no operating point '{name}' in this bundle; it has: {known}")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_hash(value: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no spaces) of ``value`` without its own ``seal``."""
+    unsealed = {key: item for key, item in value.items() if key != "seal"}
+    text = json.dumps(unsealed, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal(folder: Path, manifest: Manifest) -> str:
+    """Write ``manifest`` into ``folder`` with its seal, and return the seal. The stages must be there."""
+    value = manifest.model_dump(mode="json")
+    value["seal"] = canonical_hash(value)
+    write_json(folder / MANIFEST, value)
+    return str(value["seal"])
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a bundle whose format, seal and checksums were verified.
+
+    Nothing but JSON is parsed and no path outside ``folder`` is opened before that.
+
+    Raises:
+        UserError: whatever is wrong with the bundle, in one line.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no bundle at {folder}: expected a folder with {MANIFEST} and ONNX stages")
+    value = _read_json(folder)
+    version = value.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"bundle {folder} has format version {version!r}, this erde reads {FORMAT_VERSION}: "
+            "install the erde that wrote it, or export it again"
+        )
+    if value.pop("seal", None) != canonical_hash(value):
+        raise UserError(f"bundle {folder}: {MANIFEST} does not match its seal: it was changed after sealing")
+    try:
+        manifest = Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {first['msg']}") from error
+    for name, expected in manifest.files.items():
+        _verify_file(folder, name, expected)
+    return manifest
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"no bundle at {folder}: it has no {MANIFEST} (a bundle is what `erde export` writes)")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise UserError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES // 2**20} MiB")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"bundle {folder}: {MANIFEST} is not JSON: copy the bundle again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"bundle {folder}: {MANIFEST} does not hold an object: copy the bundle again")
+    return value
+
+
+def _verify_file(folder: Path, name: str, expected: str) -> None:
+    # Plain names only: no separators, no "..", so that a manifest cannot point outside its folder.
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UserError(f"bundle {folder}: the file name {name!r} is not allowed in a bundle")
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"bundle {folder}: {name} is missing: copy the bundle again")
+    if file_hash(path) != expected:
+        raise UserError(
+            f"bundle {folder}: {name} does not match its checksum: it was changed or damaged; "
+            "copy the bundle again"
+        )
+
+
+def write(folder: Path, manifest: Manifest, stages: list[Path]) -> str:
+    """Write a whole bundle (stages, model card, manifest) in one step, and return its seal."""
+    with replacing_folder(folder) as beside:
+        for path in stages:
+            shutil.copyfile(path, beside / path.name)
+        card = model_card(manifest)
+        write_text(beside / CARD, card)
+        files = {**manifest.files, CARD: file_hash(beside / CARD)}
+        return seal(beside, manifest.model_copy(update={"files": files}))
+
+
+def model_card(manifest: Manifest) -> str:
+    """The bundle's README: what it is, what it promises, what it costs, how to load it."""
+    height, width, channels = manifest.input_shape
+    lines = [
+        f"# {manifest.name}",
+        "",
+        f"An image classifier with {len(manifest.stages)} exits, {len(manifest.classes)} classes, for images of "
+        f"{height}x{width} pixels and {channels} channel{'s' if channels > 1 else ''} ({manifest.precision}).",
+        "",
+        "| exit | name | MACs (cumulative, heads included) | parameters |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {index} | {stage.exit_name} | {stage.macs:,} | {stage.parameters:,} |"
+        for index, stage in enumerate(manifest.stages)
+    ]
+    lines += [
+        "",
+        f"The same network without exits: {manifest.no_exit_macs:,} MACs, {manifest.no_exit_parameters:,} parameters.",
+        "",
+        "## Operating points",
+        "",
+        "| name | thresholds | test accuracy | MACs saved | exit rates |",
+        "|---|---|---|---|---|",
+    ]
+    for point in manifest.operating_points:
+        thresholds = ", ".join("off" if one is None else f"{one:.4f}" for one in point.thresholds)
+        measured = "- | - | -"
+        if point.test is not None:
+            rates = " / ".join(f"{rate:.1%}" for rate in point.test.exit_rates)
+            measured = f"{point.test.accuracy:.2%} | {point.test.macs_saved:.1%} | {rates}"
+        default = " (default)" if point.name == manifest.default_operating_point else ""
+        lines.append(f"| {point.name}{default} | {thresholds} | {measured} |")
+    lines += ["", "## What is promised", ""]
+    certified = [point for point in manifest.operating_points if point.certificate is not None]
+    lines += [f"- **{point.name}**: {point.certificate.sentence()}" for point in certified if point.certificate]
+    if certified and certified[0].certificate:
+        lines += ["", f"Assumed: {certified[0].certificate.assumptions}."]
+    else:
+        lines.append("Nothing: no operating point is certified.")
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from erde.runtime import Session",
+        "",
+        'session = Session("path/to/this/folder")',
+        "answer = session.predict(images)  # uint8, (N, H, W, C)",
+        "answer.labels, answer.probabilities, answer.exits",
+        "```",
+        "",
+        "The promise holds for images drawn like those it was certified on; for others, calibrate again.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""Checkpoints: one safetensors file each, written in one step, no pickle anywhere.
+
+Tensors stand under dotted names (``network.``, ``optimizer.<parameter>.``, ``criterion.``,
+``generator.``, ``meter``); everything else is JSON in the file's own metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from erde.errors import UserError
+from erde.files import replacing_file
+
+FORMAT_VERSION = 1
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and JSON-able ``state`` to ``path``; a reader sees the old file or the new one."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"erde": json.dumps({"format_version": FORMAT_VERSION, **state}, sort_keys=True)}
+    with replacing_file(path) as beside:
+        save_file(contiguous, beside, metadata=metadata)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors on the CPU and the state of a file that :func:`save` wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    return tensors, json.loads(metadata.get("erde", "{}"))
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under ``prefix.name``."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that stand under ``prefix``, without it."""
+    return {name.removeprefix(f"{prefix}."): one for name, one in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as ``<parameter index>.<name>``; learning rates follow from the step."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a network's weights from a checkpoint of erde's or a plain safetensors state dict."""
+    tensors, _ = load(path)
+    weights = under_prefix("network", tensors) or tensors
+    expected = network.state_dict()
+    for name, tensor in expected.items():
+        if name not in weights:
+            raise UserError(f"{path} does not fit the network: it has no '{name}'")
+        if weights[name].shape != tensor.shape:
+            raise UserError(
+                f"{path} does not fit the network: '{name}' has shape {tuple(weights[name].shape)}, "
+                f"expected {tuple(tensor.shape)}"
+            )
+    network.load_state_dict({name: weights[name] for name in expected})

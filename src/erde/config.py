@@ -1,0 +1,346 @@
+"""The recipe: one frozen, typed tree. A recipe file, the command line and Python fill in the same keys.
+
+Unknown keys and wrong types are errors that name the key, the nearest valid one and what was expected.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from erde.errors import UserError, nearest
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Frozen(BaseModel):
+    """A node of the tree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AugmentationConfig(Frozen):
+    """Batched augmentation of training images, on the device."""
+
+    crop_padding: int = Field(4, ge=0, description="pixels of zero padding before a random crop")
+    flip: bool = Field(True, description="flip left to right, every second time")
+    cutout: int = Field(0, ge=0, description="side of a square set to the mean colour, in pixels")
+
+
+class DataConfig(Frozen):
+    """Which images, and how they are split."""
+
+    name: str = Field("digits", description="a shipped name, a hub id, or a folder")
+    image_column: str | None = None
+    label_column: str | None = None
+    channels: Literal[1, 3] = 3
+    image_size: Count | None = Field(None, description="pixels a side; None keeps the images' own size")
+    train_subset: Count | None = Field(None, description="images of train that students see; limits train only")
+    tune_size: Count = 2500
+    certify_size: Count = 2500
+    test_size: Count = Field(2500, description="only used where the data set has no test split of its own")
+    mean: list[float] | None = Field(None, description="per channel, of x/255; None measures it on train")
+    std: list[Positive] | None = None
+    augmentation: AugmentationConfig = AugmentationConfig()
+    streaming: Literal["auto", "always", "never"] = "auto"
+    memory_limit_gib: Positive = Field(4.0, description="larger sets are streamed by a DataLoader")
+    workers: int = Field(2, ge=0, description="DataLoader processes, for streamed sets")
+
+
+class NetworkConfig(Frozen):
+    """An early-exit network; ``exits: 1`` is a plain network."""
+
+    backbone: str = "resnet20"
+    exits: Count | Annotated[list[str], Field(min_length=1)] = 3
+    head: Literal["erde", "linear"] = "erde"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    weights: str | None = Field(None, description="safetensors to start from")
+
+
+class TrainConfig(Frozen):
+    """The training loop, the same for all arms."""
+
+    epochs: Count = 60
+    batch_size: Count = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive = 0.1
+    momentum: Share = 0.9
+    weight_decay: NotNegative = 5e-4
+    schedule: Literal["cosine", "step", "onecycle"] = "cosine"
+    warmup_epochs: NotNegative = Field(1.0, description="linear, from 0; of onecycle it is the rising part")
+    milestones: list[OpenShare] = Field([0.625, 0.75, 0.875], description="for step: shares of the training")
+    gamma: Positive = Field(0.1, description="for step: the factor at each milestone")
+    gradient_clip: Positive | None = Field(None, description="largest global gradient norm")
+    backbone_epochs: int = Field(0, ge=0, description="of epochs: the final exit alone, before all together")
+    freeze_backbone: bool = Field(False, description="after backbone_epochs, or from the start, train heads only")
+    channels_last: bool = True
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU")
+    checkpoint_seconds: NotNegative = Field(30.0, description="between checkpoints within a phase")
+
+    @model_validator(mode="after")
+    def _phases(self) -> TrainConfig:
+        if self.backbone_epochs > self.epochs:
+            raise ValueError(f"backbone_epochs ({self.backbone_epochs}) exceeds epochs ({self.epochs})")
+        return self
+
+
+class DistillationConfig(Frozen):
+    """What every distilling method of a run shares, so that no method is credited with a setting."""
+
+    alpha: Share | list[Share] | Literal["rising"] = Field(
+        "rising", description="share of the distillation term; rising: 0.2 to 0.9, linear in MACs"
+    )
+    temperature: Positive = 4.0
+    pairing: Literal["exit", "final"] = Field(
+        "exit", description="exit: exit i teaches i, or the nearest relative depth; final: the last teaches all"
+    )
+    exit_weights: Literal["uniform", "linear", "macs"] | list[NotNegative] = "uniform"
+
+
+class LossConfig(Frozen):
+    """A loss and its own knobs; each loss file has a subclass."""
+
+    name: str
+
+
+def resolve_loss(value: Any) -> Any:
+    """A loss name or mapping as the config of that loss."""
+    if isinstance(value, LossConfig):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise UserError(f"loss: a loss needs a name, got {value!r}; for example {{name: erde}}")
+    from erde.losses import LOSSES
+
+    name = str(value["name"])
+    if name not in LOSSES:
+        raise UserError(f"loss: unknown loss '{name}'{nearest(name, LOSSES)}")
+    return validate(LOSSES[name].config, dict(value), prefix="loss.")
+
+
+AnyLoss = Annotated[SerializeAsAny[LossConfig], BeforeValidator(resolve_loss)]
+
+
+class TeacherConfig(NetworkConfig):
+    """The teacher: an early-exit network, trained with cross-entropy by the same loop."""
+
+    backbone: str = "resnet56"
+    train: dict[str, Any] = Field({}, description="keys of train that differ for the teacher")
+    train_subset: Count | None = Field(None, description="images of train that the teacher sees")
+    disjoint: bool = Field(False, description="take them from outside data.train_subset, as unseen images")
+
+
+class ArmConfig(Frozen):
+    """A network to train beside the others: its loss, and where its network differs from ``student``."""
+
+    loss: AnyLoss
+    student: dict[str, Any] = {}
+    distillation: dict[str, Any] = {}
+
+
+class ExportConfig(Frozen):
+    """Which arm becomes the bundle."""
+
+    arm: str = "erde"
+    opset: Annotated[int, Field(ge=18, le=23)] = 18
+
+
+class CalibrationConfig(Frozen):
+    """Thresholds: what is promised, and against what."""
+
+    max_risks: Annotated[list[OpenShare], Field(min_length=1)] = [0.01]
+    confidence: OpenShare = 0.9
+    budgets: list[OpenShare] = Field([], description="MAC budgets, shares of the network without exits")
+    reference: Literal["final_exit", "no_exit_network", "teacher"] = "final_exit"
+    score: str = Field("auto", description="auto: what saves most MACs at the first of max_risks, on tune")
+    sharpness: Positive | None = Field(None, description="None: chosen on tune, like the score")
+
+
+class Config(Frozen):
+    """A whole recipe."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = Field(None, description="CPU threads; None: all that this process may use")
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    student: NetworkConfig = NetworkConfig()
+    distillation: DistillationConfig = DistillationConfig()
+    train: TrainConfig = TrainConfig()
+    arms: dict[str, ArmConfig]
+    export: ExportConfig = ExportConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @model_validator(mode="after")
+    def _cross_references(self) -> Config:
+        from erde.backbones import BACKBONES
+        from erde.policy import SCORES
+
+        if self.export.arm not in self.arms:
+            raise UserError(f"export.arm is '{self.export.arm}', which is no arm{nearest(self.export.arm, self.arms)}")
+        for arm in self.arms:
+            if arm == "teacher" or not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise UserError(f"'{arm}' cannot name an arm: letters, digits, '-', '_' and '.', and not 'teacher'")
+        networks = {"teacher": self.teacher, "student": self.student}
+        networks |= {f"arms.{arm}.student": self.student_of(arm) for arm in self.arms}
+        for where, network in networks.items():
+            if network.backbone not in BACKBONES:
+                raise UserError(
+                    f"{where}.backbone: unknown backbone '{network.backbone}'{nearest(network.backbone, BACKBONES)}"
+                )
+        for arm in self.arms:
+            self.distillation_of(arm)
+        score = self.calibration.score
+        if score not in ("auto", *SCORES):
+            raise UserError(f"calibration.score: unknown score '{score}'{nearest(score, ['auto', *SCORES])}")
+        _ = self.teacher_train
+        if self.calibration.reference == "no_exit_network":
+            self.no_exit_arm()
+        return self
+
+    def no_exit_arm(self) -> str:
+        """The arm that is the students' backbone without exits, for ``calibration.reference: no_exit_network``."""
+        for arm in self.arms:
+            network = self.student_of(arm)
+            if network.exits == 1 and network.backbone == self.student.backbone:
+                return arm
+        raise UserError(
+            "calibration.reference is 'no_exit_network', and no arm trains it: add an arm with "
+            "loss: ce and student: {exits: 1}"
+        )
+
+    @property
+    def teacher_train(self) -> TrainConfig:
+        """``train`` with the teacher's differences."""
+        return validate(TrainConfig, {**self.train.model_dump(), **self.teacher.train}, prefix="teacher.train.")
+
+    def student_of(self, arm: str) -> NetworkConfig:
+        """``student`` with the differences of ``arm``."""
+        merged = {**self.student.model_dump(), **self.arms[arm].student}
+        return validate(NetworkConfig, merged, prefix=f"arms.{arm}.student.")
+
+    def distillation_of(self, arm: str) -> DistillationConfig:
+        """``distillation`` with the differences of ``arm``."""
+        merged = {**self.distillation.model_dump(), **self.arms[arm].distillation}
+        return validate(DistillationConfig, merged, prefix=f"arms.{arm}.distillation.")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, as a file that :func:`load_config` reads back to an equal tree."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], value: Any, prefix: str = "") -> Model:
+    """``value`` as ``model``; :class:`UserError` with the key, what was expected and the nearest valid key."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        located = [([str(part) for part in one["loc"] if not _is_branch(part)], one) for one in error.errors()]
+        # A misspelt key is what explains a missing one.
+        keys, first = next((one for one in located if one[1]["type"] == "extra_forbidden"), located[0])
+        # A union reports every branch: the deepest location is the branch that was meant.
+        keys, first = max((one for one in located if one[0][: len(keys)] == keys), key=lambda one: len(one[0]))
+        where = prefix + ".".join(keys)
+        if first["type"] == "extra_forbidden":
+            fields = _fields_at(model, keys[:-1])
+            raise UserError(f"unknown key '{where}'{nearest(keys[-1], fields)}") from error
+        if first["type"] == "missing":
+            raise UserError(f"the key '{where}' is missing; give it in the recipe or as {where}=...") from error
+        if first["type"] == "value_error":
+            raise UserError(_own_words(first["ctx"]["error"], where.rstrip("."))) from error
+        alternatives = {one["msg"].removeprefix("Input should be ") for found, one in located if found == keys}
+        expected = " or ".join(sorted(alternatives))
+        raise UserError(f"{where or 'recipe'}: expected {expected}, got {first['input']!r}") from error
+
+
+def _own_words(error: ValueError, where: str) -> str:
+    """The message of one of our own validators, with the full dotted path of the node it stands at."""
+    message = str(error)
+    if not where:
+        return message
+    if isinstance(error, UserError) and where.endswith("loss"):
+        # resolve_loss does not know where it stands and calls that place "loss".
+        return message.replace("loss", where, 1)
+    return f"{where}: {message}"
+
+
+def _is_branch(part: str | int) -> bool:
+    text = str(part)
+    return "[" in text or text in {"int", "float", "str", "constrained-int", "constrained-float"}
+
+
+def _fields_at(model: type[BaseModel], keys: Iterable[str]) -> list[str]:
+    current: Any = model
+    for key in keys:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = current.model_fields[key].annotation if key in current.model_fields else None
+        elif typing.get_origin(current) is dict:
+            current = typing.get_args(current)[1]
+        if typing.get_origin(current) in (typing.Union, types.UnionType):
+            current = next((one for one in typing.get_args(current) if isinstance(one, type)), None)
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return list(current.model_fields)
+    return []
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files("erde") / "recipes"
+    return sorted(one.name.removesuffix(".yaml") for one in folder.iterdir() if one.name.endswith(".yaml"))
+
+
+def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """A recipe by shipped name or file, with ``KEY=VALUE`` overrides (dotted keys, YAML values)."""
+    path = Path(recipe)
+    if str(recipe) in shipped_recipes():
+        text = (resources.files("erde") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        raise UserError(f"no recipe '{recipe}': neither a file nor a shipped name{nearest(str(recipe), shipped_recipes())}")
+    value = _safe_yaml(text, f"recipe {recipe}")
+    if not isinstance(value, dict):
+        raise UserError(f"recipe {recipe}: expected keys and values, got {type(value).__name__}")
+    for override in overrides:
+        _apply_override(value, override)
+    return validate(Config, value)
+
+
+def _safe_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"'{override}' is not an override: expected KEY=VALUE, for example train.epochs=30")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        elif isinstance(child, str) and parent == "loss":
+            child = node[parent] = {"name": child}
+        if not isinstance(child, dict):
+            raise UserError(f"override '{override}': '{parent}' is a value, not a group of keys")
+        node = child
+    node[last] = _safe_yaml(text, f"the value of '{override}'")

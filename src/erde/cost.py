@@ -1,0 +1,83 @@
+"""MACs and parameters, heads included: what an image pays when it leaves at an exit.
+
+MACs are counted by running the network once, on one image of zeros, under torch's own
+:class:`~torch.utils.flop_counter.FlopCounterMode`, which sees every convolution and matrix product,
+functional ones included, and reports 2 FLOPs per multiply-accumulate. Batch norm, activations and
+pooling are not counted, as is the custom of the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from erde.exits import EarlyExitNetwork
+
+InputSize = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """Per exit the cumulative MACs and parameters (E,), heads so far included; and without early exits."""
+
+    exit_names: tuple[str, ...]
+    macs: tuple[int, ...]
+    parameters: tuple[int, ...]
+    no_exit_macs: int
+    no_exit_parameters: int
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """Trainable and frozen parameters; buffers (running means) do not count."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def count_macs(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
+    """MACs of ``module(x)`` for the whole batch, and its output."""
+    return _count(lambda: module(x))
+
+
+def _count(call: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        output = call()
+    return counter.get_total_flops() // 2, output
+
+
+def example_input(module: nn.Module, input_size: InputSize) -> Tensor:
+    """One image of zeros (1, C, H, W) where the module's parameters are."""
+    parameter = next(module.parameters())
+    return torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+
+
+def network_cost(network: EarlyExitNetwork, input_size: InputSize) -> NetworkCost:
+    """Cost per exit for one image of ``input_size`` (C, H, W)."""
+    was_training = network.training
+    network.eval()  # batch norm must not learn from zeros
+    x = example_input(network, input_size)
+    stage_macs: list[int] = []
+    head_macs: list[int] = []
+    for stage, head in zip(network.stages, network.heads, strict=True):
+        macs, x = count_macs(stage, x)
+        stage_macs.append(macs)
+        head_macs.append(count_macs(head, x)[0])
+    network.train(was_training)
+    stage_parameters = [count_parameters(stage) for stage in network.stages]
+    head_parameters = [count_parameters(head) for head in network.heads]
+
+    def cumulative(stages: list[int], heads: list[int]) -> tuple[int, ...]:
+        return tuple(sum(stages[: index + 1]) + sum(heads[: index + 1]) for index in range(len(stages)))
+
+    return NetworkCost(
+        exit_names=tuple(network.exit_names),
+        macs=cumulative(stage_macs, head_macs),
+        parameters=cumulative(stage_parameters, head_parameters),
+        no_exit_macs=sum(stage_macs) + head_macs[-1],
+        no_exit_parameters=sum(stage_parameters) + head_parameters[-1],
+    )

@@ -1,0 +1,524 @@
+"""Data sets to the four splits, and the train split to batches that are already on the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from erde.config import AugmentationConfig, DataConfig
+from erde.errors import UserError, nearest
+from erde.images import channels_of, open_image, to_array
+from erde.splits import CertifySplit, Images, ImageSource, Labels, TestSplit, TrainSplit, TuneSplit
+
+Index = NDArray[np.int64]
+# Normalisation is measured on at most this many train images; more would not move the 4th digit.
+NORMALISATION_IMAGES = 50_000
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Where a shipped data set stands on the Hugging Face hub, and its columns."""
+
+    hub_id: str
+    configuration: str | None
+    image_column: str
+    label_column: str
+
+
+SHIPPED: dict[str, Shipped | None] = {
+    "digits": None,  # comes with scikit-learn
+    "cifar10": Shipped("uoft-cs/cifar10", None, "img", "label"),
+    "cifar100": Shipped("uoft-cs/cifar100", None, "img", "fine_label"),
+    "svhn": Shipped("ufldl-stanford/svhn", "cropped_digits", "image", "label"),
+}
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The four splits with what a network must know of them. Images are uint8 (N, H, W, C)."""
+
+    name: str
+    train: TrainSplit
+    tune: TuneSplit
+    certify: CertifySplit
+    test: TestSplit
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W), as networks take it."""
+        height, width, channels = self.image_shape
+        return channels, height, width
+
+    def train_share(self, size: int | None, skip: int = 0) -> TrainSplit:
+        """``size`` train images from position ``skip``; any such stretch is stratified."""
+        size = len(self.train) - skip if size is None else size
+        if skip + size > len(self.train) or size < 1:
+            raise UserError(
+                f"{size:,} train images{f' beside {skip:,} others' if skip else ''} were asked for, "
+                f"the train split has {len(self.train):,}: lower train_subset"
+            )
+        if skip == 0 and size == len(self.train):
+            return self.train
+        return TrainSplit(_part(self.train.images, np.arange(skip, skip + size)), self.train.labels[skip : skip + size])
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Size and fingerprint per split, for ``splits.json``."""
+        splits = (self.train, self.tune, self.certify, self.test)
+        return {split.name: {"size": len(split), "fingerprint": split.fingerprint()} for split in splits}
+
+
+def load_data(name: str, *, seed: int = 0, **settings: Any) -> DataSplits:
+    """The four splits of a shipped data set, a hub id or a folder; ``settings`` are keys of ``data:``."""
+    from erde.config import validate
+
+    return load_splits(validate(DataConfig, {"name": name, **settings}, prefix="data."), seed)
+
+
+def load_splits(config: DataConfig, seed: int) -> DataSplits:
+    """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine."""
+    pool, test, classes = _load_digits() if config.name == "digits" else _load_columns(config)
+    if test is None:
+        order = stratified_order(pool.labels, seed + 1)
+        _check_size("test", config.test_size, order, "data.test_size")
+        test = pool.take(order[: config.test_size])
+        pool = pool.take(np.sort(order[config.test_size :]))
+    order = stratified_order(pool.labels, seed)
+    held_out = config.tune_size + config.certify_size
+    _check_size("tune and certify", held_out, order, "data.tune_size or data.certify_size")
+    tune = pool.take(order[: config.tune_size])
+    certify = pool.take(order[config.tune_size : held_out])
+    train = pool.take(order[held_out:])
+    for split_name, part in (("train", train), ("tune", tune), ("certify", certify), ("test", test)):
+        missing = sorted(set(range(len(classes))) - set(part.labels.tolist()))
+        if missing:
+            raise UserError(
+                f"data set '{config.name}': class '{classes[missing[0]]}' has no image in the {split_name} split "
+                f"({len(part.labels):,} images for {len(classes)} classes): enlarge the split or the data set"
+            )
+    train_split = TrainSplit(train.images, train.labels)
+    if config.train_subset is not None and config.train_subset > len(train_split):
+        raise UserError(
+            f"data.train_subset is {config.train_subset:,}, the train split has {len(train_split):,} images: lower it"
+        )
+    mean, std = _normalisation(config, train_split)
+    return DataSplits(
+        config.name,
+        train_split,
+        TuneSplit(tune.images, tune.labels),
+        CertifySplit(certify.images, certify.labels),
+        TestSplit(test.images, test.labels),
+        tuple(classes),
+        mean,
+        std,
+    )
+
+
+def stratified_order(labels: Labels, seed: int) -> Index:
+    """A random order of which every stretch has the classes in nearly the shares of the whole."""
+    generator = np.random.default_rng(seed)
+    noise = generator.random(len(labels))
+    position = np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        rank = np.argsort(np.argsort(noise[rows]))
+        # Spread each class evenly over [0, 1); its own offset keeps equal ranks of classes apart.
+        position[rows] = (rank + generator.random()) / len(rows)
+    return np.argsort(position, kind="stable").astype(np.int64)
+
+
+def _check_size(what: str, size: int, order: Index, key: str) -> None:
+    if size >= len(order):
+        raise UserError(
+            f"{size:,} images were asked for {what}, only {len(order):,} are there and train needs some too: lower {key}"
+        )
+
+
+def _normalisation(config: DataConfig, train: TrainSplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    channels = train.images.shape[-1]
+    counts = np.zeros((channels, 256))
+    for start in range(0, min(len(train), NORMALISATION_IMAGES), 1024):
+        batch = train.images[start : start + 1024].reshape(-1, channels)
+        counts += [np.bincount(batch[:, channel], minlength=256) for channel in range(channels)]
+    values = np.arange(256) / 255
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    measured_mean = shares @ values
+    # Of a channel with one value everywhere, rounding can make the difference negative.
+    measured_std = np.sqrt(np.maximum(shares @ values**2 - measured_mean**2, 0))
+    mean = tuple(config.mean) if config.mean else tuple(round(float(one), 4) for one in measured_mean)
+    std = tuple(config.std) if config.std else tuple(round(float(one), 4) for one in measured_std)
+    for key, given in (("mean", mean), ("std", std)):
+        if len(given) != channels:
+            raise UserError(f"data.{key} has {len(given)} values for {channels} channels")
+    return mean, tuple(max(one, 1e-3) for one in std)
+
+
+# ---------------------------------------------------------------- from a source to images and labels
+
+
+@dataclass(frozen=True)
+class _Columns:
+    images: ImageSource
+    labels: Labels
+
+    def take(self, rows: Index) -> _Columns:
+        return _Columns(_part(self.images, rows), self.labels[rows])
+
+
+def _part(images: ImageSource, rows: Index) -> ImageSource:
+    return images.part(rows) if isinstance(images, StreamedImages) else images[rows]
+
+
+def _load_digits() -> tuple[_Columns, None, list[str]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # 8x8 images with values 0 to 16.
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    return _Columns(images, digits.target.astype(np.int64)), None, [str(name) for name in digits.target_names]
+
+
+class StreamedImages:
+    """Rows of a ``datasets`` table, decoded when asked for: for sets that do not fit in memory."""
+
+    def __init__(
+        self, table: Any, column: str, where: str, rows: Index, shape: tuple[int, int, int], same_size: bool
+    ) -> None:
+        self._table, self._column, self._where, self._rows = table, column, where, rows
+        self._image_shape, self._same_size = shape, same_size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, C)."""
+        return (len(self._rows), *self._image_shape)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Index | slice) -> Images:
+        rows = self._rows[index]
+        height, width, channels = self._image_shape
+        images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
+        encoded = self._table[rows.tolist()][self._column] if len(rows) else []
+        for position, (row, value) in enumerate(zip(rows.tolist(), encoded, strict=True)):
+            place = f"{self._where}, row {row}"
+            image = _decode(value, place, channels)
+            if self._same_size:
+                _check_same_size(image, place, height, width)
+            images[position] = to_array(image, height, width, channels)
+        return images
+
+    def part(self, rows: Index) -> StreamedImages:
+        """The images at ``rows`` of these."""
+        return StreamedImages(
+            self._table, self._column, self._where, self._rows[rows], self._image_shape, self._same_size
+        )
+
+
+def _load_columns(config: DataConfig) -> tuple[_Columns, _Columns | None, list[str]]:
+    """The train pool, the test split if the set has one, and the class names."""
+    tables, shipped = _open_tables(config.name)
+    train = tables["train"] if "train" in tables else tables[sorted(tables)[0]]
+    test_name = next((name for name in ("test", "validation", "val") if name in tables), None)
+    features = train.features
+    image_column = config.image_column or _guess_column(
+        "image", shipped.image_column if shipped else None, ("image", "img"), features, config.name
+    )
+    label_column = config.label_column or _guess_column(
+        "label",
+        shipped.label_column if shipped else None,
+        ("label", "labels", "fine_label", "class", "target"),
+        features,
+        config.name,
+    )
+    for key, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in features:
+            raise UserError(f"data.{key}: no column '{column}' in '{config.name}'{nearest(column, features)}")
+    classes = getattr(features[label_column], "names", None)
+    if classes is None:
+        numbers = (label for label in train[label_column] if isinstance(label, int))
+        classes = [str(label) for label in range(max(numbers, default=0) + 1)]
+    where = f"data set '{config.name}', split 'train'"
+    pool = _columns(config, train, image_column, label_column, where, None, len(classes))
+    test = None
+    if test_name is not None and tables[test_name] is not train:
+        shape = (int(pool.images.shape[1]), int(pool.images.shape[2]), int(pool.images.shape[3]))
+        where = f"data set '{config.name}', split '{test_name}'"
+        test = _columns(config, tables[test_name], image_column, label_column, where, shape, len(classes))
+    return pool, test, list(classes)
+
+
+def _open_tables(name: str) -> tuple[Any, Shipped | None]:
+    """The tables of a data set: from ``ERDE_DATA``, a folder, or the hub."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    shipped = SHIPPED.get(name)
+    root = os.environ.get("ERDE_DATA")
+    if root and not Path(root).is_dir():
+        raise UserError(f"ERDE_DATA is {root}, which is no folder: correct or unset it")
+    local = Path(root) / name if root else None
+    folder = local if local is not None and local.is_dir() else Path(name)
+    try:
+        if folder.is_dir():
+            _check_parquet(folder)
+            return datasets.load_dataset(str(folder)), shipped
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"no data at {name}: expected a folder with Parquet files, or with a folder per class")
+        if shipped is None and "/" not in name:
+            raise UserError(f"unknown data set '{name}'{nearest(name, SHIPPED)}; a folder or a hub id also works")
+        if shipped:
+            return datasets.load_dataset(shipped.hub_id, shipped.configuration), shipped
+        return datasets.load_dataset(name), shipped
+    except UserError:
+        raise
+    except Exception as error:  # the datasets library raises many types of its own
+        reason = " ".join(str(error).split())[:300]
+        if folder.is_dir():
+            raise UserError(f"the data in {folder} cannot be read: {reason}") from error
+        raise UserError(
+            f"data set '{name}' is not in ERDE_DATA and cannot be fetched from the hub ({type(error).__name__}): "
+            "check the name and the network, or set ERDE_DATA to a folder that holds it"
+        ) from error
+
+
+def _check_parquet(folder: Path) -> None:
+    import pyarrow.parquet
+
+    for path in sorted(folder.rglob("*.parquet")):
+        try:
+            pyarrow.parquet.read_metadata(path)
+        except Exception as error:
+            raise UserError(f"{path} is not a readable Parquet file: copy or download it again") from error
+
+
+def _guess_column(what: str, shipped: str | None, names: Sequence[str], features: Any, data: str) -> str:
+    known = [name for name in ([shipped] if shipped else []) + list(names) if name in features]
+    if what == "image" and not known:
+        known = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    if not known:
+        raise UserError(
+            f"data set '{data}' has no column that looks like the {what} (it has: {', '.join(features)}): "
+            f"name it in data.{what}_column"
+        )
+    return known[0]
+
+
+def _columns(
+    config: DataConfig,
+    table: Any,
+    image_column: str,
+    label_column: str,
+    where: str,
+    shape: tuple[int, int, int] | None,
+    classes: int,
+) -> _Columns:
+    import datasets
+
+    if len(table) == 0:
+        raise UserError(f"{where} is empty")
+    raw_labels = table[label_column][:]
+    for row, label in enumerate(raw_labels):
+        if not isinstance(label, int) or not 0 <= label < classes:
+            raise UserError(f"{where}, row {row}: the label is {label!r}, expected a number, 0 to {classes - 1}")
+    labels = np.asarray(raw_labels, dtype=np.int64)
+    table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    if shape is None:
+        first = _decode(table[0][image_column], f"{where}, row 0", config.channels)
+        size = config.image_size
+        shape = (size or first.height, size or first.width, config.channels)
+    same_size = config.image_size is None
+    size_gib = len(table) * int(np.prod(shape)) / 2**30
+    if config.streaming == "always" or (config.streaming == "auto" and size_gib > config.memory_limit_gib):
+        return _Columns(
+            StreamedImages(table, image_column, where, np.arange(len(table)), shape, same_size), labels
+        )
+    return _Columns(_decode_all(table, image_column, where, shape, same_size), labels)
+
+
+def _decode_all(table: Any, column: str, where: str, shape: tuple[int, int, int], same_size: bool) -> Images:
+    height, width, channels = shape
+    images = np.empty((len(table), *shape), dtype=np.uint8)
+
+    def decode(start: int) -> None:
+        for offset, value in enumerate(table[start : start + 512][column]):
+            place = f"{where}, row {start + offset}"
+            image = _decode(value, place, channels)
+            if same_size:
+                _check_same_size(image, place, height, width)
+            images[start + offset] = to_array(image, height, width, channels)
+
+    # Pillow decodes without the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(decode, range(0, len(table), 512)))
+    return images
+
+
+def _check_same_size(image: Any, where: str, height: int, width: int) -> None:
+    if image.size != (width, height):
+        raise UserError(
+            f"{where} is {image.width}x{image.height}, the first image is {width}x{height}: "
+            "set data.image_size to bring all to one size"
+        )
+
+
+def _decode(value: Any, where: str, channels: int) -> Any:
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        raise UserError(f"{where} has no image: remove the row")
+    source = value["bytes"]
+    if source is None:
+        where = f"{where} ({value['path']})"
+        try:
+            source = Path(value["path"]).read_bytes()
+        except OSError as error:
+            raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    image = open_image(source, where)
+    found = channels_of(image)
+    if found != channels:
+        raise UserError(
+            f"{where} has {found} channel{'s' if found > 1 else ''}, data.channels is {channels} (what the networks "
+            f"are built for): set data.channels={found if found in (1, 3) else 3} for a set that is all like it, "
+            "or convert the image"
+        )
+    return image
+
+
+# ---------------------------------------------------------------- from the train split to batches
+
+
+class _Encoded(Dataset[tuple[Images, Labels]]):
+    """A streamed split for a DataLoader whose sampler gives whole batches of indices."""
+
+    def __init__(self, split: TrainSplit) -> None:
+        self.split = split
+
+    def __getitem__(self, index: Index) -> tuple[Images, Labels]:
+        return self.split.images[index], self.split.labels[index]
+
+
+class TrainBatches:
+    """Augmented, normalised batches of the train split on ``device``, a function of seed, epoch and step.
+
+    Order and augmentation do not depend on the arm, so arms that are compared see the same images. A
+    last batch that is not full is left out; every epoch shuffles anew.
+    """
+
+    def __init__(
+        self,
+        split: TrainSplit,
+        *,
+        batch_size: int,
+        seed: int,
+        augmentation: AugmentationConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        if batch_size > len(split):
+            raise UserError(
+                f"train.batch_size is {batch_size}, the train split has {len(split)} images: lower the batch size"
+            )
+        self.steps = len(split) // batch_size
+        self.batch_size = batch_size
+        self._split, self._seed, self._augmentation, self._workers = split, seed, augmentation, workers
+        self._device = device
+        self._scale = torch.tensor([1 / (255 * value) for value in std], device=device)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+        self._resident: Tensor | None = None
+        if isinstance(split.images, np.ndarray):
+            self._resident = torch.from_numpy(split.images).to(device)
+            self._labels = torch.from_numpy(split.labels).to(device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, float32 (B, C, H, W) in channels-last order, and labels (B,), from ``first_step`` on."""
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._split))
+        batches = order[: self.steps * self.batch_size].reshape(self.steps, self.batch_size)
+        draws = self._draw(epoch)
+        for step, (images, labels) in enumerate(self._gather(batches[first_step:]), start=first_step):
+            yield self._augment(images, {name: draw[step] for name, draw in draws.items()}), labels
+
+    def _gather(self, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._resident is not None:
+            index = torch.from_numpy(batches).to(self._device)
+            for rows in index:
+                yield self._resident[rows], self._labels[rows]
+            return
+        loader: DataLoader[tuple[Images, Labels]] = DataLoader(
+            _Encoded(self._split),
+            sampler=list(batches),  # type: ignore[arg-type]  # whole batches of indices
+            batch_size=None,
+            num_workers=self._workers,
+            # Its own generator: the loader's seed must not be drawn from the one that dropout uses.
+            generator=torch.Generator(),
+            pin_memory=self._device.type == "cuda",
+        )
+        for images, labels in loader:
+            yield (
+                torch.as_tensor(images).to(self._device, non_blocking=True),
+                torch.as_tensor(labels).to(self._device, non_blocking=True),
+            )
+
+    def _draw(self, epoch: int) -> dict[str, Tensor]:
+        """All random numbers of an epoch at once: one transfer to the device instead of one a step."""
+        generator = torch.Generator().manual_seed(int(np.random.default_rng([self._seed, epoch, 1]).integers(2**63)))
+        height, width = self._split.images.shape[1:3]
+        shape, padding = (self.steps, self.batch_size), self._augmentation.crop_padding
+
+        def integers(high: int) -> Tensor:
+            return torch.randint(high, shape, generator=generator).to(self._device)
+
+        return {
+            "top": integers(2 * padding + 1),
+            "left": integers(2 * padding + 1),
+            "flip": integers(2),
+            "hole_top": integers(height),
+            "hole_left": integers(width),
+        }
+
+    def _augment(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
+        batch, height, width, _ = images.shape
+        rows = torch.arange(height, device=images.device).expand(batch, -1)
+        columns = torch.arange(width, device=images.device).expand(batch, -1)
+        if self._augmentation.flip:
+            columns = torch.where(draw["flip"][:, None] == 1, width - 1 - columns, columns)
+        padding = self._augmentation.crop_padding
+        if padding:
+            images = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
+            rows = rows + draw["top"][:, None]
+            columns = columns + draw["left"][:, None]
+        if padding or self._augmentation.flip:
+            # One gather does crop and flip.
+            index = torch.arange(batch, device=images.device)[:, None, None]
+            images = images[index, rows[:, :, None], columns[:, None, :]]
+        x = images.to(torch.float32) * self._scale + self._shift
+        if self._augmentation.cutout:
+            x = x * self._cutout_mask(draw, height, width)
+        # NHWC seen as NCHW is channels-last already: no copy.
+        return x.permute(0, 3, 1, 2)
+
+    def _cutout_mask(self, draw: dict[str, Tensor], height: int, width: int) -> Tensor:
+        side = self._augmentation.cutout
+        rows = torch.arange(height, device=self._device) - draw["hole_top"][:, None] + side // 2
+        columns = torch.arange(width, device=self._device) - draw["hole_left"][:, None] + side // 2
+        inside_rows = (rows >= 0) & (rows < side)
+        inside_columns = (columns >= 0) & (columns < side)
+        return ~(inside_rows[:, :, None] & inside_columns[:, None, :])[..., None]

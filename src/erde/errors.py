@@ -1,0 +1,22 @@
+"""The one exception that means "the input is wrong", as opposed to "erde is wrong"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input: the message says what was given, what was expected and what to do, in one line.
+
+    The command line prints the message and exits with code 2. Everything else that is raised is a bug.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint ``" (did you mean 'x'?)"`` for a misspelt ``word``, or the choices where none is near."""
+    choices = sorted(choices)
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    if matches:
+        return f" (did you mean '{matches[0]}'?)"
+    return f" (choose from: {', '.join(choices)})" if choices else ""

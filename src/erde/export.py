@@ -1,0 +1,325 @@
+"""Networks to ONNX: one file per stage with the preprocessing in the first, or one plain graph."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import sys
+import types
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from erde import __version__, bundle
+from erde.cost import NetworkCost, network_cost
+from erde.data import DataSplits
+from erde.errors import UserError
+from erde.exits import EarlyExitNetwork
+from erde.files import make_folder, replacing_file, replacing_folder, write_json
+from erde.runtime import StageRunner
+
+STAGES = "stages.json"
+PARITY_BATCHES = (0, 1, 2, 7)
+# float32 kernels of two libraries differ in the last bits; relative to the largest logit.
+PARITY_TOLERANCE = 1e-4
+REFERENCE_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class ExportedStages:
+    """What stands in a folder of stages, apart from the graphs."""
+
+    files: tuple[str, ...]
+    cost: NetworkCost
+    opset: int
+    input_shape: tuple[int, int, int]  # H, W, C
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> ExportedStages:
+        """Read ``stages.json``."""
+        value = json.loads((folder / STAGES).read_text(encoding="utf-8"))
+        cost = NetworkCost(**{key: tuple(one) if isinstance(one, list) else one for key, one in value.pop("cost").items()})
+        height, width, channels = value["input_shape"]
+        return cls(
+            files=tuple(value["files"]),
+            cost=cost,
+            opset=value["opset"],
+            input_shape=(height, width, channels),
+            mean=tuple(value["mean"]),
+            std=tuple(value["std"]),
+        )
+
+    def paths(self, folder: Path) -> list[Path]:
+        """The stages' files in order."""
+        return [folder / name for name in self.files]
+
+
+class _Preprocess(nn.Module):
+    """uint8 (B, H, W, C) to normalised float32 (B, C, H, W), as the training batches are."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([1 / (255 * value) for value in std]))
+        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
+
+
+class _Stage(nn.Module):
+    def __init__(self, preprocess: nn.Module, stage: nn.Module, head: nn.Module, is_last: bool) -> None:
+        super().__init__()
+        self.preprocess, self.stage, self.head, self.is_last = preprocess, stage, head, is_last
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        features = self.stage(self.preprocess(x))
+        logits: Tensor = self.head(features)
+        return logits if self.is_last else (features, logits)
+
+
+class _Plain(nn.Module):
+    def __init__(self, preprocess: nn.Module, network: EarlyExitNetwork) -> None:
+        super().__init__()
+        self.preprocess, self.network = preprocess, network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.forward_final(self.preprocess(images))
+
+
+def export_stages(
+    network: EarlyExitNetwork,
+    input_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    folder: Path,
+    opset: int = 18,
+) -> ExportedStages:
+    """Write ``stage_<k>.onnx`` and ``stages.json`` to ``folder``, in one step, after a parity check.
+
+    Stage 0 takes uint8 (B, H, W, C); every stage gives ``features`` and raw ``logits`` (B, K), the last
+    ``logits`` only. The batch axis is dynamic, zero included.
+
+    Raises:
+        UserError: where ONNX Runtime and torch disagree at any exit; then nothing is written.
+    """
+    network = network.to("cpu").eval()
+    height, width, channels = input_shape
+    preprocess = _Preprocess(mean, std)
+    exits = len(network.stages)
+    files = tuple(f"stage_{index}.onnx" for index in range(exits))
+    exported = ExportedStages(files, network_cost(network, (channels, height, width)), opset, input_shape, mean, std)
+    with replacing_folder(folder) as beside:
+        x = _random_images(2, input_shape)
+        for index, name in enumerate(files):
+            first = preprocess if index == 0 else nn.Identity()
+            is_last = index == exits - 1
+            module = _Stage(first, network.stages[index], network.heads[index], is_last).eval()
+            outputs = ["logits"] if is_last else ["features", "logits"]
+            _export_graph(module, x, beside / name, ["images" if index == 0 else "features_in"], outputs, opset)
+            with torch.no_grad():
+                x = x if is_last else module(x)[0]
+        _check_parity(network, preprocess, exported, beside)
+        write_json(beside / STAGES, asdict(exported))
+    return exported
+
+
+def export_plain(
+    network: EarlyExitNetwork,
+    input_shape: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    path: Path,
+    opset: int = 18,
+) -> None:
+    """Write the network without exits as one ordinary ONNX file: uint8 ``images`` to raw ``logits``."""
+    preprocess = _Preprocess(mean, std)
+    module = _Plain(preprocess, network.to("cpu").eval()).eval()
+    make_folder(path.parent)
+    with replacing_file(path) as beside:
+        _export_graph(module, _random_images(2, input_shape), beside, ["images"], ["logits"], opset)
+        runner = StageRunner([beside], threads=1)
+        for batch in PARITY_BATCHES:
+            images = _random_images(batch, input_shape)
+            with torch.no_grad():
+                _check_equal(runner.run(0, images.numpy())[1], module(images).numpy(), "final", batch)
+
+
+def _random_images(count: int, input_shape: tuple[int, int, int]) -> Tensor:
+    # Noise stands in for images where only shapes or agreement matter: no one's picture is shipped.
+    generator = np.random.default_rng(20)
+    return torch.from_numpy(generator.integers(0, 256, (count, *input_shape), dtype=np.uint8))
+
+
+def _export_graph(
+    module: nn.Module, x: Tensor, path: Path, inputs: list[str], outputs: list[str], opset: int
+) -> None:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # The exporter prints and warns about its own internals.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (x,),
+                dynamo=True,
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=opset,
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    model = program.model_proto
+    _strip_metadata(model)
+    model.producer_name, model.producer_version = "erde", __version__
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _strip_metadata(model: Any) -> None:
+    """Drop the exporter's notes: source paths and stack traces are nobody's business, and size."""
+    graph = model.graph
+    del model.metadata_props[:]
+    del graph.metadata_props[:]
+    for group in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
+        for item in group:
+            del item.metadata_props[:]
+            item.doc_string = ""
+
+
+def _check_parity(
+    network: EarlyExitNetwork, preprocess: nn.Module, exported: ExportedStages, folder: Path
+) -> None:
+    runner = StageRunner(exported.paths(folder), threads=1)
+    for batch in PARITY_BATCHES:
+        images = _random_images(batch, exported.input_shape)
+        with torch.no_grad():
+            expected = network(preprocess(images)).numpy()
+        x: NDArray[Any] | None = images.numpy()
+        for index, name in enumerate(exported.cost.exit_names):
+            assert x is not None
+            x, logits = runner.run(index, x)
+            _check_equal(logits, expected[index], name, batch)
+
+
+def _check_equal(found: NDArray[Any], expected: NDArray[Any], exit_name: str, batch: int) -> None:
+    if found.shape != expected.shape:
+        raise UserError(
+            f"the exported network gives shape {found.shape} at exit '{exit_name}' for a batch of {batch}, torch gives "
+            f"{expected.shape}: nothing was written"
+        )
+    if not expected.size:
+        return
+    difference = float(np.abs(found - expected).max())
+    if not difference <= PARITY_TOLERANCE * max(1.0, float(np.abs(expected).max())):
+        raise UserError(
+            f"the exported network differs from torch by {difference:.2g} at exit '{exit_name}' for a batch of {batch}: "
+            "nothing was written; please report it with the recipe"
+        )
+
+
+def build_manifest(
+    stages_folder: Path, *, name: str, classes: tuple[str, ...], provenance: dict[str, Any]
+) -> bundle.Manifest:
+    """The manifest of exported stages before calibration: no image exits early."""
+    exported = ExportedStages.read(stages_folder)
+    cost = exported.cost
+    images = _random_images(REFERENCE_IMAGES, exported.input_shape).numpy()
+    logits = StageRunner(exported.paths(stages_folder), threads=1).all_logits(images)
+    return bundle.Manifest(
+        format_version=bundle.FORMAT_VERSION,
+        name=name,
+        classes=list(classes),
+        input_shape=exported.input_shape,
+        mean=list(exported.mean),
+        std=list(exported.std),
+        resize="shorter side, then centre crop; bilinear",
+        precision="fp32",
+        opset=exported.opset,
+        stages=[
+            bundle.Stage(file=file, exit_name=exit_name, macs=macs, parameters=parameters)
+            for file, exit_name, macs, parameters in zip(
+                exported.files, cost.exit_names, cost.macs, cost.parameters, strict=True
+            )
+        ],
+        no_exit_macs=cost.no_exit_macs,
+        no_exit_parameters=cost.no_exit_parameters,
+        score="entropy",
+        sharpness=1.0,
+        temperatures=[1.0] * len(exported.files),
+        operating_points=[
+            bundle.OperatingPoint(
+                name="no-exit",
+                kind="no-exit",
+                target=None,
+                thresholds=[None] * (len(exported.files) - 1),
+                certificate=None,
+                note="not calibrated: no image leaves early",
+            )
+        ],
+        default_operating_point="no-exit",
+        calibration=None,
+        reference_sample=bundle.ReferenceSample(
+            images=bundle.ReferenceSample.encode(images),
+            count=len(images),
+            logits=logits.astype(float).tolist(),
+            tolerance=PARITY_TOLERANCE * max(1.0, float(np.abs(logits).max())),
+        ),
+        provenance=provenance,
+        files={file: bundle.file_hash(stages_folder / file) for file in exported.files},
+    )
+
+
+def export(
+    network: EarlyExitNetwork, data: DataSplits, path: str | Path, *, name: str = "network", opset: int = 18
+) -> Path:
+    """Write ``network`` as a sealed bundle that is not calibrated yet; :func:`erde.calibrate` comes next.
+
+    ``data`` gives the classes, the image shape and the normalisation; no image is looked at.
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another path, or remove it first")
+    make_folder(folder.parent)
+    stages = folder.with_name(f".{folder.name}.stages.partial")
+    try:
+        exported = export_stages(network, data.image_shape, data.mean, data.std, stages, opset)
+        provenance = {"erde": __version__, "torch": torch.__version__}
+        manifest = build_manifest(stages, name=name, classes=data.classes, provenance=provenance)
+        bundle.write(folder, manifest, exported.paths(stages))
+    finally:
+        shutil.rmtree(stages, ignore_errors=True)
+    return folder
+
+
+class _CallableModule(types.ModuleType):
+    """Lets ``erde.export(network, ...)`` work although ``erde.export`` is also this module's name.
+
+    Importing a submodule sets it as an attribute of its package, so the function of the same name in
+    ``erde/__init__.py`` would be shadowed by whoever imports this module first.
+    """
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Path:
+        return export(*arguments, **keywords)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,178 @@
+"""What the losses share: shapes, per-exit parts, and the settings that are the same for every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from erde.config import DistillationConfig, LossConfig
+from erde.errors import UserError
+
+PerExit = float | Sequence[float] | Tensor
+
+
+@dataclass(frozen=True)
+class ExitSettings:
+    """The shared settings, resolved for one student and its teacher: one number per student exit.
+
+    ``pairs[i]`` is the teacher's exit that teaches student exit i; empty where there is no teacher.
+    """
+
+    classes: int
+    alpha: tuple[float, ...]
+    temperature: float
+    exit_weights: tuple[float, ...]
+    pairs: tuple[int, ...]
+
+    @classmethod
+    def resolve(
+        cls,
+        config: DistillationConfig,
+        classes: int,
+        student_macs: Sequence[int],
+        teacher_macs: Sequence[int] | None,
+    ) -> ExitSettings:
+        """From cumulative MACs per exit, of the student (Es,) and of the teacher (Et,) if there is one."""
+        shares = [macs / student_macs[-1] for macs in student_macs]
+        return cls(
+            classes=classes,
+            alpha=_resolve_alpha(config.alpha, shares),
+            temperature=config.temperature,
+            exit_weights=_resolve_weights(config.exit_weights, shares),
+            pairs=() if teacher_macs is None else pair_exits(student_macs, teacher_macs, config.pairing),
+        )
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A line of the table: the loss's knobs, its criterion, and whether it needs a teacher."""
+
+    config: type[LossConfig]
+    build: Callable[[Any, ExitSettings], nn.Module]
+    needs_teacher: bool
+    summary: str
+
+
+def _resolve_alpha(alpha: float | Sequence[float] | str, shares: Sequence[float]) -> tuple[float, ...]:
+    if alpha == "rising":
+        if len(shares) == 1:
+            return (0.9,)
+        return tuple(0.2 + 0.7 * (share - shares[0]) / (1 - shares[0]) for share in shares)
+    if isinstance(alpha, int | float):
+        return (float(alpha),) * len(shares)
+    return one_per_exit("distillation.alpha", alpha, len(shares))
+
+
+def _resolve_weights(weights: str | Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
+    """Weights with mean 1, so that they do not change the step size: uniform, or growing with depth."""
+    raw: Sequence[float]
+    if weights == "uniform":
+        raw = [1.0] * len(shares)
+    elif weights == "linear":
+        raw = [index + 1.0 for index in range(len(shares))]
+    elif weights == "macs":
+        raw = shares
+    else:
+        assert not isinstance(weights, str)
+        return one_per_exit("distillation.exit_weights", weights, len(shares))
+    mean = sum(raw) / len(raw)
+    return tuple(value / mean for value in raw)
+
+
+def one_per_exit(key: str, values: Sequence[Any], exits: int) -> tuple[float, ...]:
+    if len(values) != exits:
+        raise UserError(f"{key} has {len(values)} values for {exits} exits: give one number, or one per exit")
+    return tuple(float(value) for value in values)
+
+
+def pair_exits(student_macs: Sequence[int], teacher_macs: Sequence[int], pairing: str) -> tuple[int, ...]:
+    """The teacher exit of each student exit.
+
+    ``final``: the last for all. ``exit``: exit i for exit i where both have as many, else the nearest
+    relative depth (share of the network's MACs); the final exits are always each other's.
+    """
+    last = len(teacher_macs) - 1
+    if pairing == "final":
+        return (last,) * len(student_macs)
+    if len(student_macs) == len(teacher_macs):
+        return tuple(range(len(student_macs)))
+    depths = [macs / teacher_macs[-1] for macs in teacher_macs]
+    nearest = [
+        min(range(len(depths)), key=lambda index: abs(depths[index] - macs / student_macs[-1]))
+        for macs in student_macs[:-1]
+    ]
+    return (*nearest, last)
+
+
+def check_shapes(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> None:
+    """Raise ``ValueError`` unless shapes are (Es, B, K), (Et, B, K) and (B,)."""
+    if student_logits.ndim != 3 or labels.shape != student_logits.shape[1:2]:
+        raise ValueError(
+            f"expected student logits (E, B, K) and labels (B,), got {tuple(student_logits.shape)} "
+            f"and {tuple(labels.shape)}"
+        )
+    if teacher_logits is not None and (
+        teacher_logits.ndim != 3 or teacher_logits.shape[1:] != student_logits.shape[1:]
+    ):
+        raise ValueError(
+            f"expected teacher logits (Et, B, K) with the student's B and K, got {tuple(teacher_logits.shape)} "
+            f"beside {tuple(student_logits.shape)}"
+        )
+
+
+def pair_teacher(student_logits: Tensor, teacher_logits: Tensor, pairs: Sequence[int] | None) -> Tensor:
+    """Teacher logits in the student's order (Es, B, K); without ``pairs`` exit i teaches exit i."""
+    if pairs is None:
+        pairs = range(len(student_logits))
+        if len(teacher_logits) != len(student_logits):
+            raise ValueError(
+                f"{len(student_logits)} student exits and {len(teacher_logits)} teacher exits: give pairs"
+            )
+    if len(pairs) != len(student_logits):
+        raise ValueError(f"expected a teacher exit for each of {len(student_logits)} student exits, got {tuple(pairs)}")
+    return torch.stack([teacher_logits[index] for index in pairs])
+
+
+def per_exit(value: PerExit, logits: Tensor) -> Tensor:
+    """One number, or one per exit, as a tensor (E,)."""
+    tensor = torch.as_tensor(value, dtype=logits.dtype, device=logits.device)
+    if tensor.ndim == 0:
+        return tensor.expand(len(logits))
+    if tensor.shape != (len(logits),):
+        raise ValueError(f"expected one value or one for each of {len(logits)} exits, got {tuple(tensor.shape)}")
+    return tensor
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Losses are computed in float32 or better, whatever autocast gave."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def exit_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every exit and image, in nats: (E, B, K), (B,) -> (E, B)."""
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    index = labels.expand(len(logits), -1).unsqueeze(-1)
+    return -log_probabilities.gather(-1, index).squeeze(-1)
+
+
+def exit_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """``KL(softmax(t/T) || softmax(s/T))`` in nats, without T²: (E, B, K) twice -> (E, B)."""
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def exit_entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of softmax(logits), in nats: (..., K) -> (...)."""
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
+
+
+def teacher_wrong(paired_teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """Where the teacher's exit is wrong: (E, B, K), (B,) -> bool (E, B)."""
+    return paired_teacher_logits.argmax(dim=-1) != labels

@@ -1,0 +1,71 @@
+"""Joint cross-entropy of all exits (BranchyNet, Teerapittayanon et al. 2016, arXiv 1709.01686)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from erde.config import LossConfig
+from erde.losses.base import (
+    ExitSettings,
+    LossSpec,
+    PerExit,
+    at_least_float32,
+    check_shapes,
+    exit_cross_entropy,
+    per_exit,
+)
+
+
+def cross_entropy_loss(
+    student_logits: Tensor, labels: Tensor, *, exit_weights: PerExit = 1.0
+) -> dict[str, Tensor]:
+    r"""``L = sum_i w_i mean_b CE(s_ib, y_b)``, in nats.
+
+    Args:
+        student_logits: raw logits (E, B, K).
+        labels: classes (B,).
+        exit_weights: w, one number or one per exit.
+
+    Returns:
+        ``loss`` (scalar) and its part ``ce`` (E,), unweighted.
+
+    Raises:
+        ValueError: on wrong shapes.
+
+    >>> logits = torch.zeros(2, 5, 4)
+    >>> round(float(cross_entropy_loss(logits, torch.zeros(5, dtype=torch.long))["loss"]), 4)  # 2 ln 4
+    2.7726
+    """
+    check_shapes(student_logits, None, labels)
+    student_logits = at_least_float32(student_logits)
+    ce = exit_cross_entropy(student_logits, labels).mean(dim=1)
+    return {"loss": (per_exit(exit_weights, ce) * ce).sum(), "ce": ce.detach()}
+
+
+class CrossEntropyConfig(LossConfig):
+    """No knobs but the shared exit weights."""
+
+    name: Literal["ce"] = "ce"
+
+
+class CrossEntropyLoss(nn.Module):
+    """:func:`cross_entropy_loss` with its settings; a teacher is not looked at."""
+
+    exit_weights: Tensor
+
+    def __init__(self, config: CrossEntropyConfig, settings: ExitSettings) -> None:
+        super().__init__()
+        self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
+    ) -> dict[str, Tensor]:
+        return cross_entropy_loss(student_logits, labels, exit_weights=self.exit_weights)
+
+
+CROSS_ENTROPY = LossSpec(
+    CrossEntropyConfig, CrossEntropyLoss, needs_teacher=False, summary="joint cross-entropy of all exits"
+)

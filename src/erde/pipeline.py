@@ -1,0 +1,470 @@
+"""The whole chain in phases, each of which leaves its result in the run folder and is skipped when it is there.
+
+    train -> distill -> export -> calibrate -> evaluate
+
+Every file appears in one step, so a run that was killed at any moment continues with ``resume``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from erde import bundle, calibration, checkpoint, environment, evaluation, policy, progress
+from erde.backbones import build_backbone
+from erde.calibration import CalibratedPolicy, Cost
+from erde.config import Config, DistillationConfig, NetworkConfig, load_config
+from erde.data import DataSplits, load_splits
+from erde.errors import UserError
+from erde.exits import EarlyExitNetwork, attach_exits
+from erde.export import STAGES, ExportedStages, build_manifest, export_plain, export_stages
+from erde.files import make_folder, replacing_file, sweep_leftovers, write_json, write_text
+from erde.losses import LOSSES
+from erde.report import write_report
+from erde.results import Agreement, Arm, DataInfo, Epoch, ExitCost, Results, ScoreCandidate, SplitInfo
+from erde.runtime import Session, StageRunner
+from erde.splits import CertifyLogits, Images, TestLogits, TestSplit, TuneLogits
+from erde.training import FINAL, Job, build_criterion, choose_device, train_network
+
+PHASES = ("train", "distill", "export", "calibrate", "evaluate")
+TEACHER = "teacher"
+
+
+def run(config: Config, folder: str | Path, *, resume: bool = False, until: str = "evaluate") -> Results | None:
+    """Run the chain into ``folder``, up to and including the phase ``until``; the results if it is the last.
+
+    Raises:
+        UserError: bad input; a folder that holds another run, or a run and no ``resume``.
+    """
+    job = Run.open(config, Path(folder), resume)
+    for phase in PHASES[: PHASES.index(until) + 1]:
+        with job.timed(phase):
+            getattr(job, phase)()
+    results = job.folder / "results.json"
+    return Results.read(results) if until == "evaluate" else None
+
+
+class Run:
+    """One run folder and its recipe."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.log = progress.RunLog(folder / "log.jsonl")
+        self.device = choose_device(config.device)
+        self.threads = config.threads or environment.available_cpus()
+        torch.set_num_threads(self.threads)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.seconds: dict[str, float] = {}
+
+    @classmethod
+    def open(cls, config: Config, folder: Path, resume: bool) -> Run:
+        """Start a run in a new folder, or continue the one that is there."""
+        saved = folder / "config.yaml"
+        if resume:
+            if not saved.is_file():
+                raise UserError(f"nothing to resume in {folder}: it has no config.yaml; start without --resume")
+            _check_same_recipe(config, saved)
+            sweep_leftovers(folder)
+        elif folder.is_dir() and any(folder.iterdir()):
+            advice = "continue it with --resume" if saved.is_file() else "it holds other files"
+            raise UserError(f"{folder} is not empty: {advice}, or choose another folder with --out")
+        make_folder(folder)
+        if not resume:
+            write_text(saved, config.to_yaml())
+        one = cls(config, folder)
+        one.log.write("resume" if resume else "start", recipe=config.name, seed=config.seed)
+        return one
+
+    @classmethod
+    def existing(cls, folder: Path) -> Run:
+        """The run in ``folder``, by its own saved recipe."""
+        saved = folder / "config.yaml"
+        if not saved.is_file():
+            raise UserError(f"{folder} is no run folder: it has no config.yaml (erde run writes one)")
+        sweep_leftovers(folder)
+        return cls(load_config(saved), folder)
+
+    # ------------------------------------------------------------ what the phases share
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Log the phase and its seconds."""
+        started = time.perf_counter()
+        self.log.write("phase", name=phase)
+        yield
+        self.seconds[phase] = round(time.perf_counter() - started, 2)
+
+    @cached_property
+    def data(self) -> DataSplits:
+        """The four splits; the first look writes ``splits.json``, later ones are held against it."""
+        progress.say(f"data: {self.config.data.name}")
+        data = load_splits(self.config.data, self.config.seed)
+        fingerprints, path = data.fingerprints(), self.folder / "splits.json"
+        if path.exists():
+            if json.loads(path.read_text(encoding="utf-8")) != fingerprints:
+                raise UserError(
+                    f"the data set '{self.config.data.name}' is not the one that this run started with (see "
+                    f"{path}): bring the old data back, or start a new run"
+                )
+        else:
+            write_json(path, fingerprints)
+        return data
+
+    @cached_property
+    def needs_teacher(self) -> bool:
+        """Whether an arm learns from a teacher, or is held against it."""
+        learns = any(LOSSES[arm.loss.name].needs_teacher for arm in self.config.arms.values())
+        return learns or self.config.calibration.reference == TEACHER
+
+    @property
+    def arms(self) -> list[str]:
+        """All arms, the teacher first."""
+        return [*([TEACHER] if self.needs_teacher else []), *self.config.arms]
+
+    def arm_folder(self, arm: str) -> Path:
+        """``arms/<arm>``."""
+        return self.folder / "arms" / arm
+
+    def network_config(self, arm: str) -> NetworkConfig:
+        """The network of an arm."""
+        return self.config.teacher if arm == TEACHER else self.config.student_of(arm)
+
+    def new_network(self, arm: str) -> EarlyExitNetwork:
+        """A fresh network: arms with the same architecture start from the same weights."""
+        network_config = self.network_config(arm)
+        torch.manual_seed(self.config.seed)
+        channels = self.data.image_shape[2]
+        backbone = build_backbone(network_config.backbone, classes=len(self.data.classes), channels=channels)
+        network = attach_exits(
+            backbone,
+            network_config.exits,
+            input_size=self.data.input_size,
+            head=network_config.head,
+            dropout=network_config.dropout,
+        )
+        if network_config.weights is not None:
+            checkpoint.load_weights(network, Path(network_config.weights))
+        return network
+
+    def trained_network(self, arm: str) -> EarlyExitNetwork:
+        """The network of an arm that was trained."""
+        path = self.arm_folder(arm) / "checkpoints" / FINAL
+        if not path.exists():
+            command = "erde train" if arm == TEACHER else "erde distill"
+            raise UserError(f"arm '{arm}' of {self.folder} is not trained yet: run {command} first")
+        network = self.new_network(arm)
+        checkpoint.load_weights(network, path)
+        return network
+
+    # ------------------------------------------------------------ phases
+
+    def train(self) -> None:
+        """Train the teacher, if an arm needs one."""
+        write_json(self.folder / "environment.json", environment.describe(self.device, self.threads))
+        if self.needs_teacher:
+            self._train_arm(TEACHER)
+
+    def distill(self, only: str | None = None) -> None:
+        """Train every arm, or the one that is named."""
+        if only is not None and only not in self.config.arms:
+            raise UserError(f"no arm '{only}' in this run; it has: {', '.join(self.config.arms)}")
+        for arm in [only] if only else self.config.arms:
+            self._train_arm(arm)
+
+    def _train_arm(self, arm: str) -> None:
+        folder = self.arm_folder(arm) / "checkpoints"
+        config = self.config
+        network, teacher = self.new_network(arm), None
+        if arm == TEACHER:
+            subset = config.teacher.train_subset
+            skip = (config.data.train_subset or 0) if config.teacher.disjoint else 0
+            settings, loss, distillation = config.teacher_train, LOSSES["ce"].config(name="ce"), DistillationConfig()
+        else:
+            subset, skip = config.data.train_subset, 0
+            settings, loss, distillation = config.train, config.arms[arm].loss, config.distillation_of(arm)
+            if LOSSES[loss.name].needs_teacher:
+                teacher = self.trained_network(TEACHER)
+        outcome = train_network(
+            Job(
+                name=arm,
+                network=network,
+                criterion=build_criterion(loss, distillation, network, teacher, self.data),
+                teacher=teacher,
+                train=self.data.train_share(subset, skip),
+                config=settings,
+                augmentation=config.data.augmentation,
+                mean=self.data.mean,
+                std=self.data.std,
+                seed=config.seed,
+                device=self.device,
+                workers=config.data.workers,
+            ),
+            folder,
+            self.log,
+        )
+        history = [entry.model_dump() for entry in outcome.history]
+        write_json(self.arm_folder(arm) / "history.json", history)
+        timing = {"seconds": round(outcome.seconds, 2), "images_per_second": round(outcome.images_per_second, 1)}
+        write_json(self.arm_folder(arm) / "timing.json", timing)
+        final = outcome.history[-1].parts["loss"]
+        progress.say(f"{arm}: trained, loss {final:.4f}, {outcome.images_per_second:,.0f} images/s")
+
+    def export(self) -> None:
+        """Write every arm's stages and its logits on tune, certify and test; and the plain baselines."""
+        for arm in self.arms:
+            folder = self.arm_folder(arm)
+            if not (folder / "stages" / STAGES).exists():
+                progress.say(f"{arm}: export")
+                export_stages(
+                    self.trained_network(arm),
+                    self.data.image_shape,
+                    self.data.mean,
+                    self.data.std,
+                    folder / "stages",
+                    self.config.export.opset,
+                )
+            if not (folder / "logits.npz").exists():
+                self._write_logits(arm)
+        for arm in self.arms:
+            is_plain = len(self._stages(arm).files) == 1
+            name = "no-exit" if arm == self.config.export.arm else arm
+            path = self.folder / "baselines" / f"{name}.onnx"
+            if (is_plain or arm == self.config.export.arm) and not path.exists():
+                self.export_plain(arm, path)
+
+    def export_plain(self, arm: str, path: Path) -> None:
+        """An arm's network without exits as one ordinary ONNX file."""
+        data = self.data
+        network = self.trained_network(arm)
+        export_plain(network, data.image_shape, data.mean, data.std, path, self.config.export.opset)
+
+    def _stages(self, arm: str) -> ExportedStages:
+        folder = self.arm_folder(arm) / "stages"
+        if not (folder / STAGES).exists():
+            raise UserError(f"arm '{arm}' of {self.folder} is not exported yet: run erde export first")
+        return ExportedStages.read(folder)
+
+    def _cost(self, arm: str) -> Cost:
+        cost = self._stages(arm).cost
+        return Cost(cost.macs, cost.no_exit_macs)
+
+    def _write_logits(self, arm: str) -> None:
+        folder = self.arm_folder(arm)
+        runner = StageRunner(self._stages(arm).paths(folder / "stages"), self.threads)
+        arrays: dict[str, NDArray[Any]] = {}
+        for split in (self.data.tune, self.data.certify, self.data.test):
+            arrays[f"{split.name}_logits"] = runner.all_logits(split.images)
+            arrays[f"{split.name}_labels"] = split.labels
+        with replacing_file(folder / "logits.npz") as beside, beside.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for an array
+
+    def _logits(self, arm: str) -> tuple[TuneLogits, CertifyLogits, TestLogits]:
+        path = self.arm_folder(arm) / "logits.npz"
+        if not path.exists():
+            raise UserError(f"arm '{arm}' of {self.folder} has no logits yet: run erde export first")
+        with np.load(path) as arrays:
+            return (
+                TuneLogits(arrays["tune_logits"], arrays["tune_labels"]),
+                CertifyLogits(arrays["certify_logits"], arrays["certify_labels"]),
+                TestLogits(arrays["test_logits"], arrays["test_labels"]),
+            )
+
+    def _reference_right(self) -> tuple[NDArray[np.bool_], ...] | tuple[None, None, None]:
+        """Where the reference is right, on tune, certify and test; None where each arm is its own reference."""
+        reference = self.config.calibration.reference
+        if reference == "final_exit":
+            return None, None, None
+        arm = TEACHER if reference == TEACHER else self.config.no_exit_arm()
+        return tuple(one.logits[-1].argmax(axis=-1) == one.labels for one in self._logits(arm))
+
+    def calibrate(self) -> None:
+        """Fit every arm's policy on tune and certify it on certify."""
+        tune_right, certify_right, _ = self._reference_right()
+        settings = self.config.calibration
+        for arm in self.arms:
+            tune, certify, _ = self._logits(arm)
+            calibrated = calibration.calibrate_logits(
+                tune,
+                certify,
+                self._cost(arm),
+                max_risks=settings.max_risks,
+                confidence=settings.confidence,
+                budgets=settings.budgets,
+                reference=settings.reference,
+                tune_reference_right=tune_right,
+                certify_reference_right=certify_right,
+                score=settings.score,
+                sharpness=settings.sharpness,
+            )
+            write_json(self.arm_folder(arm) / "policy.json", calibrated.to_json())
+
+    def evaluate(self) -> None:
+        """Measure every arm on test, seal the bundle, check the runtime against it all, write results and report."""
+        if (self.folder / "results.json").exists():
+            if not (self.folder / "report.html").exists():
+                write_report(Results.read(self.folder / "results.json"), self.folder / "report.html")
+            return
+        arms, policies = {}, {}
+        for arm in self.arms:
+            path = self.arm_folder(arm) / "policy.json"
+            if not path.exists():
+                raise UserError(f"arm '{arm}' of {self.folder} is not calibrated yet: run erde calibrate first")
+            policies[arm] = CalibratedPolicy.from_json(json.loads(path.read_text(encoding="utf-8")))
+            arms[arm] = self._evaluate_arm(arm, policies[arm])
+        exported = self.config.export.arm
+        seal = self._seal_bundle(exported, policies[exported], arms[exported])
+        results = Results(
+            name=self.config.name,
+            seed=self.config.seed,
+            exported_arm=exported,
+            recipe=self.config.model_dump(mode="json"),
+            data=self._data_info(),
+            arms=arms,
+            agreement=self._check_agreement(exported, policies[exported]),
+            bundle_seal=seal,
+            environment=json.loads((self.folder / "environment.json").read_text(encoding="utf-8")),
+            timings=self._timings(),
+        )
+        results.write(self.folder / "results.json")
+        write_report(results, self.folder / "report.html")
+
+    # ------------------------------------------------------------ parts of the evaluation
+
+    def _evaluate_arm(self, arm: str, calibrated: CalibratedPolicy) -> Arm:
+        _, _, test = self._logits(arm)
+        _, _, right = self._reference_right()
+        cost, exported = self._cost(arm), self._stages(arm).cost
+        points = evaluation.measure_points(test, calibrated, cost, right)
+        network_config = self.network_config(arm)
+        history = [Epoch(**one) for one in json.loads((self.arm_folder(arm) / "history.json").read_text("utf-8"))]
+        wrong = history[-1].parts.get("teacher_wrong")
+        plain = len(exported.macs) == 1
+        return Arm(
+            role="teacher" if arm == TEACHER else "fixed" if plain else "student",
+            loss="ce" if arm == TEACHER else self.config.arms[arm].loss.name,
+            backbone=network_config.backbone,
+            head="none" if plain else network_config.head,
+            parameters=exported.parameters[-1],
+            no_exit_macs=exported.no_exit_macs,
+            no_exit_parameters=exported.no_exit_parameters,
+            cost=[
+                ExitCost(name=name, macs=macs, parameters=parameters)
+                for name, macs, parameters in zip(exported.exit_names, exported.macs, exported.parameters, strict=True)
+            ],
+            exits=evaluation.measure_exits(test, calibrated, right),
+            score=calibrated.score,
+            sharpness=calibrated.sharpness,
+            score_candidates=calibrated.candidates,
+            operating_points=points,
+            default_operating_point=calibrated.default,
+            curve=evaluation.measure_curve(test, calibrated, cost, right),
+            teacher_wrong=wrong if isinstance(wrong, list) else None,
+            history=history,
+        )
+
+    def _seal_bundle(self, arm: str, calibrated: CalibratedPolicy, measured: Arm) -> str:
+        stages = self.arm_folder(arm) / "stages"
+        provenance = {
+            "arm": arm,
+            "recipe": self.config.model_dump(mode="json"),
+            "versions": environment.versions(),
+            "commit": environment.commit(),
+            "splits": self.data.fingerprints(),
+        }
+        manifest = build_manifest(
+            stages, name=f"{self.config.name}-{arm}", classes=self.data.classes, provenance=provenance
+        )
+        manifest = calibration.apply(manifest, calibrated, measured.operating_points)
+        return bundle.write(self.folder / "bundle", manifest, self._stages(arm).paths(stages))
+
+    def _check_agreement(self, arm: str, calibrated: CalibratedPolicy) -> Agreement:
+        """The runtime and torch against the evaluation: label and exit of every test image."""
+        session = Session(self.folder / "bundle", threads=self.threads)
+        split, (_, _, test) = self.data.test, self._logits(arm)
+        torch_logits = self._torch_logits(arm, split)
+        scores = policy.score(test.logits, calibrated.score, calibrated.sharpness)
+        torch_scores = policy.score(torch_logits, calibrated.score, calibrated.sharpness)
+        runtime_off = torch_off = near = 0
+        for point in calibrated.points:
+            exits = policy.decide(scores, point.thresholds)
+            labels = policy.take_exit(test.logits, exits).argmax(axis=-1)
+            band = evaluation.in_band(scores, point.thresholds)
+            near += int(band.sum())
+            answers = [session.predict(images, operating_point=point.name) for images in split.batches(256)]
+            runtime_same = (np.concatenate([one.exits for one in answers]) == exits) & (
+                np.concatenate([one.labels for one in answers]) == labels
+            )
+            torch_exits = policy.decide(torch_scores, point.thresholds)
+            torch_same = (torch_exits == exits) & (
+                policy.take_exit(torch_logits, torch_exits).argmax(axis=-1) == labels
+            )
+            runtime_off += int((~runtime_same & ~band).sum())
+            torch_off += int((~torch_same & ~band).sum())
+        return Agreement(
+            images=len(split),
+            operating_points=[point.name for point in calibrated.points],
+            disagreements=runtime_off,
+            torch_disagreements=torch_off,
+            band=near,
+            band_width=evaluation.BAND,
+        )
+
+    def _torch_logits(self, arm: str, split: TestSplit) -> NDArray[np.float32]:
+        network = self.trained_network(arm).eval()
+        mean, std = torch.tensor(self.data.mean), torch.tensor(self.data.std)
+
+        def forward(images: Images) -> NDArray[np.float32]:
+            x = (torch.from_numpy(images).to(torch.float32) / 255 - mean) / std
+            logits: NDArray[np.float32] = network(x.permute(0, 3, 1, 2)).numpy()
+            return logits
+
+        with torch.no_grad():
+            return np.concatenate([forward(images) for images in split.batches(256)], axis=1)
+
+    def _data_info(self) -> DataInfo:
+        data = self.data
+        return DataInfo(
+            name=data.name,
+            classes=list(data.classes),
+            image_shape=data.image_shape,
+            mean=list(data.mean),
+            std=list(data.std),
+            splits={name: SplitInfo(**one) for name, one in data.fingerprints().items()},
+        )
+
+    def _timings(self) -> dict[str, Any]:
+        arms = {arm: json.loads((self.arm_folder(arm) / "timing.json").read_text("utf-8")) for arm in self.arms}
+        return {"phase_seconds": self.seconds, "training": arms}
+
+
+def _check_same_recipe(config: Config, saved: Path) -> None:
+    old, new = yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(config.to_yaml())
+    difference = _first_difference(old, new)
+    if difference is not None:
+        key, before, now = difference
+        raise UserError(
+            f"{saved.parent} belongs to another recipe: there {key} is {before!r}, now it is {now!r}; "
+            "give the same recipe and overrides, or another folder"
+        )
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(one for one in new if one not in old)]:
+            found = _first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (key, old, new)
+

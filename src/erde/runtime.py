@@ -1,0 +1,208 @@
+"""Run a bundle without torch: stages one after another, each only for the images that are still undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from erde import bundle, policy
+from erde.errors import UserError
+from erde.splits import ImageSource
+
+Providers = Sequence[str | tuple[str, dict[str, Any]]]
+
+
+class StageRunner:
+    """The ONNX stages of one network in ONNX Runtime."""
+
+    def __init__(self, paths: Sequence[Path], threads: int | None = None, providers: Providers | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        self._sessions = []
+        for path in paths:
+            try:
+                session = onnxruntime.InferenceSession(
+                    str(path), options, providers=list(providers or ["CPUExecutionProvider"])
+                )
+            except Exception as error:  # ONNX Runtime raises types of its own for each kind of bad model
+                raise UserError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+            self._sessions.append(session)
+        self._inputs = [session.get_inputs()[0].name for session in self._sessions]
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def run(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
+        """Stage ``index`` on a batch: its feature map (None for the last stage) and its raw logits (B, K)."""
+        outputs = self._sessions[index].run(None, {self._inputs[index]: x})
+        if index == len(self._sessions) - 1:
+            return None, outputs[0]
+        return outputs[0], outputs[1]
+
+    def all_logits(self, images: ImageSource, batch_size: int = 256) -> NDArray[np.float32]:
+        """Raw logits (E, N, K) of every exit for uint8 images (N, H, W, C); nothing leaves early."""
+        parts = []
+        for start in range(0, len(images), batch_size):
+            x: NDArray[Any] | None = images[start : start + batch_size]
+            rows = []
+            for index in range(len(self)):
+                assert x is not None
+                x, logits = self.run(index, x)
+                rows.append(logits)
+            parts.append(np.stack(rows))
+        return np.concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Answers for N images, in the order given.
+
+    ``probabilities`` (N, K) are the tempered softmax of the exit that answered; ``scores`` (N,) what that
+    exit decided on; ``macs`` (N,) what was computed, heads included.
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    exits: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    macs: NDArray[np.int64]
+
+
+class Session:
+    """A bundle, verified and ready to answer.
+
+    Args:
+        path: the bundle's folder.
+        threads: of ONNX Runtime; None leaves the choice to it.
+        providers: ONNX Runtime's execution providers; the CPU by default.
+
+    Raises:
+        UserError: whatever is wrong with the bundle, in one line, before any graph is loaded.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, providers: Providers | None = None) -> None:
+        folder = Path(path)
+        self.manifest = bundle.read(folder)
+        self._stages = StageRunner([folder / stage.file for stage in self.manifest.stages], threads, providers)
+        self._macs = np.asarray([stage.macs for stage in self.manifest.stages], dtype=np.int64)
+        self._check_reference_sample(folder)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, by label."""
+        return self.manifest.classes
+
+    def all_logits(self, images: ImageSource) -> NDArray[np.float32]:
+        """Raw logits (E, N, K) of every exit; for calibration, not for speed."""
+        return self._stages.all_logits(images)
+
+    def predict(
+        self,
+        images: NDArray[np.uint8],
+        *,
+        operating_point: str | None = None,
+        thresholds: policy.Thresholds | None = None,
+        max_exit: int | None = None,
+        max_macs: float | None = None,
+    ) -> Prediction:
+        """Answer uint8 images (N, H, W, C), N = 0 included; a stage runs only for images still undecided.
+
+        Args:
+            operating_point: by name; the bundle's default without it.
+            thresholds: E-1 numbers or None, instead of an operating point; not certified.
+            max_exit: the last exit that may run; it answers whatever is left. Not certified.
+            max_macs: the same as a limit on MACs per image.
+
+        Raises:
+            UserError: images of a wrong shape or type, an unknown operating point, an impossible limit.
+        """
+        images = self._check_images(images)
+        last = self._last_exit(max_exit, max_macs)
+        chosen = self._thresholds(operating_point, thresholds)
+        count, classes = len(images), len(self.manifest.classes)
+        exits = np.full(count, last, dtype=np.int64)
+        logits = np.zeros((count, classes), dtype=np.float32)
+        scores = np.zeros(count)
+        waiting = np.arange(count)  # rows of the images that are still undecided
+        x: NDArray[Any] = images
+        for index in range(last + 1):
+            features, stage_logits = self._stages.run(index, x)
+            stage_scores = policy.score(stage_logits, self.manifest.score, self.manifest.sharpness)
+            if index == last:
+                done = np.ones(len(waiting), dtype=np.bool_)
+            else:
+                done = policy.leaves(stage_scores, chosen[index])
+            rows = waiting[done]
+            exits[rows] = index
+            logits[rows] = stage_logits[done]
+            scores[rows] = stage_scores[done]
+            waiting = waiting[~done]
+            if not len(waiting):
+                break
+            assert features is not None
+            x = features[~done] if len(rows) else features
+        return Prediction(
+            labels=logits.argmax(axis=-1),
+            probabilities=policy.answer_probabilities(logits, exits, self.manifest.temperatures),
+            exits=exits,
+            scores=scores,
+            macs=self._macs[exits],
+        )
+
+    def _check_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        images = np.asarray(images)
+        expected = self.manifest.input_shape
+        if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
+            raise UserError(
+                f"expected uint8 images of shape (N, {', '.join(map(str, expected))}), got {images.dtype} of shape "
+                f"{images.shape}: decode and resize them first (erde predict does both)"
+            )
+        return np.ascontiguousarray(images)
+
+    def _last_exit(self, max_exit: int | None, max_macs: float | None) -> int:
+        last = len(self._stages) - 1
+        if max_exit is not None:
+            if not 0 <= max_exit <= last:
+                raise UserError(f"max_exit is {max_exit}, this bundle has exits 0 to {last}")
+            last = max_exit
+        if max_macs is not None:
+            affordable = int((self._macs <= max_macs).sum()) - 1
+            if affordable < 0:
+                raise UserError(f"max_macs is {max_macs:,.0f}, the first exit already takes {self._macs[0]:,}")
+            last = min(last, affordable)
+        return last
+
+    def _thresholds(self, name: str | None, thresholds: policy.Thresholds | None) -> policy.Thresholds:
+        if thresholds is None:
+            return self.manifest.point(name).thresholds
+        if name is not None:
+            raise UserError("give an operating point or thresholds, not both")
+        if len(thresholds) != len(self._stages) - 1:
+            raise UserError(
+                f"{len(thresholds)} thresholds for {len(self._stages)} exits: expected {len(self._stages) - 1}, "
+                "None to disable an exit"
+            )
+        return thresholds
+
+    def _check_reference_sample(self, folder: Path) -> None:
+        sample = self.manifest.reference_sample
+        try:
+            images = sample.decode(self.manifest.input_shape)
+            logits = self._stages.all_logits(images)
+        except Exception as error:  # a stage that does not take what the last one gives, and the like
+            raise UserError(f"bundle {folder}: its stages do not run: {str(error).splitlines()[0]}") from error
+        expected = np.asarray(sample.logits)
+        if logits.shape != expected.shape or not np.abs(logits - expected).max() <= sample.tolerance:
+            raise UserError(
+                f"bundle {folder}: its stages do not give the logits of its reference sample on this machine: "
+                "export it again here, or report this with `erde bundle info`"
+            )

@@ -1,0 +1,101 @@
+"""The four splits as four types, for images and for logits, so that one cannot stand in for another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+
+class ImageSource(Protocol):
+    """Images that may not fit in memory; an array of shape (N, H, W, C) is one too."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, C)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: NDArray[np.int64] | slice, /) -> Images: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 (N, H, W, C), and their labels, int64 (N,). Use one of the four subclasses."""
+
+    images: ImageSource
+    labels: Labels
+    name: ClassVar[str] = "split"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, size: int) -> Iterator[Images]:
+        """The images in order, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.images[start : start + size]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, labels and pixels, in order: equal only where the split is the same."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
+        for batch in self.batches(1024):
+            digest.update(np.ascontiguousarray(batch).tobytes())
+        return digest.hexdigest()
+
+
+class TrainSplit(Split):
+    """What networks are trained on; int8 ranges come from here too."""
+
+    name = "train"
+
+
+class TuneSplit(Split):
+    """For everything that is fitted or chosen after training: temperatures, scores, thresholds."""
+
+    name = "tune"
+
+
+class CertifySplit(Split):
+    """Used once per artifact, after everything else is fixed."""
+
+    name = "certify"
+
+
+class TestSplit(Split):
+    """Looked at by the evaluation only."""
+
+    name = "test"
+    __test__ = False  # not a pytest class
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Raw logits, float32 (E, N, K), of the exported stages, with labels, int64 (N,)."""
+
+    logits: NDArray[np.float32]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class TuneLogits(Logits):
+    """Logits on the tune split."""
+
+
+class CertifyLogits(Logits):
+    """Logits on the certify split."""
+
+
+class TestLogits(Logits):
+    """Logits on the test split."""
+
+    __test__ = False
