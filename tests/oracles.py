@@ -144,3 +144,17 @@ def hooked_macs(module: nn.Module, *inputs: Tensor) -> tuple[int, Any]:
         for hook in hooks:
             hook.remove()
     return total, output
+
+
+def synthetic_logits(
+    seed: int, images: int, signals: Sequence[float] = (1.4, 1.9, 2.4), classes: int = 5
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits (E, N, K) and labels (N,): deeper exits see more, and hard images are hard for all of them."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(classes, size=images)
+    ease = generator.gamma(2.0, 1.0, size=images)
+    shared = generator.normal(size=(images, classes))
+    logits = np.stack([shared + generator.normal(size=(images, classes)) for _ in signals])
+    for index, signal in enumerate(signals):
+        logits[index, np.arange(images), labels] += signal * ease
+    return logits.astype(np.float32), labels

@@ -7,7 +7,6 @@ import pkgutil
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +19,7 @@ from erde.errors import UserError
 from erde.losses import LOSSES, ExitSettings, build_loss, cross_entropy_loss, erde_loss, kd_loss
 from erde.losses.base import exit_entropy, exit_kl, pair_exits
 from erde.losses.erde import entropy_penalty
+from tests import oracles
 
 torch.set_num_threads(1)
 
@@ -141,7 +141,11 @@ def test_every_switch_changes_the_value(switch: dict[str, Any]) -> None:
 def test_uncertainty_changes_the_uncertain_test() -> None:
     student, teacher, labels = sample()
     shares = [
-        float(erde_loss(student, teacher, labels, wrong_test="uncertain", uncertainty=value)["teacher_wrong"].sum())
+        float(
+            erde_loss(student, teacher, labels, wrong_test="uncertain", uncertainty=value)[
+                "teacher_wrong"
+            ].sum()
+        )
         for value in (0.0, 0.5, 0.95)
     ]
     assert shares[0] < shares[1] < shares[2]
@@ -323,9 +327,17 @@ def test_module_equals_function(name: str) -> None:
 def test_every_knob_of_a_recipe_reaches_the_loss(knob: str, value: Any) -> None:
     student, teacher, labels = sample()
     settings = make_settings()
-    found = build_loss(resolve_loss({"name": "erde", knob: value}), settings)(student, teacher, labels)["loss"]
+    found = build_loss(resolve_loss({"name": "erde", knob: value}), settings)(student, teacher, labels)[
+        "loss"
+    ]
     expected = erde_loss(
-        student, teacher, labels, alpha=[0.2, 0.5, 0.9], temperature=3.0, exit_weights=[0.5, 1.0, 1.5], **{knob: value}
+        student,
+        teacher,
+        labels,
+        alpha=[0.2, 0.5, 0.9],
+        temperature=3.0,
+        exit_weights=[0.5, 1.0, 1.5],
+        **{knob: value},
     )["loss"]
     default = build_loss(resolve_loss("erde"), settings)(student, teacher, labels)["loss"]
     assert torch.allclose(found, expected, rtol=1e-6)

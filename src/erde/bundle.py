@@ -11,14 +11,15 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from erde.errors import UserError
+from erde.errors import UserError, nearest
 from erde.files import replacing_folder, write_json, write_text
+from erde.policy import SCORES
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -145,7 +146,7 @@ class Manifest(_Model):
     no_exit_parameters: int
     score: str
     sharpness: float = Field(gt=0)
-    temperatures: list[float]
+    temperatures: list[Annotated[float, Field(gt=0)]]
     operating_points: list[OperatingPoint] = Field(min_length=1)
     default_operating_point: str
     calibration: Calibration | None
@@ -158,6 +159,19 @@ class Manifest(_Model):
         exits = len(self.stages)
         if len(self.temperatures) != exits:
             raise ValueError(f"{len(self.temperatures)} temperatures for {exits} exits")
+        if self.score not in SCORES:
+            raise ValueError(f"unknown score '{self.score}'{nearest(self.score, SCORES)}")
+        sample = self.reference_sample
+        rows = [row for logits in sample.logits for row in logits]
+        if (
+            len(sample.logits) != exits
+            or any(len(logits) != sample.count for logits in sample.logits)
+            or any(len(row) != len(self.classes) for row in rows)
+        ):
+            raise ValueError(
+                f"the reference sample's logits are not {exits} exits x {sample.count} images x "
+                f"{len(self.classes)} classes"
+            )
         names = [point.name for point in self.operating_points]
         if len(set(names)) != len(names):
             raise ValueError("two operating points have the same name")
@@ -219,7 +233,11 @@ def read(folder: Path) -> Manifest:
             f"bundle {folder} has format version {version!r}, this erde reads {FORMAT_VERSION}: "
             "install the erde that wrote it, or export it again"
         )
-    if value.pop("seal", None) != canonical_hash(value):
+    try:
+        matches = value.pop("seal", None) == canonical_hash(value)
+    except (ValueError, RecursionError):  # NaN, an overflowing number, or nesting that has no canonical form
+        matches = False
+    if not matches:
         raise UserError(f"bundle {folder}: {MANIFEST} does not match its seal: it was changed after sealing")
     try:
         manifest = Manifest.model_validate(value)
@@ -235,7 +253,9 @@ def read(folder: Path) -> Manifest:
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
-        raise UserError(f"no bundle at {folder}: it has no {MANIFEST} (a bundle is what `erde export` writes)")
+        raise UserError(
+            f"no bundle at {folder}: it has no {MANIFEST} (a bundle is what `erde export` writes)"
+        )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise UserError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES // 2**20} MiB")
     try:
@@ -307,7 +327,9 @@ def model_card(manifest: Manifest) -> str:
         lines.append(f"| {point.name}{default} | {thresholds} | {measured} |")
     lines += ["", "## What is promised", ""]
     certified = [point for point in manifest.operating_points if point.certificate is not None]
-    lines += [f"- **{point.name}**: {point.certificate.sentence()}" for point in certified if point.certificate]
+    lines += [
+        f"- **{point.name}**: {point.certificate.sentence()}" for point in certified if point.certificate
+    ]
     if certified and certified[0].certificate:
         lines += ["", f"Assumed: {certified[0].certificate.assumptions}."]
     else:
@@ -328,3 +350,20 @@ def model_card(manifest: Manifest) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def differences(first: Manifest, second: Manifest) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two manifests differ, by dotted name: (value in the first, in the second)."""
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def walk(one: Any, other: Any, key: str) -> None:
+        if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            one, other = dict(enumerate(one)), dict(enumerate(other))
+        if isinstance(one, dict) and isinstance(other, dict):
+            for name in [*one, *(name for name in other if name not in one)]:
+                walk(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
+        elif one != other:
+            found[key] = (one, other)
+
+    walk(first.model_dump(mode="json"), second.model_dump(mode="json"), "")
+    return found

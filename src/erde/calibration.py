@@ -126,9 +126,7 @@ def search_path(tune: ScoredSplit, cost: Cost) -> ThresholdPath:
     intermediate = len(macs) - 1
     grids = [_threshold_grid(tune.scores[index]) for index in range(intermediate)]
     # entry[k][i]: the first level of exit k's grid at which image i would leave there (level 0: disabled).
-    entry = [
-        _entry_levels(scores, grid) for scores, grid in zip(tune.scores[:-1], grids, strict=True)
-    ]
+    entry = [_entry_levels(scores, grid) for scores, grid in zip(tune.scores[:-1], grids, strict=True)]
     images = np.arange(count)
     levels = [0] * intermediate
     exits = np.full(count, intermediate)
@@ -151,7 +149,12 @@ def search_path(tune: ScoredSplit, cost: Cost) -> ThresholdPath:
                 continue
             slope = added[reachable] / saved[reachable]
             choice = np.lexsort((-saved[reachable], slope))[0]
-            candidate = (float(slope[choice]), -float(saved[reachable][choice]), index, int(reachable[choice]))
+            candidate = (
+                float(slope[choice]),
+                -float(saved[reachable][choice]),
+                index,
+                int(reachable[choice]),
+            )
             best = candidate if best is None else min(best, candidate)
         if best is None:
             break
@@ -162,7 +165,9 @@ def search_path(tune: ScoredSplit, cost: Cost) -> ThresholdPath:
             step_cost = float(macs[exits].mean())
             if step_cost < path_exits_cost[-1]:
                 path.append(
-                    tuple(grid[level - 1] if level else None for grid, level in zip(grids, levels, strict=True))
+                    tuple(
+                        grid[level - 1] if level else None for grid, level in zip(grids, levels, strict=True)
+                    )
                 )
                 path_exits_cost.append(step_cost)
                 path_risk.append(float(harm[exits, images].mean()))
@@ -305,7 +310,9 @@ class CalibratedPolicy:
             sharpness=value["sharpness"],
             temperatures=value["temperatures"],
             path=ThresholdPath(
-                tuple(tuple(one) for one in path["thresholds"]), np.asarray(path["risk"]), np.asarray(path["macs"])
+                tuple(tuple(one) for one in path["thresholds"]),
+                np.asarray(path["risk"]),
+                np.asarray(path["macs"]),
             ),
             points=[OperatingPoint.model_validate(one) for one in value["points"]],
             default=value["default"],
@@ -346,7 +353,9 @@ def calibrate_logits(
     if len(cost.exit_macs) == 1:
         # Nothing to decide: one exit answers all. The paper's rule stands in for a score.
         score, sharpness, max_risks, budgets = "entropy", 1.0, (), ()
-    candidates = choose_score(tune, cost, max_risks[0] if max_risks else 0.0, tune_reference_right, score, sharpness)
+    candidates = choose_score(
+        tune, cost, max_risks[0] if max_risks else 0.0, tune_reference_right, score, sharpness
+    )
     chosen = candidates[0]
     tune_scored = ScoredSplit.of(tune, chosen.score, chosen.sharpness, tune_reference_right)
     certify_scored = ScoredSplit.of(certify_split, chosen.score, chosen.sharpness, certify_reference_right)
@@ -390,7 +399,9 @@ def calibrate_logits(
                 f"{cost.exit_macs[0] / cost.no_exit_macs:.0%}; give a larger budget or an earlier exit"
             )
         points.append(
-            point(f"budget-{budget * 100:g}", "budget", budget, int(within[0]), note="a budget, not certified")
+            point(
+                f"budget-{budget * 100:g}", "budget", budget, int(within[0]), note="a budget, not certified"
+            )
         )
     default = point_name(max_risks[0]) if max_risks else "no-exit"
     default_thresholds = next(one.thresholds for one in points if one.name == default)
@@ -409,12 +420,15 @@ def calibrate_logits(
             ],
         ),
         candidates=[
-            ScoreCandidate(score=one.score, sharpness=one.sharpness, macs_saved=one.macs_saved) for one in candidates
+            ScoreCandidate(score=one.score, sharpness=one.sharpness, macs_saved=one.macs_saved)
+            for one in candidates
         ],
     )
 
 
-def apply(manifest: Manifest, calibrated: CalibratedPolicy, points: list[OperatingPoint] | None = None) -> Manifest:
+def apply(
+    manifest: Manifest, calibrated: CalibratedPolicy, points: list[OperatingPoint] | None = None
+) -> Manifest:
     """``manifest`` with a calibrated policy; ``points`` in place of its own, for example with test results."""
     return manifest.model_copy(
         update={

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from erde.errors import UserError
@@ -26,8 +26,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
     """Write tensors and JSON-able ``state`` to ``path``; a reader sees the old file or the new one."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"erde": json.dumps({"format_version": FORMAT_VERSION, **state}, sort_keys=True)}
+    # Not safetensors' own save_file: a full disk is an OSError here, and a kill leaves only what is swept.
     with replacing_file(path) as beside:
-        save_file(contiguous, beside, metadata=metadata)
+        beside.write_bytes(serialize(contiguous, metadata=metadata))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -50,7 +51,9 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that stand under ``prefix``, without it."""
-    return {name.removeprefix(f"{prefix}."): one for name, one in tensors.items() if name.startswith(f"{prefix}.")}
+    return {
+        name.removeprefix(f"{prefix}."): one for name, one in tensors.items() if name.startswith(f"{prefix}.")
+    }
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Unknown keys and wrong types are errors that name the key, the nearest valid one
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from erde.errors import UserError, nearest
 
@@ -46,7 +55,9 @@ class DataConfig(Frozen):
     label_column: str | None = None
     channels: Literal[1, 3] = 3
     image_size: Count | None = Field(None, description="pixels a side; None keeps the images' own size")
-    train_subset: Count | None = Field(None, description="images of train that students see; limits train only")
+    train_subset: Count | None = Field(
+        None, description="images of train that students see; limits train only"
+    )
     tune_size: Count = 2500
     certify_size: Count = 2500
     test_size: Count = Field(2500, description="only used where the data set has no test split of its own")
@@ -83,7 +94,9 @@ class TrainConfig(Frozen):
     gamma: Positive = Field(0.1, description="for step: the factor at each milestone")
     gradient_clip: Positive | None = Field(None, description="largest global gradient norm")
     backbone_epochs: int = Field(0, ge=0, description="of epochs: the final exit alone, before all together")
-    freeze_backbone: bool = Field(False, description="after backbone_epochs, or from the start, train heads only")
+    freeze_backbone: bool = Field(
+        False, description="after backbone_epochs, or from the start, train heads only"
+    )
     channels_last: bool = True
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU")
     checkpoint_seconds: NotNegative = Field(30.0, description="between checkpoints within a phase")
@@ -103,7 +116,8 @@ class DistillationConfig(Frozen):
     )
     temperature: Positive = 4.0
     pairing: Literal["exit", "final"] = Field(
-        "exit", description="exit: exit i teaches i, or the nearest relative depth; final: the last teaches all"
+        "exit",
+        description="exit: exit i teaches i, or the nearest relative depth; final: the last teaches all",
     )
     exit_weights: Literal["uniform", "linear", "macs"] | list[NotNegative] = "uniform"
 
@@ -190,10 +204,14 @@ class Config(Frozen):
         from erde.policy import SCORES
 
         if self.export.arm not in self.arms:
-            raise UserError(f"export.arm is '{self.export.arm}', which is no arm{nearest(self.export.arm, self.arms)}")
+            raise UserError(
+                f"export.arm is '{self.export.arm}', which is no arm{nearest(self.export.arm, self.arms)}"
+            )
         for arm in self.arms:
             if arm == "teacher" or not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
-                raise UserError(f"'{arm}' cannot name an arm: letters, digits, '-', '_' and '.', and not 'teacher'")
+                raise UserError(
+                    f"'{arm}' cannot name an arm: letters, digits, '-', '_' and '.', and not 'teacher'"
+                )
         networks = {"teacher": self.teacher, "student": self.student}
         networks |= {f"arms.{arm}.student": self.student_of(arm) for arm in self.arms}
         for where, network in networks.items():
@@ -225,7 +243,9 @@ class Config(Frozen):
     @property
     def teacher_train(self) -> TrainConfig:
         """``train`` with the teacher's differences."""
-        return validate(TrainConfig, {**self.train.model_dump(), **self.teacher.train}, prefix="teacher.train.")
+        return validate(
+            TrainConfig, {**self.train.model_dump(), **self.teacher.train}, prefix="teacher.train."
+        )
 
     def student_of(self, arm: str) -> NetworkConfig:
         """``student`` with the differences of ``arm``."""
@@ -250,20 +270,31 @@ def validate(model: type[Model], value: Any, prefix: str = "") -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        located = [([str(part) for part in one["loc"] if not _is_branch(part)], one) for one in error.errors()]
+        located = [
+            ([str(part) for part in one["loc"] if not _is_branch(part)], one) for one in error.errors()
+        ]
         # A misspelt key is what explains a missing one.
         keys, first = next((one for one in located if one[1]["type"] == "extra_forbidden"), located[0])
         # A union reports every branch: the deepest location is the branch that was meant.
-        keys, first = max((one for one in located if one[0][: len(keys)] == keys), key=lambda one: len(one[0]))
+        keys, first = max(
+            (one for one in located if one[0][: len(keys)] == keys), key=lambda one: len(one[0])
+        )
         where = prefix + ".".join(keys)
         if first["type"] == "extra_forbidden":
             fields = _fields_at(model, keys[:-1])
-            raise UserError(f"unknown key '{where}'{nearest(keys[-1], fields)}") from error
+            group = where.removesuffix(keys[-1])
+            # Compared without the group, which would make every key look alike; shown with it.
+            hint = nearest(keys[-1], fields).replace("'", f"'{group}", 1)
+            raise UserError(f"unknown key '{where}'{hint}") from error
         if first["type"] == "missing":
-            raise UserError(f"the key '{where}' is missing; give it in the recipe or as {where}=...") from error
+            raise UserError(
+                f"the key '{where}' is missing; give it in the recipe or as {where}=..."
+            ) from error
         if first["type"] == "value_error":
             raise UserError(_own_words(first["ctx"]["error"], where.rstrip("."))) from error
-        alternatives = {one["msg"].removeprefix("Input should be ") for found, one in located if found == keys}
+        alternatives = {
+            one["msg"].removeprefix("Input should be ") for found, one in located if found == keys
+        }
         expected = " or ".join(sorted(alternatives))
         raise UserError(f"{where or 'recipe'}: expected {expected}, got {first['input']!r}") from error
 
@@ -275,7 +306,7 @@ def _own_words(error: ValueError, where: str) -> str:
         return message
     if isinstance(error, UserError) and where.endswith("loss"):
         # resolve_loss does not know where it stands and calls that place "loss".
-        return message.replace("loss", where, 1)
+        return re.sub(r"(?<![\w.])loss(?=[.:])", lambda _: where, message)
     return f"{where}: {message}"
 
 
@@ -312,7 +343,9 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     elif path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
-        raise UserError(f"no recipe '{recipe}': neither a file nor a shipped name{nearest(str(recipe), shipped_recipes())}")
+        raise UserError(
+            f"no recipe '{recipe}': neither a file nor a shipped name{nearest(str(recipe), shipped_recipes())}"
+        )
     value = _safe_yaml(text, f"recipe {recipe}")
     if not isinstance(value, dict):
         raise UserError(f"recipe {recipe}: expected keys and values, got {type(value).__name__}")

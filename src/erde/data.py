@@ -78,7 +78,9 @@ class DataSplits:
             )
         if skip == 0 and size == len(self.train):
             return self.train
-        return TrainSplit(_part(self.train.images, np.arange(skip, skip + size)), self.train.labels[skip : skip + size])
+        return TrainSplit(
+            _part(self.train.images, np.arange(skip, skip + size)), self.train.labels[skip : skip + size]
+        )
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Size and fingerprint per split, for ``splits.json``."""
@@ -154,21 +156,26 @@ def _check_size(what: str, size: int, order: Index, key: str) -> None:
 
 def _normalisation(config: DataConfig, train: TrainSplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
     channels = train.images.shape[-1]
+    for key, given in (("mean", config.mean), ("std", config.std)):
+        if given and len(given) != channels:
+            raise UserError(f"data.{key} has {len(given)} values for {channels} channels")
+    # Measuring decodes the images of a streamed set: only where it is needed.
+    mean, std = ((), ()) if config.mean and config.std else _measure(train, channels)
+    mean, std = tuple(config.mean or mean), tuple(config.std or std)
+    return mean, tuple(max(one, 1e-3) for one in std)
+
+
+def _measure(train: TrainSplit, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     counts = np.zeros((channels, 256))
     for start in range(0, min(len(train), NORMALISATION_IMAGES), 1024):
         batch = train.images[start : start + 1024].reshape(-1, channels)
         counts += [np.bincount(batch[:, channel], minlength=256) for channel in range(channels)]
     values = np.arange(256) / 255
     shares = counts / counts.sum(axis=1, keepdims=True)
-    measured_mean = shares @ values
+    mean = shares @ values
     # Of a channel with one value everywhere, rounding can make the difference negative.
-    measured_std = np.sqrt(np.maximum(shares @ values**2 - measured_mean**2, 0))
-    mean = tuple(config.mean) if config.mean else tuple(round(float(one), 4) for one in measured_mean)
-    std = tuple(config.std) if config.std else tuple(round(float(one), 4) for one in measured_std)
-    for key, given in (("mean", mean), ("std", std)):
-        if len(given) != channels:
-            raise UserError(f"data.{key} has {len(given)} values for {channels} channels")
-    return mean, tuple(max(one, 1e-3) for one in std)
+    std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
+    return tuple(round(float(one), 4) for one in mean), tuple(round(float(one), 4) for one in std)
 
 
 # ---------------------------------------------------------------- from a source to images and labels
@@ -280,11 +287,19 @@ def _open_tables(name: str) -> tuple[Any, Shipped | None]:
     try:
         if folder.is_dir():
             _check_parquet(folder)
-            return datasets.load_dataset(str(folder)), shipped
+            # A copy of the hub's repository can hold several configurations.
+            configuration = shipped.configuration if shipped else None
+            if configuration not in datasets.get_dataset_config_names(str(folder)):
+                configuration = None
+            return datasets.load_dataset(str(folder), configuration), shipped
         if name.startswith((".", "/", "~")):
-            raise UserError(f"no data at {name}: expected a folder with Parquet files, or with a folder per class")
+            raise UserError(
+                f"no data at {name}: expected a folder with Parquet files, or with a folder per class"
+            )
         if shipped is None and "/" not in name:
-            raise UserError(f"unknown data set '{name}'{nearest(name, SHIPPED)}; a folder or a hub id also works")
+            raise UserError(
+                f"unknown data set '{name}'{nearest(name, SHIPPED)}; a folder or a hub id also works"
+            )
         if shipped:
             return datasets.load_dataset(shipped.hub_id, shipped.configuration), shipped
         return datasets.load_dataset(name), shipped
@@ -338,7 +353,9 @@ def _columns(
     raw_labels = table[label_column][:]
     for row, label in enumerate(raw_labels):
         if not isinstance(label, int) or not 0 <= label < classes:
-            raise UserError(f"{where}, row {row}: the label is {label!r}, expected a number, 0 to {classes - 1}")
+            raise UserError(
+                f"{where}, row {row}: the label is {label!r}, expected a number, 0 to {classes - 1}"
+            )
     labels = np.asarray(raw_labels, dtype=np.int64)
     table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     if shape is None:
@@ -433,10 +450,7 @@ class TrainBatches:
         device: torch.device,
         workers: int = 0,
     ) -> None:
-        if batch_size > len(split):
-            raise UserError(
-                f"train.batch_size is {batch_size}, the train split has {len(split)} images: lower the batch size"
-            )
+        assert 1 <= batch_size <= len(split), (batch_size, len(split))
         self.steps = len(split) // batch_size
         self.batch_size = batch_size
         self._split, self._seed, self._augmentation, self._workers = split, seed, augmentation, workers
@@ -464,7 +478,7 @@ class TrainBatches:
             return
         loader: DataLoader[tuple[Images, Labels]] = DataLoader(
             _Encoded(self._split),
-            sampler=list(batches),  # type: ignore[arg-type]  # whole batches of indices
+            sampler=list(batches),  # whole batches of indices
             batch_size=None,
             num_workers=self._workers,
             # Its own generator: the loader's seed must not be drawn from the one that dropout uses.
@@ -479,7 +493,9 @@ class TrainBatches:
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
         """All random numbers of an epoch at once: one transfer to the device instead of one a step."""
-        generator = torch.Generator().manual_seed(int(np.random.default_rng([self._seed, epoch, 1]).integers(2**63)))
+        generator = torch.Generator().manual_seed(
+            int(np.random.default_rng([self._seed, epoch, 1]).integers(2**63))
+        )
         height, width = self._split.images.shape[1:3]
         shape, padding = (self.steps, self.batch_size), self._augmentation.crop_padding
 

@@ -32,8 +32,19 @@ def commit() -> str | None:
     """The git commit of erde's own source, ``+changes`` where it was edited; None for an installed package."""
     folder = Path(__file__).parent
     try:
+        # A virtual environment may lie inside somebody else's repository: only tracked source has a commit.
+        subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            check=True,
+            timeout=10,
+        )
         head = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(folder), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         ).stdout.strip()
         status = subprocess.run(
             ["git", "-C", str(folder), "status", "--porcelain", "--", str(folder)],

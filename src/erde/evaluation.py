@@ -73,7 +73,8 @@ def measure_points(
     """The operating points with what they do on test."""
     scored = ScoredSplit.of(test, calibrated.score, calibrated.sharpness, reference_right)
     return [
-        point.model_copy(update={"test": scored.measure(point.thresholds, cost)}) for point in calibrated.points
+        point.model_copy(update={"test": scored.measure(point.thresholds, cost)})
+        for point in calibrated.points
     ]
 
 
@@ -93,7 +94,9 @@ def measure_curve(
     )
 
 
-def in_band(scores: NDArray[np.float64], thresholds: policy.Thresholds, band: float = BAND) -> NDArray[np.bool_]:
+def in_band(
+    scores: NDArray[np.float64], thresholds: policy.Thresholds, band: float = BAND
+) -> NDArray[np.bool_]:
     """Images (N,) with a score within ``band`` of the threshold of an enabled exit that they reach."""
     near = np.zeros(scores.shape[-1], dtype=np.bool_)
     exits = policy.decide(scores, thresholds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -57,7 +58,9 @@ HEADS: dict[str, Callable[[Sequence[int], int, float], nn.Module]] = {"erde": ER
 class EarlyExitNetwork(nn.Module):
     """Stages with a head each; called with images (B, C, H, W) it gives logits (E, B, K) of all exits."""
 
-    def __init__(self, stages: Sequence[nn.Module], heads: Sequence[nn.Module], exit_names: Sequence[str]) -> None:
+    def __init__(
+        self, stages: Sequence[nn.Module], heads: Sequence[nn.Module], exit_names: Sequence[str]
+    ) -> None:
         super().__init__()
         assert len(stages) == len(heads) == len(exit_names)
         self.stages = nn.ModuleList(stages)
@@ -132,11 +135,13 @@ def attach_exits(
             )
     blocks = list(backbone.blocks.named_children())
     bounds = [0, *(cut + 1 for cut in cuts), len(blocks)]
-    stages = [
-        nn.Sequential(OrderedDict(blocks[start:end])) for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    stages = [nn.Sequential(OrderedDict(blocks[start:end])) for start, end in itertools.pairwise(bounds)]
     heads = [HEADS[head](shapes[cut], classes, dropout) for cut in cuts]
-    return EarlyExitNetwork(stages, [*heads, backbone.classifier], [*(names[cut] for cut in cuts), "final"])
+    network = EarlyExitNetwork(
+        stages, [*heads, backbone.classifier], [*(names[cut] for cut in cuts), "final"]
+    )
+    # New modules start in training mode: without this a backbone in eval mode would give a mixture.
+    return network.train(backbone.training)
 
 
 def _trace_blocks(

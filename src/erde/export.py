@@ -50,11 +50,17 @@ class ExportedStages:
     def read(cls, folder: Path) -> ExportedStages:
         """Read ``stages.json``."""
         value = json.loads((folder / STAGES).read_text(encoding="utf-8"))
-        cost = NetworkCost(**{key: tuple(one) if isinstance(one, list) else one for key, one in value.pop("cost").items()})
+        cost = value["cost"]
         height, width, channels = value["input_shape"]
         return cls(
             files=tuple(value["files"]),
-            cost=cost,
+            cost=NetworkCost(
+                exit_names=tuple(cost["exit_names"]),
+                macs=tuple(cost["macs"]),
+                parameters=tuple(cost["parameters"]),
+                no_exit_macs=cost["no_exit_macs"],
+                no_exit_parameters=cost["no_exit_parameters"],
+            ),
             opset=value["opset"],
             input_shape=(height, width, channels),
             mean=tuple(value["mean"]),
@@ -122,7 +128,9 @@ def export_stages(
     preprocess = _Preprocess(mean, std)
     exits = len(network.stages)
     files = tuple(f"stage_{index}.onnx" for index in range(exits))
-    exported = ExportedStages(files, network_cost(network, (channels, height, width)), opset, input_shape, mean, std)
+    exported = ExportedStages(
+        files, network_cost(network, (channels, height, width)), opset, input_shape, mean, std
+    )
     with replacing_folder(folder) as beside:
         x = _random_images(2, input_shape)
         for index, name in enumerate(files):
@@ -130,7 +138,9 @@ def export_stages(
             is_last = index == exits - 1
             module = _Stage(first, network.stages[index], network.heads[index], is_last).eval()
             outputs = ["logits"] if is_last else ["features", "logits"]
-            _export_graph(module, x, beside / name, ["images" if index == 0 else "features_in"], outputs, opset)
+            _export_graph(
+                module, x, beside / name, ["images" if index == 0 else "features_in"], outputs, opset
+            )
             with torch.no_grad():
                 x = x if is_last else module(x)[0]
         _check_parity(network, preprocess, exported, beside)

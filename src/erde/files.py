@@ -42,8 +42,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             # A rename cannot replace a folder that is not empty: the old one steps aside first.
             aside = _beside(path)
             os.replace(path, aside)
-            os.replace(beside, path)
-            shutil.rmtree(aside)
+            try:
+                os.replace(beside, path)
+            except OSError:
+                os.replace(aside, path)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(beside, path)
     except OSError as error:
@@ -64,19 +68,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def check_folder(path: Path) -> None:
+    """A regular file in the way of the folder ``path`` is the user's to move: say so."""
+    parent = next(one for one in (path, *path.parents) if one.exists())
+    if not parent.is_dir():
+        raise UserError(f"cannot create the folder {path}: {parent} is a file; choose another folder")
+
+
 def make_folder(path: Path) -> Path:
-    """Create ``path`` and its parents; a regular file in the way is the user's to move."""
-    for parent in (path, *path.parents):
-        if parent.exists():
-            if not parent.is_dir():
-                raise UserError(f"cannot create the folder {path}: {parent} is a file; choose another folder")
-            break
+    """Create ``path`` and its parents."""
+    check_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except PermissionError as error:
         raise UserError(
             f"cannot create the folder {path}: permission denied; choose a folder that you may write to"
         ) from error
+    except OSError as error:
+        _explain_full_disk(error, path)
+        raise
     return path
 
 

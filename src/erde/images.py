@@ -12,7 +12,19 @@ from PIL import Image, UnidentifiedImageError
 from erde.errors import UserError
 
 # Pillow's mode -> channels, alpha included; palettes are colours.
-_CHANNELS = {"1": 1, "L": 1, "I": 1, "I;16": 1, "F": 1, "LA": 2, "P": 3, "RGB": 3, "YCbCr": 3, "RGBA": 4, "CMYK": 4}
+_CHANNELS = {
+    "1": 1,
+    "L": 1,
+    "I": 1,
+    "I;16": 1,
+    "F": 1,
+    "LA": 2,
+    "P": 3,
+    "RGB": 3,
+    "YCbCr": 3,
+    "RGBA": 4,
+    "CMYK": 4,
+}
 
 
 def open_image(source: bytes | Image.Image, where: str) -> Image.Image:

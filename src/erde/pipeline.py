@@ -28,10 +28,10 @@ from erde.data import DataSplits, load_splits
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork, attach_exits
 from erde.export import STAGES, ExportedStages, build_manifest, export_plain, export_stages
-from erde.files import make_folder, replacing_file, sweep_leftovers, write_json, write_text
+from erde.files import check_folder, make_folder, replacing_file, sweep_leftovers, write_json, write_text
 from erde.losses import LOSSES
 from erde.report import write_report
-from erde.results import Agreement, Arm, DataInfo, Epoch, ExitCost, Results, ScoreCandidate, SplitInfo
+from erde.results import Agreement, Arm, DataInfo, Epoch, ExitCost, Results, SplitInfo
 from erde.runtime import Session, StageRunner
 from erde.splits import CertifyLogits, Images, TestLogits, TestSplit, TuneLogits
 from erde.training import FINAL, Job, build_criterion, choose_device, train_network
@@ -40,7 +40,9 @@ PHASES = ("train", "distill", "export", "calibrate", "evaluate")
 TEACHER = "teacher"
 
 
-def run(config: Config, folder: str | Path, *, resume: bool = False, until: str = "evaluate") -> Results | None:
+def run(
+    config: Config, folder: str | Path, *, resume: bool = False, until: str = "evaluate"
+) -> Results | None:
     """Run the chain into ``folder``, up to and including the phase ``until``; the results if it is the last.
 
     Raises:
@@ -69,20 +71,29 @@ class Run:
 
     @classmethod
     def open(cls, config: Config, folder: Path, resume: bool) -> Run:
-        """Start a run in a new folder, or continue the one that is there."""
+        """Start a run in a new folder, or continue the one that is there.
+
+        Nothing is written before the data is loaded and every network and loss of the recipe is built once.
+        """
         saved = folder / "config.yaml"
         if resume:
             if not saved.is_file():
-                raise UserError(f"nothing to resume in {folder}: it has no config.yaml; start without --resume")
+                raise UserError(
+                    f"nothing to resume in {folder}: it has no config.yaml; start without --resume"
+                )
             _check_same_recipe(config, saved)
             sweep_leftovers(folder)
         elif folder.is_dir() and any(folder.iterdir()):
             advice = "continue it with --resume" if saved.is_file() else "it holds other files"
             raise UserError(f"{folder} is not empty: {advice}, or choose another folder with --out")
+        check_folder(folder)
+        one = cls(config, folder)
+        one.check()
         make_folder(folder)
         if not resume:
             write_text(saved, config.to_yaml())
-        one = cls(config, folder)
+        if not (folder / "splits.json").exists():
+            write_json(folder / "splits.json", one.data.fingerprints())
         one.log.write("resume" if resume else "start", recipe=config.name, seed=config.seed)
         return one
 
@@ -107,18 +118,15 @@ class Run:
 
     @cached_property
     def data(self) -> DataSplits:
-        """The four splits; the first look writes ``splits.json``, later ones are held against it."""
+        """The four splits; once the run has a ``splits.json`` they are held against it."""
         progress.say(f"data: {self.config.data.name}")
         data = load_splits(self.config.data, self.config.seed)
-        fingerprints, path = data.fingerprints(), self.folder / "splits.json"
-        if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != fingerprints:
-                raise UserError(
-                    f"the data set '{self.config.data.name}' is not the one that this run started with (see "
-                    f"{path}): bring the old data back, or start a new run"
-                )
-        else:
-            write_json(path, fingerprints)
+        path = self.folder / "splits.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != data.fingerprints():
+            raise UserError(
+                f"the data set '{self.config.data.name}' is not the one that this run started with (see "
+                f"{path}): bring the old data back, or start a new run"
+            )
         return data
 
     @cached_property
@@ -182,40 +190,53 @@ class Run:
         for arm in [only] if only else self.config.arms:
             self._train_arm(arm)
 
-    def _train_arm(self, arm: str) -> None:
-        folder = self.arm_folder(arm) / "checkpoints"
+    def check(self) -> None:
+        """Build every job of the recipe once: what does not fit together is said before anything is written."""
+        teacher = self.new_network(TEACHER) if self.needs_teacher else None
+        for arm in self.arms:
+            self._job(arm, self.new_network(arm), teacher).check()
+
+    def _job(self, arm: str, network: EarlyExitNetwork, teacher: EarlyExitNetwork | None) -> Job:
         config = self.config
-        network, teacher = self.new_network(arm), None
         if arm == TEACHER:
-            subset = config.teacher.train_subset
             skip = (config.data.train_subset or 0) if config.teacher.disjoint else 0
-            settings, loss, distillation = config.teacher_train, LOSSES["ce"].config(name="ce"), DistillationConfig()
+            train = self.data.train_share(config.teacher.train_subset, skip)
+            settings, loss, distillation = (
+                config.teacher_train,
+                LOSSES["ce"].config(name="ce"),
+                DistillationConfig(),
+            )
         else:
-            subset, skip = config.data.train_subset, 0
+            train = self.data.train_share(config.data.train_subset)
             settings, loss, distillation = config.train, config.arms[arm].loss, config.distillation_of(arm)
-            if LOSSES[loss.name].needs_teacher:
-                teacher = self.trained_network(TEACHER)
-        outcome = train_network(
-            Job(
-                name=arm,
-                network=network,
-                criterion=build_criterion(loss, distillation, network, teacher, self.data),
-                teacher=teacher,
-                train=self.data.train_share(subset, skip),
-                config=settings,
-                augmentation=config.data.augmentation,
-                mean=self.data.mean,
-                std=self.data.std,
-                seed=config.seed,
-                device=self.device,
-                workers=config.data.workers,
-            ),
-            folder,
-            self.log,
+        if not LOSSES[loss.name].needs_teacher:
+            teacher = None
+        return Job(
+            name=arm,
+            network=network,
+            criterion=build_criterion(loss, distillation, network, teacher, self.data),
+            teacher=teacher,
+            train=train,
+            config=settings,
+            augmentation=config.data.augmentation,
+            mean=self.data.mean,
+            std=self.data.std,
+            seed=config.seed,
+            device=self.device,
+            workers=config.data.workers,
         )
+
+    def _train_arm(self, arm: str) -> None:
+        learns = arm != TEACHER and LOSSES[self.config.arms[arm].loss.name].needs_teacher
+        teacher = self.trained_network(TEACHER) if learns else None
+        job = self._job(arm, self.new_network(arm), teacher)
+        outcome = train_network(job, self.arm_folder(arm) / "checkpoints", self.log)
         history = [entry.model_dump() for entry in outcome.history]
         write_json(self.arm_folder(arm) / "history.json", history)
-        timing = {"seconds": round(outcome.seconds, 2), "images_per_second": round(outcome.images_per_second, 1)}
+        timing = {
+            "seconds": round(outcome.seconds, 2),
+            "images_per_second": round(outcome.images_per_second, 1),
+        }
         write_json(self.arm_folder(arm) / "timing.json", timing)
         final = outcome.history[-1].parts["loss"]
         progress.say(f"{arm}: trained, loss {final:.4f}, {outcome.images_per_second:,.0f} images/s")
@@ -309,9 +330,12 @@ class Run:
             )
             write_json(self.arm_folder(arm) / "policy.json", calibrated.to_json())
 
-    def evaluate(self) -> None:
-        """Measure every arm on test, seal the bundle, check the runtime against it all, write results and report."""
-        if (self.folder / "results.json").exists():
+    def evaluate(self, again: bool = False) -> None:
+        """Measure every arm on test, seal the bundle, check the runtime against it all, write results and report.
+
+        What is there already stays, unless ``again`` asks for it anew.
+        """
+        if (self.folder / "results.json").exists() and not again:
             if not (self.folder / "report.html").exists():
                 write_report(Results.read(self.folder / "results.json"), self.folder / "report.html")
             return
@@ -319,7 +343,9 @@ class Run:
         for arm in self.arms:
             path = self.arm_folder(arm) / "policy.json"
             if not path.exists():
-                raise UserError(f"arm '{arm}' of {self.folder} is not calibrated yet: run erde calibrate first")
+                raise UserError(
+                    f"arm '{arm}' of {self.folder} is not calibrated yet: run erde calibrate first"
+                )
             policies[arm] = CalibratedPolicy.from_json(json.loads(path.read_text(encoding="utf-8")))
             arms[arm] = self._evaluate_arm(arm, policies[arm])
         exported = self.config.export.arm
@@ -347,7 +373,9 @@ class Run:
         cost, exported = self._cost(arm), self._stages(arm).cost
         points = evaluation.measure_points(test, calibrated, cost, right)
         network_config = self.network_config(arm)
-        history = [Epoch(**one) for one in json.loads((self.arm_folder(arm) / "history.json").read_text("utf-8"))]
+        history = [
+            Epoch(**one) for one in json.loads((self.arm_folder(arm) / "history.json").read_text("utf-8"))
+        ]
         wrong = history[-1].parts.get("teacher_wrong")
         plain = len(exported.macs) == 1
         return Arm(
@@ -360,7 +388,9 @@ class Run:
             no_exit_parameters=exported.no_exit_parameters,
             cost=[
                 ExitCost(name=name, macs=macs, parameters=parameters)
-                for name, macs, parameters in zip(exported.exit_names, exported.macs, exported.parameters, strict=True)
+                for name, macs, parameters in zip(
+                    exported.exit_names, exported.macs, exported.parameters, strict=True
+                )
             ],
             exits=evaluation.measure_exits(test, calibrated, right),
             score=calibrated.score,
@@ -444,7 +474,9 @@ class Run:
         )
 
     def _timings(self) -> dict[str, Any]:
-        arms = {arm: json.loads((self.arm_folder(arm) / "timing.json").read_text("utf-8")) for arm in self.arms}
+        arms = {
+            arm: json.loads((self.arm_folder(arm) / "timing.json").read_text("utf-8")) for arm in self.arms
+        }
         return {"phase_seconds": self.seconds, "training": arms}
 
 
@@ -467,4 +499,3 @@ def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]
                 return found
         return None
     return None if old == new else (key, old, new)
-

@@ -145,7 +145,9 @@ class Results(_Model):
         except FileNotFoundError as error:
             raise UserError(f"no results at {path}: finish the run first (erde run ... --resume)") from error
         except (ValueError, ValidationError) as error:
-            raise UserError(f"{path} is not a results file of this erde: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{path} is not a results file of this erde: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def schema_text() -> str:

@@ -21,7 +21,9 @@ Providers = Sequence[str | tuple[str, dict[str, Any]]]
 class StageRunner:
     """The ONNX stages of one network in ONNX Runtime."""
 
-    def __init__(self, paths: Sequence[Path], threads: int | None = None, providers: Providers | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[Path], threads: int | None = None, providers: Providers | None = None
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
@@ -51,7 +53,7 @@ class StageRunner:
     def all_logits(self, images: ImageSource, batch_size: int = 256) -> NDArray[np.float32]:
         """Raw logits (E, N, K) of every exit for uint8 images (N, H, W, C); nothing leaves early."""
         parts = []
-        for start in range(0, len(images), batch_size):
+        for start in range(0, max(1, len(images)), batch_size):  # once for no images: shapes stay right
             x: NDArray[Any] | None = images[start : start + batch_size]
             rows = []
             for index in range(len(self)):
@@ -89,10 +91,14 @@ class Session:
         UserError: whatever is wrong with the bundle, in one line, before any graph is loaded.
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, providers: Providers | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, providers: Providers | None = None
+    ) -> None:
         folder = Path(path)
         self.manifest = bundle.read(folder)
-        self._stages = StageRunner([folder / stage.file for stage in self.manifest.stages], threads, providers)
+        self._stages = StageRunner(
+            [folder / stage.file for stage in self.manifest.stages], threads, providers
+        )
         self._macs = np.asarray([stage.macs for stage in self.manifest.stages], dtype=np.int64)
         self._check_reference_sample(folder)
 
@@ -103,6 +109,9 @@ class Session:
 
     def all_logits(self, images: ImageSource) -> NDArray[np.float32]:
         """Raw logits (E, N, K) of every exit; for calibration, not for speed."""
+        if tuple(images.shape[1:]) != self.manifest.input_shape:
+            expected = ", ".join(map(str, self.manifest.input_shape))
+            raise UserError(f"expected images of shape (N, {expected}), got {tuple(images.shape)}")
         return self._stages.all_logits(images)
 
     def predict(
@@ -137,10 +146,11 @@ class Session:
         for index in range(last + 1):
             features, stage_logits = self._stages.run(index, x)
             stage_scores = policy.score(stage_logits, self.manifest.score, self.manifest.sharpness)
-            if index == last:
-                done = np.ones(len(waiting), dtype=np.bool_)
-            else:
-                done = policy.leaves(stage_scores, chosen[index])
+            done = (
+                np.ones(len(waiting), dtype=np.bool_)
+                if index == last
+                else policy.leaves(stage_scores, chosen[index])
+            )
             rows = waiting[done]
             exits[rows] = index
             logits[rows] = stage_logits[done]
@@ -177,7 +187,9 @@ class Session:
         if max_macs is not None:
             affordable = int((self._macs <= max_macs).sum()) - 1
             if affordable < 0:
-                raise UserError(f"max_macs is {max_macs:,.0f}, the first exit already takes {self._macs[0]:,}")
+                raise UserError(
+                    f"max_macs is {max_macs:,.0f}, the first exit already takes {self._macs[0]:,}"
+                )
             last = min(last, affordable)
         return last
 
@@ -199,7 +211,9 @@ class Session:
             images = sample.decode(self.manifest.input_shape)
             logits = self._stages.all_logits(images)
         except Exception as error:  # a stage that does not take what the last one gives, and the like
-            raise UserError(f"bundle {folder}: its stages do not run: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"bundle {folder}: its stages do not run: {str(error).splitlines()[0]}"
+            ) from error
         expected = np.asarray(sample.logits)
         if logits.shape != expected.shape or not np.abs(logits - expected).max() <= sample.tolerance:
             raise UserError(

@@ -48,6 +48,19 @@ class Job:
     device: torch.device
     workers: int = 0
 
+    def check(self) -> None:
+        """What only shows when training starts, before it starts."""
+        if self.config.batch_size > len(self.train):
+            raise UserError(
+                f"train.batch_size is {self.config.batch_size}, '{self.name}' trains on {len(self.train):,} images: "
+                "lower the batch size"
+            )
+        if self.config.freeze_backbone and len(self.network.stages) == 1:
+            raise UserError(
+                f"train.freeze_backbone leaves nothing to train in '{self.name}', which has one exit: "
+                "give it more exits, or set train.freeze_backbone=false"
+            )
+
 
 @dataclass
 class Outcome:
@@ -93,15 +106,20 @@ def train_network(job: Job, folder: Path | None = None, log: progress.RunLog | N
     Raises:
         UserError: a loss that is not finite, no memory, a full disk; the last good checkpoint is kept.
     """
-    trainer = _Trainer(job, folder, log or progress.RunLog(None))
+    job.check()
+    trained = [parameter for parameter in job.network.parameters() if parameter.requires_grad]
     try:
-        return trainer.run()
+        return _Trainer(job, folder, log or progress.RunLog(None)).run()
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(job) from error
     except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
             raise _out_of_memory(job) from error
         raise
+    finally:
+        # freeze_backbone is of this training, not of the network.
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _out_of_memory(job: Job) -> UserError:
@@ -134,7 +152,9 @@ class _Trainer:
             workers=job.workers,
         )
         self.optimizer = _build_optimizer(job)
-        self.autocast = job.device.type == "cuda" and job.config.precision == "auto" or job.config.precision == "bf16"
+        self.autocast = (
+            job.device.type == "cuda" and job.config.precision == "auto"
+        ) or job.config.precision == "bf16"
         self.outcome = Outcome()
         self.meter = _Meter()
         self.epoch, self.step_in_epoch = 0, 0
@@ -158,12 +178,18 @@ class _Trainer:
                     self._step(images, labels)
                     self.step_in_epoch += 1
                     if task.due():
-                        task.update(self.epoch * self.batches.steps + self.step_in_epoch, self._describe(started, first))
+                        task.update(
+                            self.epoch * self.batches.steps + self.step_in_epoch,
+                            self._describe(started, first),
+                        )
                     if self._save_is_due():
-                        started, first = self._clock(started, first), self.step_in_epoch
+                        self._clock(started, first)
                         self._save()
+                        started, first = time.perf_counter(), self.step_in_epoch
                 self._clock(started, first)
                 self._end_epoch()
+                if self._save_is_due() and self.epoch < job.config.epochs:
+                    self._save()
         if self.folder is not None:
             self._save_final()
         return self.outcome
@@ -173,20 +199,20 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         with torch.autocast(self.job.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            if self.phase == "backbone":
-                logits = self.network.forward_final(images)[None]
-            else:
-                logits = self.network(images)
+            logits = (
+                self.network.forward_final(images)[None] if self.phase == "backbone" else self.network(images)
+            )
             teacher_logits = None
             if self.teacher is not None and self.phase == "joint":
                 with torch.inference_mode():
                     teacher_logits = self.teacher(images)
                 # Autograd may save what it sees, but not tensors of inference mode.
                 teacher_logits = teacher_logits.clone()
-        if self.phase == "backbone":
-            parts = cross_entropy_loss(logits, labels)
-        else:
-            parts = self.criterion(logits, teacher_logits, labels)
+        parts = (
+            cross_entropy_loss(logits, labels)
+            if self.phase == "backbone"
+            else self.criterion(logits, teacher_logits, labels)
+        )
         self.optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
         if config.gradient_clip is not None:
@@ -219,11 +245,9 @@ class _Trainer:
     def _trained_parameters(self) -> list[nn.Parameter]:
         return [*self.network.parameters(), *self.criterion.parameters()]
 
-    def _clock(self, started: float, first: int) -> float:
-        now = time.perf_counter()
-        self.outcome.seconds += now - started
+    def _clock(self, started: float, first: int) -> None:
+        self.outcome.seconds += time.perf_counter() - started
         self.outcome.images += (self.step_in_epoch - first) * self.batches.batch_size
-        return now
 
     def _describe(self, started: float, first: int) -> str:
         parts = self._finite_means()
@@ -240,7 +264,8 @@ class _Trainer:
         loss = means["loss"]
         assert isinstance(loss, float)
         if not math.isfinite(loss):
-            kept = f"; the last good checkpoint is {self.folder / LAST}" if self.folder and self.epoch else ""
+            saved = self.folder / LAST if self.folder else None
+            kept = f"; the last good checkpoint is {saved}" if saved and saved.exists() else ""
             raise UserError(
                 f"the loss of '{self.job.name}' became {loss} in epoch {self.epoch + 1}: lower train.learning_rate "
                 f"or set train.gradient_clip=1{kept}"
@@ -271,7 +296,8 @@ class _Trainer:
 
     def _save(self) -> None:
         assert self.folder is not None
-        self._finite_means()
+        if self.meter.steps:
+            self._finite_means()
         tensors = {
             **checkpoint.with_prefix("network", self.network.state_dict()),
             **checkpoint.with_prefix("optimizer", checkpoint.optimizer_tensors(self.optimizer)),
@@ -315,9 +341,14 @@ class _Trainer:
         if not path.exists():
             return False
         tensors, state = checkpoint.load(path)
-        self.network.load_state_dict(checkpoint.under_prefix("network", tensors))
-        self.criterion.load_state_dict(checkpoint.under_prefix("criterion", tensors))
-        self.epoch, self.step_in_epoch = state["epoch"], state["step"]
+        try:
+            self.network.load_state_dict(checkpoint.under_prefix("network", tensors))
+            self.criterion.load_state_dict(checkpoint.under_prefix("criterion", tensors))
+            self.epoch, self.step_in_epoch = state["epoch"], state["step"]
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{path} is not a checkpoint of this network and loss: train in another folder, or remove it"
+            ) from error
         self.outcome = Outcome([Epoch(**one) for one in state["history"]], state["seconds"], state["images"])
         if finished:
             return True
@@ -334,7 +365,9 @@ class _Trainer:
 class _Meter:
     """Sums of the loss parts and of the exits' training accuracy, kept on the device until asked for."""
 
-    def __init__(self, sums: Tensor | None = None, steps: int = 0, layout: list[list[Any]] | None = None) -> None:
+    def __init__(
+        self, sums: Tensor | None = None, steps: int = 0, layout: list[list[Any]] | None = None
+    ) -> None:
         self.sums, self.steps = sums, steps
         # [name, number of values, or 0 for a scalar], in the order of ``sums``.
         self.layout: list[list[Any]] = layout or []
@@ -416,7 +449,9 @@ def distill(
     ``loss`` is a name, or a mapping with ``name`` and the loss's knobs; ``distillation`` holds keys of
     ``distillation:`` (alpha, temperature, ...), ``settings`` keys of ``train:``.
     """
-    return _fit(network, teacher, data, loss, distillation or {}, seed, device, folder, augmentation, settings)
+    return _fit(
+        network, teacher, data, loss, distillation or {}, seed, device, folder, augmentation, settings
+    )
 
 
 def _fit(
@@ -437,7 +472,11 @@ def _fit(
         name="network",
         network=network,
         criterion=build_criterion(
-            resolve_loss(loss), validate(DistillationConfig, distillation, "distillation."), network, teacher, data
+            resolve_loss(loss),
+            validate(DistillationConfig, distillation, "distillation."),
+            network,
+            teacher,
+            data,
         ),
         teacher=teacher,
         train=data.train,

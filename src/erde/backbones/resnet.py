@@ -30,6 +30,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H', W')."""
         out = torch.relu(self.norm1(self.conv1(x)))
         return torch.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
@@ -54,7 +55,9 @@ def cifar_resnet(
             blocks[f"group{group}_block{number}"] = BasicBlock(channels_in, width, stride)
             channels_in = width
     classifier = nn.Sequential(
-        OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels_in, classes))
+        OrderedDict(
+            pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels_in, classes)
+        )
     )
     backbone = Backbone(blocks, classifier)
     initialise_convolutions(backbone)

@@ -24,11 +24,12 @@ class PreActivationBlock(nn.Module):
             self.projection = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', H', W')."""
         activated = torch.relu(self.norm1(x))
         # Where the shape changes, the shortcut starts after the activation, as in the authors' code.
         shortcut = x if self.projection is None else self.projection(activated)
-        out = torch.relu(self.norm2(self.conv1(activated)))
-        return shortcut + self.conv2(out)
+        out: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(activated))))
+        return out + shortcut
 
 
 def wide_resnet(depth: int, width: int, classes: int, channels: int = 3) -> Backbone:

@@ -85,6 +85,7 @@ def _resolve_weights(weights: str | Sequence[float], shares: Sequence[float]) ->
 
 
 def one_per_exit(key: str, values: Sequence[Any], exits: int) -> tuple[float, ...]:
+    """``values`` as floats; :class:`UserError` unless there is one for each exit."""
     if len(values) != exits:
         raise UserError(f"{key} has {len(values)} values for {exits} exits: give one number, or one per exit")
     return tuple(float(value) for value in values)
@@ -134,7 +135,9 @@ def pair_teacher(student_logits: Tensor, teacher_logits: Tensor, pairs: Sequence
                 f"{len(student_logits)} student exits and {len(teacher_logits)} teacher exits: give pairs"
             )
     if len(pairs) != len(student_logits):
-        raise ValueError(f"expected a teacher exit for each of {len(student_logits)} student exits, got {tuple(pairs)}")
+        raise ValueError(
+            f"expected a teacher exit for each of {len(student_logits)} student exits, got {tuple(pairs)}"
+        )
     return torch.stack([teacher_logits[index] for index in pairs])
 
 
@@ -144,7 +147,9 @@ def per_exit(value: PerExit, logits: Tensor) -> Tensor:
     if tensor.ndim == 0:
         return tensor.expand(len(logits))
     if tensor.shape != (len(logits),):
-        raise ValueError(f"expected one value or one for each of {len(logits)} exits, got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"expected one value or one for each of {len(logits)} exits, got {tuple(tensor.shape)}"
+        )
     return tensor
 
 

@@ -63,6 +63,7 @@ class CrossEntropyLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> dict[str, Tensor]:
+        """The loss and its parts; shapes as in the function."""
         return cross_entropy_loss(student_logits, labels, exit_weights=self.exit_weights)
 
 

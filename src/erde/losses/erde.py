@@ -20,12 +20,12 @@ from erde.losses.base import (
     ExitSettings,
     LossSpec,
     PerExit,
-    one_per_exit,
     at_least_float32,
     check_shapes,
     exit_cross_entropy,
     exit_entropy,
     exit_kl,
+    one_per_exit,
     pair_teacher,
     per_exit,
     teacher_wrong,
@@ -168,6 +168,7 @@ class ERDELoss(nn.Module):
         self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss and its parts; shapes as in the function."""
         return erde_loss(
             student_logits,
             teacher_logits,
@@ -187,5 +188,8 @@ class ERDELoss(nn.Module):
 
 
 ERDE = LossSpec(
-    ERDEConfig, ERDELoss, needs_teacher=True, summary="KD, with entropy at intermediate exits where the teacher is wrong"
+    ERDEConfig,
+    ERDELoss,
+    needs_teacher=True,
+    summary="KD, with entropy at intermediate exits where the teacher is wrong",
 )

@@ -89,6 +89,7 @@ class KDLoss(nn.Module):
         self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss and its parts; shapes as in the function."""
         return kd_loss(
             student_logits,
             teacher_logits,
@@ -100,4 +101,6 @@ class KDLoss(nn.Module):
         )
 
 
-KD = LossSpec(KDConfig, KDLoss, needs_teacher=True, summary="cross-entropy and T² KL(teacher || student), exit by exit")
+KD = LossSpec(
+    KDConfig, KDLoss, needs_teacher=True, summary="cross-entropy and T² KL(teacher || student), exit by exit"
+)

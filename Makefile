@@ -1,0 +1,35 @@
+# Everything happens in .venv; nothing needs root, and nothing but the installation needs a network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(INSTALLED)
+	@# A new folder each time: an earlier demo is never overwritten.
+	$(BIN)/erde run digits --out runs/demo-$$(date +%Y%m%d-%H%M%S) --json
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*

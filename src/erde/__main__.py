@@ -1,0 +1,5 @@
+"""``python -m erde``."""
+
+from erde.cli import main
+
+main()

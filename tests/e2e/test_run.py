@@ -1,0 +1,165 @@
+"""The whole chain through the real command, on real digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from erde import policy
+from erde.bundle import read
+from erde.config import load_config
+from erde.data import load_splits
+from erde.results import Results
+from erde.runtime import Session
+
+from .compare import assert_same_run
+from .conftest import TINY, erde
+
+ARMS = ("teacher", "erde", "kd", "ce", "fixed-small")
+
+
+def test_run_leaves_exactly_the_documented_files(tiny_run: tuple[Path, str]) -> None:
+    folder, _ = tiny_run
+    expected = {"config.yaml", "environment.json", "splits.json", "log.jsonl", "results.json", "report.html"}
+    expected |= {
+        "bundle/manifest.json",
+        "bundle/README.md",
+        *(f"bundle/stage_{index}.onnx" for index in range(3)),
+    }
+    expected |= {"baselines/no-exit.onnx", "baselines/fixed-small.onnx"}
+    for arm in ARMS:
+        stages = range(1) if arm == "fixed-small" else range(3)
+        files = ["history.json", "timing.json", "logits.npz", "policy.json", "checkpoints/final.safetensors"]
+        files += ["stages/stages.json", *(f"stages/stage_{index}.onnx" for index in stages)]
+        expected |= {f"arms/{arm}/{name}" for name in files}
+    assert {str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file()} == expected
+
+
+def test_output_ends_with_a_table_and_one_json_line(tiny_run: tuple[Path, str]) -> None:
+    folder, out = tiny_run
+    lines = out.splitlines()
+    summary = json.loads(lines[-1])
+    results = Results.read(folder / "results.json")
+    assert summary["arms"]["erde"]["exit_accuracy"] == [one.accuracy for one in results.arms["erde"].exits]
+    for arm in ARMS:
+        assert any(line.startswith("│") and f" {arm} " in line for line in lines), arm
+    assert any(line.startswith(f"report: {folder}") for line in lines)
+
+
+def test_training_took_the_recipes_epochs_and_learnt(tiny_run: tuple[Path, str]) -> None:
+    results = Results.read(tiny_run[0] / "results.json")
+    for name, arm in results.arms.items():
+        assert [entry.epoch for entry in arm.history] == list(range(1, (10 if name == "teacher" else 6) + 1))
+        losses = [entry.parts["loss"] for entry in arm.history]
+        assert losses[-1] < losses[0], name
+        # Ten classes: chance is 10 %.
+        assert arm.exits[-1].accuracy > 0.3, name
+    assert results.arms["erde"].teacher_wrong is not None
+    assert max(results.arms["erde"].teacher_wrong) > 0
+
+
+def test_too_small_a_certify_split_is_said_and_gives_no_early_exit(tiny_run: tuple[Path, str]) -> None:
+    folder, out = tiny_run
+    point = read(folder / "bundle").point("risk-0.5")
+    assert point.certificate is None
+    assert point.thresholds == [None, None]
+    assert "at least 460 would be needed" in (point.note or "")
+    assert "at least 460 would be needed" in out
+
+
+def test_runtime_agrees_with_the_evaluation_image_by_image(tiny_run: tuple[Path, str]) -> None:
+    folder, _ = tiny_run
+    results = Results.read(folder / "results.json")
+    assert results.agreement.disagreements == 0
+    assert results.agreement.torch_disagreements == 0
+    # Not taken from the run's own word: once more from its files.
+    data = load_splits(load_config(folder / "config.yaml").data, 0)
+    session = Session(folder / "bundle", threads=1)
+    with np.load(folder / "arms/erde/logits.npz") as arrays:
+        logits, labels = arrays["test_logits"], arrays["test_labels"]
+    assert np.array_equal(labels, data.test.labels)
+    for point in session.manifest.operating_points:
+        exits = policy.decide(
+            policy.score(logits, session.manifest.score, session.manifest.sharpness), point.thresholds
+        )
+        answer = session.predict(data.test.images[:], operating_point=point.name)
+        assert (answer.exits == exits).mean() > 0.99
+        right = float((answer.labels == data.test.labels).mean())
+        assert point.test is not None
+        assert abs(right - point.test.accuracy) <= 1 / len(labels)
+        assert abs(answer.macs.mean() - point.test.macs) <= 0.01 * point.test.macs
+
+
+def test_arms_saw_the_same_students_and_shared_settings(tiny_run: tuple[Path, str]) -> None:
+    results = Results.read(tiny_run[0] / "results.json")
+    costs = {name: arm.cost for name, arm in results.arms.items() if arm.role == "student"}
+    assert costs["erde"] == costs["kd"] == costs["ce"]
+    rates = {name: [entry.learning_rate for entry in arm.history] for name, arm in results.arms.items()}
+    assert rates["erde"] == rates["kd"] == rates["ce"] == rates["fixed-small"]
+
+
+def test_steps_one_by_one_give_what_run_gives(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "steps"
+    erde("train", *TINY, "--out", str(folder))
+    for arm in ("erde", "kd"):
+        erde("distill", str(folder), "--arm", arm)
+    erde("distill", str(folder))
+    for step in ("export", "calibrate", "evaluate"):
+        out, _ = erde(step, str(folder), "--json")
+        json.loads(out.splitlines()[-1])
+    assert_same_run(tiny_run[0], folder)
+
+
+def test_plain_export_is_the_final_exit(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
+    import onnxruntime
+
+    folder, _ = tiny_run
+    erde("export", str(folder), "--plain", str(tmp_path / "plain.onnx"), "--arm", "kd")
+    data = load_splits(load_config(folder / "config.yaml").data, 0)
+    images = data.test.images[:16]
+    session = onnxruntime.InferenceSession(str(tmp_path / "plain.onnx"))
+    (logits,) = session.run(None, {"images": images})
+    with np.load(folder / "arms/kd/logits.npz") as arrays:
+        assert np.allclose(logits, arrays["test_logits"][-1, :16], atol=1e-4)
+
+
+def test_predict_on_image_files(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder, _ = tiny_run
+    data = load_splits(load_config(folder / "config.yaml").data, 0)
+    images = data.test.images[:20]
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(tmp_path / "images" / f"{index:02}.png")
+    expected = Session(folder / "bundle").predict(images)
+    out, _ = erde("predict", str(folder / "bundle"), str(tmp_path / "images"), "--batch-size", "7")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["label"] for row in rows] == expected.labels.tolist()
+    assert [row["exit"] for row in rows] == expected.exits.tolist()
+    erde("predict", str(folder / "bundle"), str(tmp_path / "images"), "--out", str(tmp_path / "answers.csv"))
+    lines = (tmp_path / "answers.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "path,label,class,probability,exit,score,macs"
+    assert len(lines) == 21
+
+
+def test_bundle_commands(tiny_run: tuple[Path, str]) -> None:
+    folder, _ = tiny_run
+    bundle = str(folder / "bundle")
+    seal = json.loads(erde("bundle", "verify", bundle, "--json")[0].splitlines()[-1])["seal"]
+    assert seal == Results.read(folder / "results.json").bundle_seal
+    assert "What is promised" in erde("bundle", "info", bundle)[0]
+    assert "the same" in erde("bundle", "diff", bundle, bundle)[0]
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_resume_of_a_finished_one_changes_nothing(
+    tiny_run: tuple[Path, str],
+) -> None:
+    folder, _ = tiny_run
+    before = (folder / "results.json").read_bytes()
+    _, err = erde("run", *TINY, "--out", str(folder), code=2)
+    assert "continue it with --resume" in err
+    erde("run", *TINY, "--out", str(folder), "--resume")
+    assert (folder / "results.json").read_bytes() == before

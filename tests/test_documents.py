@@ -1,0 +1,268 @@
+"""The documents: their examples run, their links lead somewhere, and they name what is there."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from erde.config import Config, load_config, shipped_recipes
+from erde.losses import LOSSES
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [
+    README,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a document whose info string is ``language``."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands(path: Path) -> list[str]:
+    """The lines that start with ``$ `` in the console blocks of a document."""
+    lines = [line for block in blocks(path, "console") for line in block.splitlines()]
+    assert all(line.startswith("$ ") for line in lines), "console blocks hold commands only"
+    return [line.removeprefix("$ ") for line in lines]
+
+
+def execute(command: str | list[str], folder: Path) -> str:
+    """Run a command in ``folder`` as a reader would, with this environment's ``erde``; its output."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+    environment.pop("ERDE_DATA", None)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        shell=isinstance(command, str),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def after_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which README's Python blocks ran as one script, and what they printed."""
+    folder = tmp_path_factory.mktemp("readme")
+    found = blocks(README, "python")
+    assert len(found) == 3
+    return folder, execute([sys.executable, "-c", "\n".join(found)], folder)
+
+
+def test_readme_python_runs(after_python: tuple[Path, str]) -> None:
+    folder, out = after_python
+    assert (folder / "bundle" / "manifest.json").is_file()
+    assert len(list((folder / "photos").iterdir())) == 20
+    accuracy = re.search(r"^accuracy (\S+)$", out, re.M)
+    assert accuracy is not None, out
+    # Ten classes: chance is 10 %.
+    assert float(accuracy[1]) > 0.5
+
+
+@pytest.mark.slow
+def test_readme_commands_run(after_python: tuple[Path, str]) -> None:
+    folder, _ = after_python
+    lines = commands(README)
+    assert len(lines) == 11
+    assert all(line.startswith("erde ") for line in lines)
+    output = {line: execute(line, folder) for line in lines}
+    assert {"results.json", "report.html", "bundle"} <= {
+        one.name for one in (folder / "runs/first").iterdir()
+    }
+    with (folder / "answers.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == sorted(f"photos/{number}.png" for number in range(20))
+    assert (folder / "student.onnx").is_file()
+    assert "intact" in output["erde bundle verify runs/first/bundle"]
+    assert set(output["erde list recipes"].split()) >= set(shipped_recipes())
+
+
+def test_readme_recipes_that_need_data_are_valid() -> None:
+    lines = [line for block in blocks(README, "text") for line in block.splitlines() if " erde run " in line]
+    assert len(lines) == 3
+    for line in lines:
+        recipe, *overrides = line.split("#")[0].split(" erde run ")[1].split()
+        load_config(recipe, overrides)
+
+
+def prose(path: Path) -> str:
+    """A document without its fenced blocks, in which brackets are code."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ +(.*)$", prose(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    missing = []
+    for target in re.findall(r"\]\(([^()\s]+)\)", prose(path)):
+        if target.startswith(("https://", "http://")):
+            continue
+        name, _, anchor = target.partition("#")
+        found = path if not name else path.parent / name
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            missing.append(target)
+    assert not missing
+
+
+def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """(model, key) of a model and of all models among the types of its fields."""
+    for key, field in model.model_fields.items():
+        yield model.__name__, key
+        yield from (found for inner in models_in(field.annotation) for found in keys_of(inner))
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def section(text: str, heading: str) -> str:
+    """The part of a document from ``heading`` to the next one of the same or a higher level."""
+    level = heading.split(" ")[0]
+    found = re.search(rf"^{re.escape(heading)}$(.*?)(?=^#{{1,{len(level)}}} |\Z)", text, re.M | re.S)
+    assert found is not None, heading
+    return found[1]
+
+
+def test_formats_names_every_key_of_the_recipe() -> None:
+    recipe = section((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), "## Recipe")
+    rows = set(re.findall(r"^\| `(\w+)` \|", recipe, re.M))
+    keys = set(keys_of(Config))
+    keys |= {found for spec in LOSSES.values() for found in keys_of(spec.config)}
+    assert {"milestones", "cutout", "max_risks", "kl_on_wrong", "disjoint"} <= {key for _, key in keys}
+    unnamed = {(model, key) for model, key in keys if key not in rows}
+    assert not unnamed
+
+
+# Key of the recipe -> heading in formats.md.
+SECTIONS = {
+    "": "### Top level",
+    "data": "### `data`",
+    "student": "### `student` and `teacher`",
+    "teacher": "### `student` and `teacher`",
+    "distillation": "### `distillation`",
+    "train": "### `train`",
+    "export": "### `export`",
+    "calibration": "### `calibration`",
+}
+
+
+@pytest.mark.parametrize("group", SECTIONS)
+def test_formats_has_the_keys_and_defaults_of_each_section(group: str) -> None:
+    text = section((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), SECTIONS[group])
+    rows = {
+        cells[1].strip(" `"): cells[3].strip()
+        for line in text.splitlines()
+        if line.startswith("| `") and len(cells := re.split(r"(?<!\\)\|", line)) > 4
+    }
+    model = next(models_in(Config.model_fields[group].annotation)) if group else Config
+    for key, field in model.model_fields.items():
+        assert key in rows, f"{group}.{key}"
+        default = field.get_default(call_default_factory=True)
+        if field.is_required() or isinstance(default, BaseModel):
+            continue
+        written = re.findall(r"`([^`]*)`", rows[key])
+        which = -1 if group == "teacher" else 0
+        assert yaml.safe_load(written[which]) == default, f"{group}.{key}: {rows[key]}"
+
+
+def named_functions() -> list[tuple[str, str]]:
+    """(dotted name, file) of what method.md links to in the package."""
+    text = prose(ROOT / "docs" / "method.md")
+    return re.findall(r"\[`([\w.]+)`\]\(\.\./(src/erde/[\w/]+\.py)\)", text)
+
+
+def test_functions_of_method_exist() -> None:
+    found = named_functions()
+    assert len(found) > 30
+    wrong = []
+    for name, file in found:
+        module = file.removeprefix("src/").removesuffix(".py").replace("/", ".")
+        rest = f"erde.{name}".removeprefix(f"{module}.")
+        if rest == f"erde.{name}" or not _is_defined(module, rest):
+            wrong.append((name, file))
+    assert not wrong
+
+
+def test_every_dotted_name_in_method_is_linked_or_a_key() -> None:
+    text = prose(ROOT / "docs" / "method.md")
+    linked = {name for name, _ in named_functions()}
+    keys = {key for key in Config.model_fields if key != "name"}
+    others = set(re.findall(r"`([a-z_]+(?:\.\w+)+)`", text)) - linked
+    unknown = set()
+    for name in others:
+        if name.endswith((".json", ".onnx")):
+            continue
+        first, *rest = name.split(".")
+        if first in keys:
+            model = next(models_in(Config.model_fields[first].annotation))
+            if rest[0] in model.model_fields:
+                continue
+        unknown.add(name)
+    assert unknown <= {"losses.kd.kd_loss"}, unknown
+
+
+def _is_defined(module: str, name: str) -> bool:
+    # ``erde.export`` is a function for users and a module by its file.
+    importlib.import_module(module)
+    value: Any = sys.modules[module]
+    for part in name.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return callable(value)
+
+
+def test_no_file_speaks_of_the_place_where_it_was_written() -> None:
+    # Put together from parts, so that this file does not contain them.
+    words = re.compile(
+        "|".join((r"/" + r"work\b", r"\.\./" + "shared", "index" + "-url", "trusted" + "-host"))
+    )
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    files = [ROOT / name for name in listed.split("\0") if name]
+    assert README in files
+    found = []
+    for path in files:
+        if not path.is_file():
+            continue
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
+        ):
+            if words.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert not found
