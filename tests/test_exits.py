@@ -117,6 +117,13 @@ def test_a_gradient_reaches_every_parameter(head: str) -> None:
     assert silent == []
 
 
+def test_the_final_exits_gradient_reaches_the_first_stage() -> None:
+    _, network = make()
+    network.train()(images(6))[-1].square().sum().backward()
+    assert all(float(one.grad.abs().sum()) > 0 for one in network.stages.parameters())
+    assert not any(bool(one.grad.any()) for head in network.heads[:-1] for one in head.parameters())
+
+
 def test_state_dict_round_trip() -> None:
     _, first = make()
     first.train()(images(8))
@@ -198,12 +205,18 @@ def test_places_by_name(given: Any, expected: list[str]) -> None:
         (["group1_block9"], r"no place 'group1_block9'.*did you mean 'group1_block"),
         (["group3"], "exit 'group3' stands at the end of the backbone"),
         (["group3_block2", "group1"], "exit 'group3_block2' stands at the end of the backbone"),
+        (["group1", "group3", "group2"], "exit 'group3' stands at the end of the backbone"),
     ],
 )
 def test_wrong_places(exits: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         make(exits)
     assert "\n" not in str(caught.value)
+
+
+def test_names_in_any_order() -> None:
+    _, network = make(["group3_block2", "group1_block1"], "resnet20")
+    assert network.exit_names == ["group1_block1", "group3_block2", "final"]
 
 
 def test_unknown_head() -> None:
@@ -239,6 +252,15 @@ def test_a_backbone_of_ones_own() -> None:
     network = attach_exits(backbone, 3, input_size=SIZE).eval()
     assert network.exit_names == ["one", "two", "final"]
     assert torch.equal(network(images())[-1], backbone.eval()(images()))
+
+
+def test_nearly_all_macs_at_the_end_leave_a_place_for_every_exit() -> None:
+    narrow = [nn.Conv2d(3, 3, 1) for _ in range(4)]
+    blocks = OrderedDict(
+        (f"block{number}", block) for number, block in enumerate([*narrow, nn.Conv2d(3, 64, 5)])
+    )
+    backbone = Backbone(blocks, nn.Sequential(nn.Flatten(), nn.Linear(64 * 4 * 4, 5)))
+    assert attach_exits(backbone, 4, input_size=SIZE).exit_names == ["block1", "block2", "block3", "final"]
 
 
 # ---------------------------------------------------------------- heads

@@ -44,7 +44,7 @@ class Certificate(_Model):
     errors: int = Field(ge=0)
     risk: float
     upper_bound: float
-    reference: str
+    reference: Literal["final_exit", "no_exit_network", "teacher"]
     method: str
     assumptions: str
 
@@ -172,6 +172,8 @@ class Manifest(_Model):
                 f"the reference sample's logits are not {exits} exits x {sample.count} images x "
                 f"{len(self.classes)} classes"
             )
+        if not len(self.mean) == len(self.std) == self.input_shape[2]:
+            raise ValueError(f"mean and std do not fit {self.input_shape[2]} channels")
         names = [point.name for point in self.operating_points]
         if len(set(names)) != len(names):
             raise ValueError("two operating points have the same name")

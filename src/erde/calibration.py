@@ -19,7 +19,7 @@ from scipy.stats import beta, binom
 
 from erde import bundle, policy
 from erde.bundle import Calibration, Certificate, Manifest, Measured, OperatingPoint, ScoreCandidate
-from erde.errors import UserError
+from erde.errors import UserError, nearest
 from erde.runtime import Session
 from erde.splits import CertifyLogits, CertifySplit, Logits, TuneLogits, TuneSplit
 
@@ -321,6 +321,16 @@ class CalibratedPolicy:
         )
 
 
+def check_budget(budget: float, cost: Cost) -> None:
+    """:class:`UserError` where not even leaving at the first exit keeps within ``budget``, a share of the MACs."""
+    least = cost.exit_macs[0] / cost.no_exit_macs
+    if least > budget:
+        raise UserError(
+            f"a budget of {budget:.0%} of the MACs cannot be met: leaving at the first exit takes {least:.0%}; "
+            "give a larger budget or an earlier exit"
+        )
+
+
 def point_name(max_risk: float) -> str:
     """``risk-1`` for 0.01: the name of a certified operating point, in per cent."""
     return f"risk-{max_risk * 100:g}"
@@ -345,11 +355,18 @@ def calibrate_logits(
     The score is chosen for the first of ``max_risks``, which is also the default operating point where
     it could be certified. A budget is a share of the no-exit network's MACs and is not certified.
     """
-    for value in (*max_risks, confidence):
+    for value in (*max_risks, confidence, *budgets):
         if not 0 < value < 1:
-            raise UserError(f"risks and confidence must lie between 0 and 1, got {value:g}")
+            raise UserError(f"risks, budgets and confidence must lie between 0 and 1, got {value:g}")
+    for what, values in (("target risk", max_risks), ("budget", budgets)):
+        if len(set(values)) != len(values):
+            raise UserError(f"a {what} is given twice in {list(values)}: give each once")
     if not max_risks:
         raise UserError("calibration needs at least one target risk")
+    if score not in ("auto", *policy.SCORES):
+        raise UserError(f"unknown score '{score}'{nearest(score, ['auto', *policy.SCORES])}")
+    if sharpness is not None and not sharpness > 0:
+        raise UserError(f"a sharpness must be above 0, got {sharpness:g}")
     if len(cost.exit_macs) == 1:
         # Nothing to decide: one exit answers all. The paper's rule stands in for a score.
         score, sharpness, max_risks, budgets = "entropy", 1.0, (), ()
@@ -393,11 +410,7 @@ def calibrate_logits(
         points.append(point(point_name(max_risk), "risk", max_risk, index, certificate, note))
     for budget in budgets:
         within = np.flatnonzero(path.macs <= budget * cost.no_exit_macs)
-        if not len(within):
-            raise UserError(
-                f"a budget of {budget:.0%} of the MACs cannot be met: leaving at the first exit takes "
-                f"{cost.exit_macs[0] / cost.no_exit_macs:.0%}; give a larger budget or an earlier exit"
-            )
+        check_budget(budget, cost)
         points.append(
             point(
                 f"budget-{budget * 100:g}", "budget", budget, int(within[0]), note="a budget, not certified"
@@ -430,8 +443,10 @@ def apply(
     manifest: Manifest, calibrated: CalibratedPolicy, points: list[OperatingPoint] | None = None
 ) -> Manifest:
     """``manifest`` with a calibrated policy; ``points`` in place of its own, for example with test results."""
-    return manifest.model_copy(
-        update={
+    # Validated anew: what is sealed must be readable.
+    return Manifest.model_validate(
+        {
+            **dict(manifest),
             "score": calibrated.score,
             "sharpness": calibrated.sharpness,
             "temperatures": calibrated.temperatures,

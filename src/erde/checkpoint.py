@@ -25,7 +25,8 @@ FORMAT_VERSION = 1
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and JSON-able ``state`` to ``path``; a reader sees the old file or the new one."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"erde": json.dumps({"format_version": FORMAT_VERSION, **state}, sort_keys=True)}
+    # In the order given: what is written again after a resume must be the same to the byte.
+    metadata = {"erde": json.dumps({"format_version": FORMAT_VERSION, **state})}
     # Not safetensors' own save_file: a full disk is an OSError here, and a kill leaves only what is swept.
     with replacing_file(path) as beside:
         beside.write_bytes(serialize(contiguous, metadata=metadata))

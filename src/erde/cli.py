@@ -425,7 +425,7 @@ def _list_scores() -> dict[str, str]:
 
 
 def _list_datasets() -> dict[str, str]:
-    from erde.data import SHIPPED
+    from erde.sources import SHIPPED
 
     return {name: source.hub_id if source else "comes with scikit-learn" for name, source in SHIPPED.items()}
 

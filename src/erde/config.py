@@ -95,7 +95,8 @@ class TrainConfig(Frozen):
     gradient_clip: Positive | None = Field(None, description="largest global gradient norm")
     backbone_epochs: int = Field(0, ge=0, description="of epochs: the final exit alone, before all together")
     freeze_backbone: bool = Field(
-        False, description="after backbone_epochs, or from the start, train heads only"
+        False,
+        description="after backbone_epochs, or from the start, train heads only; a network with one exit is trained whole",
     )
     channels_last: bool = True
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU")
@@ -180,6 +181,13 @@ class CalibrationConfig(Frozen):
     reference: Literal["final_exit", "no_exit_network", "teacher"] = "final_exit"
     score: str = Field("auto", description="auto: what saves most MACs at the first of max_risks, on tune")
     sharpness: Positive | None = Field(None, description="None: chosen on tune, like the score")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> CalibrationConfig:
+        for key, values in (("max_risks", self.max_risks), ("budgets", self.budgets)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"each of {key} once")
+        return self
 
 
 class Config(Frozen):

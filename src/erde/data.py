@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from erde.config import AugmentationConfig, DataConfig
-from erde.errors import UserError, nearest
-from erde.images import channels_of, open_image, to_array
-from erde.splits import CertifySplit, Images, ImageSource, Labels, TestSplit, TrainSplit, TuneSplit
+from erde.errors import UserError
+from erde.sources import Index, load_columns, load_digits, part_of
+from erde.splits import CertifySplit, Images, Labels, TestSplit, TrainSplit, TuneSplit
 
-Index = NDArray[np.int64]
 # Normalisation is measured on at most this many train images; more would not move the 4th digit.
 NORMALISATION_IMAGES = 50_000
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """Where a shipped data set stands on the Hugging Face hub, and its columns."""
-
-    hub_id: str
-    configuration: str | None
-    image_column: str
-    label_column: str
-
-
-SHIPPED: dict[str, Shipped | None] = {
-    "digits": None,  # comes with scikit-learn
-    "cifar10": Shipped("uoft-cs/cifar10", None, "img", "label"),
-    "cifar100": Shipped("uoft-cs/cifar100", None, "img", "fine_label"),
-    "svhn": Shipped("ufldl-stanford/svhn", "cropped_digits", "image", "label"),
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +56,7 @@ class DataSplits:
         if skip == 0 and size == len(self.train):
             return self.train
         return TrainSplit(
-            _part(self.train.images, np.arange(skip, skip + size)), self.train.labels[skip : skip + size]
+            part_of(self.train.images, np.arange(skip, skip + size)), self.train.labels[skip : skip + size]
         )
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -97,7 +74,7 @@ def load_data(name: str, *, seed: int = 0, **settings: Any) -> DataSplits:
 
 def load_splits(config: DataConfig, seed: int) -> DataSplits:
     """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine."""
-    pool, test, classes = _load_digits() if config.name == "digits" else _load_columns(config)
+    pool, test, classes = load_digits() if config.name == "digits" else load_columns(config)
     if test is None:
         order = stratified_order(pool.labels, seed + 1)
         _check_size("test", config.test_size, order, "data.test_size")
@@ -176,246 +153,6 @@ def _measure(train: TrainSplit, channels: int) -> tuple[tuple[float, ...], tuple
     # Of a channel with one value everywhere, rounding can make the difference negative.
     std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
     return tuple(round(float(one), 4) for one in mean), tuple(round(float(one), 4) for one in std)
-
-
-# ---------------------------------------------------------------- from a source to images and labels
-
-
-@dataclass(frozen=True)
-class _Columns:
-    images: ImageSource
-    labels: Labels
-
-    def take(self, rows: Index) -> _Columns:
-        return _Columns(_part(self.images, rows), self.labels[rows])
-
-
-def _part(images: ImageSource, rows: Index) -> ImageSource:
-    return images.part(rows) if isinstance(images, StreamedImages) else images[rows]
-
-
-def _load_digits() -> tuple[_Columns, None, list[str]]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    # 8x8 images with values 0 to 16.
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return _Columns(images, digits.target.astype(np.int64)), None, [str(name) for name in digits.target_names]
-
-
-class StreamedImages:
-    """Rows of a ``datasets`` table, decoded when asked for: for sets that do not fit in memory."""
-
-    def __init__(
-        self, table: Any, column: str, where: str, rows: Index, shape: tuple[int, int, int], same_size: bool
-    ) -> None:
-        self._table, self._column, self._where, self._rows = table, column, where, rows
-        self._image_shape, self._same_size = shape, same_size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, H, W, C)."""
-        return (len(self._rows), *self._image_shape)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Index | slice) -> Images:
-        rows = self._rows[index]
-        height, width, channels = self._image_shape
-        images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
-        encoded = self._table[rows.tolist()][self._column] if len(rows) else []
-        for position, (row, value) in enumerate(zip(rows.tolist(), encoded, strict=True)):
-            place = f"{self._where}, row {row}"
-            image = _decode(value, place, channels)
-            if self._same_size:
-                _check_same_size(image, place, height, width)
-            images[position] = to_array(image, height, width, channels)
-        return images
-
-    def part(self, rows: Index) -> StreamedImages:
-        """The images at ``rows`` of these."""
-        return StreamedImages(
-            self._table, self._column, self._where, self._rows[rows], self._image_shape, self._same_size
-        )
-
-
-def _load_columns(config: DataConfig) -> tuple[_Columns, _Columns | None, list[str]]:
-    """The train pool, the test split if the set has one, and the class names."""
-    tables, shipped = _open_tables(config.name)
-    train = tables["train"] if "train" in tables else tables[sorted(tables)[0]]
-    test_name = next((name for name in ("test", "validation", "val") if name in tables), None)
-    features = train.features
-    image_column = config.image_column or _guess_column(
-        "image", shipped.image_column if shipped else None, ("image", "img"), features, config.name
-    )
-    label_column = config.label_column or _guess_column(
-        "label",
-        shipped.label_column if shipped else None,
-        ("label", "labels", "fine_label", "class", "target"),
-        features,
-        config.name,
-    )
-    for key, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in features:
-            raise UserError(f"data.{key}: no column '{column}' in '{config.name}'{nearest(column, features)}")
-    classes = getattr(features[label_column], "names", None)
-    if classes is None:
-        numbers = (label for label in train[label_column] if isinstance(label, int))
-        classes = [str(label) for label in range(max(numbers, default=0) + 1)]
-    where = f"data set '{config.name}', split 'train'"
-    pool = _columns(config, train, image_column, label_column, where, None, len(classes))
-    test = None
-    if test_name is not None and tables[test_name] is not train:
-        shape = (int(pool.images.shape[1]), int(pool.images.shape[2]), int(pool.images.shape[3]))
-        where = f"data set '{config.name}', split '{test_name}'"
-        test = _columns(config, tables[test_name], image_column, label_column, where, shape, len(classes))
-    return pool, test, list(classes)
-
-
-def _open_tables(name: str) -> tuple[Any, Shipped | None]:
-    """The tables of a data set: from ``ERDE_DATA``, a folder, or the hub."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    shipped = SHIPPED.get(name)
-    root = os.environ.get("ERDE_DATA")
-    if root and not Path(root).is_dir():
-        raise UserError(f"ERDE_DATA is {root}, which is no folder: correct or unset it")
-    local = Path(root) / name if root else None
-    folder = local if local is not None and local.is_dir() else Path(name)
-    try:
-        if folder.is_dir():
-            _check_parquet(folder)
-            # A copy of the hub's repository can hold several configurations.
-            configuration = shipped.configuration if shipped else None
-            if configuration not in datasets.get_dataset_config_names(str(folder)):
-                configuration = None
-            return datasets.load_dataset(str(folder), configuration), shipped
-        if name.startswith((".", "/", "~")):
-            raise UserError(
-                f"no data at {name}: expected a folder with Parquet files, or with a folder per class"
-            )
-        if shipped is None and "/" not in name:
-            raise UserError(
-                f"unknown data set '{name}'{nearest(name, SHIPPED)}; a folder or a hub id also works"
-            )
-        if shipped:
-            return datasets.load_dataset(shipped.hub_id, shipped.configuration), shipped
-        return datasets.load_dataset(name), shipped
-    except UserError:
-        raise
-    except Exception as error:  # the datasets library raises many types of its own
-        reason = " ".join(str(error).split())[:300]
-        if folder.is_dir():
-            raise UserError(f"the data in {folder} cannot be read: {reason}") from error
-        raise UserError(
-            f"data set '{name}' is not in ERDE_DATA and cannot be fetched from the hub ({type(error).__name__}): "
-            "check the name and the network, or set ERDE_DATA to a folder that holds it"
-        ) from error
-
-
-def _check_parquet(folder: Path) -> None:
-    import pyarrow.parquet
-
-    for path in sorted(folder.rglob("*.parquet")):
-        try:
-            pyarrow.parquet.read_metadata(path)
-        except Exception as error:
-            raise UserError(f"{path} is not a readable Parquet file: copy or download it again") from error
-
-
-def _guess_column(what: str, shipped: str | None, names: Sequence[str], features: Any, data: str) -> str:
-    known = [name for name in ([shipped] if shipped else []) + list(names) if name in features]
-    if what == "image" and not known:
-        known = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    if not known:
-        raise UserError(
-            f"data set '{data}' has no column that looks like the {what} (it has: {', '.join(features)}): "
-            f"name it in data.{what}_column"
-        )
-    return known[0]
-
-
-def _columns(
-    config: DataConfig,
-    table: Any,
-    image_column: str,
-    label_column: str,
-    where: str,
-    shape: tuple[int, int, int] | None,
-    classes: int,
-) -> _Columns:
-    import datasets
-
-    if len(table) == 0:
-        raise UserError(f"{where} is empty")
-    raw_labels = table[label_column][:]
-    for row, label in enumerate(raw_labels):
-        if not isinstance(label, int) or not 0 <= label < classes:
-            raise UserError(
-                f"{where}, row {row}: the label is {label!r}, expected a number, 0 to {classes - 1}"
-            )
-    labels = np.asarray(raw_labels, dtype=np.int64)
-    table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    if shape is None:
-        first = _decode(table[0][image_column], f"{where}, row 0", config.channels)
-        size = config.image_size
-        shape = (size or first.height, size or first.width, config.channels)
-    same_size = config.image_size is None
-    size_gib = len(table) * int(np.prod(shape)) / 2**30
-    if config.streaming == "always" or (config.streaming == "auto" and size_gib > config.memory_limit_gib):
-        return _Columns(
-            StreamedImages(table, image_column, where, np.arange(len(table)), shape, same_size), labels
-        )
-    return _Columns(_decode_all(table, image_column, where, shape, same_size), labels)
-
-
-def _decode_all(table: Any, column: str, where: str, shape: tuple[int, int, int], same_size: bool) -> Images:
-    height, width, channels = shape
-    images = np.empty((len(table), *shape), dtype=np.uint8)
-
-    def decode(start: int) -> None:
-        for offset, value in enumerate(table[start : start + 512][column]):
-            place = f"{where}, row {start + offset}"
-            image = _decode(value, place, channels)
-            if same_size:
-                _check_same_size(image, place, height, width)
-            images[start + offset] = to_array(image, height, width, channels)
-
-    # Pillow decodes without the interpreter lock.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(decode, range(0, len(table), 512)))
-    return images
-
-
-def _check_same_size(image: Any, where: str, height: int, width: int) -> None:
-    if image.size != (width, height):
-        raise UserError(
-            f"{where} is {image.width}x{image.height}, the first image is {width}x{height}: "
-            "set data.image_size to bring all to one size"
-        )
-
-
-def _decode(value: Any, where: str, channels: int) -> Any:
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        raise UserError(f"{where} has no image: remove the row")
-    source = value["bytes"]
-    if source is None:
-        where = f"{where} ({value['path']})"
-        try:
-            source = Path(value["path"]).read_bytes()
-        except OSError as error:
-            raise UserError(f"{where} cannot be read: {error.strerror}") from error
-    image = open_image(source, where)
-    found = channels_of(image)
-    if found != channels:
-        raise UserError(
-            f"{where} has {found} channel{'s' if found > 1 else ''}, data.channels is {channels} (what the networks "
-            f"are built for): set data.channels={found if found in (1, 3) else 3} for a set that is all like it, "
-            "or convert the image"
-        )
-    return image
 
 
 # ---------------------------------------------------------------- from the train split to batches

@@ -52,6 +52,10 @@ def to_array(image: Image.Image, height: int, width: int, channels: int) -> NDAr
     An image that already has the size is left as it is. Colour becomes gray where ``channels`` is 1 and
     the other way round; alpha is dropped.
     """
+    if image.mode.startswith("I"):
+        # 16-bit gray: Pillow's own conversion clips at 255 instead of scaling.
+        deep = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+        image = Image.fromarray(np.round(deep / 257).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         scale = max(height / image.height, width / image.width)

@@ -24,6 +24,7 @@ from erde import bundle, calibration, checkpoint, environment, evaluation, polic
 from erde.backbones import build_backbone
 from erde.calibration import CalibratedPolicy, Cost
 from erde.config import Config, DistillationConfig, NetworkConfig, load_config
+from erde.cost import network_cost
 from erde.data import DataSplits, load_splits
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork, attach_exits
@@ -193,8 +194,18 @@ class Run:
     def check(self) -> None:
         """Build every job of the recipe once: what does not fit together is said before anything is written."""
         teacher = self.new_network(TEACHER) if self.needs_teacher else None
+        if self.config.teacher.disjoint and self.config.data.train_subset is None:
+            raise UserError(
+                "teacher.disjoint asks for images that the students do not see, but they see all of train: "
+                "set data.train_subset, or teacher.disjoint=false"
+            )
         for arm in self.arms:
-            self._job(arm, self.new_network(arm), teacher).check()
+            network = self.new_network(arm)
+            self._job(arm, network, teacher).check()
+            cost = network_cost(network, self.data.input_size)
+            if len(cost.macs) > 1:
+                for budget in self.config.calibration.budgets:
+                    calibration.check_budget(budget, Cost(cost.macs, cost.no_exit_macs))
 
     def _job(self, arm: str, network: EarlyExitNetwork, teacher: EarlyExitNetwork | None) -> Job:
         config = self.config
@@ -211,6 +222,9 @@ class Run:
             settings, loss, distillation = config.train, config.arms[arm].loss, config.distillation_of(arm)
         if not LOSSES[loss.name].needs_teacher:
             teacher = None
+        if len(network.stages) == 1:
+            # A network without exits has no heads to train on a frozen backbone: it is trained whole.
+            settings = settings.model_copy(update={"freeze_backbone": False})
         return Job(
             name=arm,
             network=network,

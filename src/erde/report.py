@@ -170,7 +170,7 @@ def _tradeoff_in_words(results: Results) -> str:
 
 def _arms(results: Results) -> _Html:
     columns = (
-        "arm", "role", "loss", "backbone", "MACs without\nexits (million)", "parameters",
+        "arm", "role", "loss", "backbone", "MACs\nwithout exits\n(million)", "parameters",
         "final exit:\naccuracy (%)", "default\npoint", "test\naccuracy (%)", "MACs\nsaved (%)", "risk (%)",
     )  # fmt: skip
     rows = []

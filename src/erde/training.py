@@ -1,6 +1,6 @@
 """The one training loop: for teachers, students, fixed networks and every method.
 
-One batch goes: ``data.TrainBatches`` -> :func:`_Trainer.step` here -> ``exits.EarlyExitNetwork`` ->
+One batch goes: ``data.TrainBatches`` -> :meth:`_Trainer._step` here -> ``exits.EarlyExitNetwork`` ->
 a criterion of ``losses/`` -> :class:`_Meter` here.
 """
 
