@@ -446,7 +446,7 @@ def certificate(**changes: Any) -> Certificate:
 )
 def test_the_sentence_of_a_certificate(reference: str, words: str) -> None:
     assert certificate(reference=reference).sentence() == (
-        f"With 95% confidence, at most 0.5 % of images are ones that {words} and the early answer gets wrong "
+        f"With 95 % confidence, at most 0.5 % of images are ones that {words} and the early answer gets wrong "
         "(seen: 7 of 2,500 certify images; some method)."
     )
 
@@ -473,7 +473,7 @@ def test_the_card_without_a_promise(tiny_bundle: Path) -> None:
     points = [point.model_copy(update={"certificate": None}) for point in manifest.operating_points]
     card = model_card(manifest.model_copy(update={"operating_points": points}))
     assert "Nothing: no operating point is certified." in card
-    assert "With 90% confidence" not in card
+    assert "With 90 % confidence" not in card
 
 
 def test_differences(tiny_bundle: Path) -> None:

@@ -369,7 +369,7 @@ def test_too_few_images_for_a_certificate() -> None:
     point = found.points[1]
     assert point.certificate is None
     assert point.thresholds == [None, None]
-    assert "100 certify images cannot prove a risk of 1.00% at 95% confidence" in point.note
+    assert "100 certify images cannot prove a risk of 1 % at 95 % confidence" in point.note
     assert "at least 299 would be needed" in point.note
 
 
@@ -400,7 +400,7 @@ def test_reference_reaches_the_certificate() -> None:
         ({"max_risks": [math.nan]}, "between 0 and 1, got nan"),
         ({"confidence": 1.0}, "between 0 and 1, got 1"),
         ({"max_risks": []}, "at least one target risk"),
-        ({"budgets": [0.4]}, "a budget of 40% of the MACs cannot be met.*takes 42%"),
+        ({"budgets": [0.4]}, "a budget of 40 % of the MACs cannot be met.*takes 42 %"),
     ],
 )
 def test_what_calibration_refuses(arguments: dict[str, object], message: str) -> None:

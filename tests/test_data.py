@@ -331,7 +331,7 @@ def test_given_mean_and_std_are_kept(root: Path) -> None:
     assert load(root / "svhn", mean=[0.1, 0.2, 0.3], std=[1, 2, 3]).std == (1, 2, 3)
 
 
-@pytest.mark.parametrize("value", [0, 1, 77, 200, 255])
+@pytest.mark.parametrize("value", [0, 77])
 def test_constant_images_give_a_finite_std(tmp_path: Path, value: int) -> None:
     encoded = [png(np.full((4, 4, 3), value, np.uint8))] * 60
     write_split(tmp_path / "set" / "train.parquet", encoded, [row % 2 for row in range(60)], names=2)

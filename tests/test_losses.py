@@ -372,7 +372,7 @@ def test_contract(name: str) -> None:
 def test_survives_torch_compile(name: str) -> None:
     student, teacher, labels = sample(dtype=torch.float32)
     module = build_loss(resolve_loss(name), make_settings())
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)  # a break in the graph is an error
     assert torch.equal(compiled(student, teacher, labels)["loss"], module(student, teacher, labels)["loss"])
 
 

@@ -81,7 +81,7 @@ def make_arm(name: str, exits: int, certified: bool, quality: float) -> Arm:
         )  # fmt: skip
 
     missing = (
-        "not certified, so no early exit: 2,500 certify images cannot prove a risk of 0.05% at 90% confidence"
+        "not certified, so no early exit: 2,500 certify images cannot prove a risk of 0.05 % at 90 % confidence"
     )
     points = [
         point("no-exit", "no-exit", None, 0, None),
@@ -232,9 +232,9 @@ def test_verdict_names_the_same_network_without_exits_where_it_was_trained() -> 
 def test_without_certificate_it_says_so_and_why() -> None:
     text = Page(render(make_results(certified=False))).text
     assert "No certificate. Operating point risk-1: not certified" in text
-    assert "2,500 certify images cannot prove a risk of 0.05% at 90% confidence" in text
+    assert "2,500 certify images cannot prove a risk of 0.05 % at 90 % confidence" in text
     assert "There is no early exit here: every image goes to the final exit." in text
-    assert "With 90% confidence" not in text
+    assert "With 90 % confidence" not in text
 
 
 def test_every_arm_point_and_exit_is_in_a_table(results: Results, page: Page) -> None:

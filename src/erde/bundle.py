@@ -56,7 +56,7 @@ class Certificate(_Model):
             "teacher": "that the teacher gets right",
         }[self.reference]
         return (
-            f"With {self.confidence:.0%} confidence, at most {self.max_risk * 100:g} % of images are ones "
+            f"With {self.confidence * 100:g} % confidence, at most {self.max_risk * 100:g} % of images are ones "
             f"{against} and the early answer gets wrong "
             f"(seen: {self.errors} of {self.images:,} certify images; {self.method})."
         )

@@ -326,7 +326,7 @@ def check_budget(budget: float, cost: Cost) -> None:
     least = cost.exit_macs[0] / cost.no_exit_macs
     if least > budget:
         raise UserError(
-            f"a budget of {budget:.0%} of the MACs cannot be met: leaving at the first exit takes {least:.0%}; "
+            f"a budget of {budget * 100:g} % of the MACs cannot be met: leaving at the first exit takes {least * 100:.0f} %; "
             "give a larger budget or an earlier exit"
         )
 
@@ -404,7 +404,7 @@ def calibrate_logits(
             needed = images_needed(max_risk, confidence)
             note = (
                 f"not certified, so no early exit: {len(certify_split):,} certify images cannot prove a risk "
-                f"of {max_risk:.2%} at {confidence:.0%} confidence"
+                f"of {max_risk * 100:g} % at {confidence * 100:g} % confidence"
                 + (f" (at least {needed:,} would be needed)" if needed > len(certify_split) else "")
             )
         points.append(point(point_name(max_risk), "risk", max_risk, index, certificate, note))

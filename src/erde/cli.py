@@ -241,7 +241,7 @@ def _print_results(results: Results) -> None:
     agreement = results.agreement
     print(
         f"runtime against evaluation: {agreement.disagreements} disagreements in {agreement.images:,} images at "
-        f"{len(agreement.operating_points)} operating points ({agreement.band} answers within "
+        f"{len(agreement.operating_points)} operating points ({agreement.band} images within "
         f"{agreement.band_width:g} of a threshold); torch against evaluation: {agreement.torch_disagreements}"
     )
 

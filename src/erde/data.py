@@ -150,8 +150,7 @@ def _measure(train: TrainSplit, channels: int) -> tuple[tuple[float, ...], tuple
     values = np.arange(256) / 255
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ values
-    # Of a channel with one value everywhere, rounding can make the difference negative.
-    std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
+    std = np.sqrt(shares @ values**2 - mean**2)
     return tuple(round(float(one), 4) for one in mean), tuple(round(float(one), 4) for one in std)
 
 

@@ -439,12 +439,13 @@ class Run:
         torch_logits = self._torch_logits(arm, split)
         scores = policy.score(test.logits, calibrated.score, calibrated.sharpness)
         torch_scores = policy.score(torch_logits, calibrated.score, calibrated.sharpness)
-        runtime_off = torch_off = near = 0
+        runtime_off = torch_off = 0
+        near = np.zeros(len(split), dtype=np.bool_)
         for point in calibrated.points:
             exits = policy.decide(scores, point.thresholds)
             labels = policy.take_exit(test.logits, exits).argmax(axis=-1)
             band = evaluation.in_band(scores, point.thresholds)
-            near += int(band.sum())
+            near |= band
             answers = [session.predict(images, operating_point=point.name) for images in split.batches(256)]
             runtime_same = (np.concatenate([one.exits for one in answers]) == exits) & (
                 np.concatenate([one.labels for one in answers]) == labels
@@ -460,7 +461,7 @@ class Run:
             operating_points=[point.name for point in calibrated.points],
             disagreements=runtime_off,
             torch_disagreements=torch_off,
-            band=near,
+            band=int(near.sum()),
             band_width=evaluation.BAND,
         )
 

@@ -105,7 +105,8 @@ class DataInfo(_Model):
 class Agreement(_Model):
     """The torch-free runtime, and torch, against the evaluation: label and exit of every test image.
 
-    ``disagreements`` (of the runtime) and ``torch_disagreements`` count images outside the band.
+    ``disagreements`` (of the runtime) and ``torch_disagreements`` count answers outside the band, over all
+    operating points; ``band`` counts images that lie in it at any of them.
     """
 
     images: int

@@ -21,7 +21,6 @@ HEAVY = (
     "datasets",
     "sklearn",
     "PIL",
-    "pydantic",
     "pandas",
 )
 
