@@ -158,7 +158,17 @@ def test_a_file_tells_nothing_of_the_machine(
 ) -> None:
     for path in [*gray[1].paths(gray[2]), single[1] / "stage_0.onnx"]:
         content = path.read_bytes()
-        for word in ("site-packages", ".py", "/home", "/tmp", "/work", "File ", "pkg.", "torch.nn", "aten."):
+        for word in (
+            "site-packages",
+            ".py",
+            "/home",
+            "/tmp",
+            str(Path(__file__).parents[1]),
+            "File ",
+            "pkg.",
+            "torch.nn",
+            "aten.",
+        ):
             assert word.encode() not in content, word
         assert str(Path.cwd()).encode() not in content
         model = onnx.load(path)

@@ -80,9 +80,7 @@ def make_arm(name: str, exits: int, certified: bool, quality: float) -> Arm:
             tune=measured(eagerness), test=measured(eagerness),
         )  # fmt: skip
 
-    missing = (
-        "not certified, so no early exit: 2,500 certify images cannot prove a risk of 0.05 % at 90 % confidence"
-    )
+    missing = "not certified, so no early exit: 2,500 certify images cannot prove a risk of 0.05 % at 90 % confidence"
     points = [
         point("no-exit", "no-exit", None, 0, None),
         point("risk-1", "risk", 0.01, 0.45, certificate())
