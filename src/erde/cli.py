@@ -69,6 +69,8 @@ def main() -> None:
         if str(error.name).split(".")[0] == "erde":
             raise
         _fail(f"this command needs {error.name}, which is not installed: pip install 'erde[{extra}]'")
+    if code == 130:  # typer turns an interrupt into this code, without a word
+        print("stopped; a run continues with --resume", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,0 +1,118 @@
+"""Commands that need no run: lists, costs, and how the command line fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from erde import cli
+from erde.backbones import BACKBONES, build_backbone
+from erde.config import shipped_recipes
+from erde.cost import network_cost
+from erde.exits import attach_exits
+from erde.losses import LOSSES
+from erde.policy import SCORES
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["erde", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("recipes", set(shipped_recipes())),
+        ("backbones", set(BACKBONES)),
+        ("losses", set(LOSSES)),
+        ("scores", set(SCORES)),
+        ("datasets", {"digits", "cifar10", "cifar100", "svhn"}),
+    ],
+)
+def test_list(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, names: set[str]
+) -> None:
+    code, out, _ = run(monkeypatch, capsys, "list", what, "--json")
+    lines = out.splitlines()
+    assert code == 0
+    assert set(json.loads(lines[-1])) == names
+    assert {line.split()[0] for line in lines[:-1]} == names
+
+
+def test_cost_is_that_of_the_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (
+        "cost",
+        "resnet14",
+        "--exits",
+        "group1,group2_block1",
+        "--head",
+        "linear",
+        "--classes",
+        "7",
+        "--json",
+    )
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    network = attach_exits(
+        build_backbone("resnet14", classes=7),
+        ["group1", "group2_block1"],
+        input_size=(3, 32, 32),
+        head="linear",
+    )
+    expected = network_cost(network, (3, 32, 32))
+    found = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert found["macs"] == list(expected.macs)
+    assert found["exit_names"] == ["group1_block2", "group2_block1", "final"]
+    for macs in expected.macs:
+        assert f"{macs:,}" in out
+
+
+def test_cost_of_a_wrong_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(monkeypatch, capsys, "cost", "resnet14", "--input-size", "32")
+    assert code == 2
+    assert err.startswith("error: --input-size is '32', expected channels x height x width")
+
+
+def test_stopping_by_hand_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.LISTS, "losses", interrupt)
+    code, _, err = run(monkeypatch, capsys, "list", "losses")
+    assert code == 130
+    assert err == "stopped; a run continues with --resume\n"
+
+
+@pytest.mark.parametrize(("module", "extra"), [("torch", "train"), ("scipy.stats", "analysis")])
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, extra: str
+) -> None:
+    def missing() -> None:
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+
+    monkeypatch.setitem(cli.LISTS, "losses", missing)
+    code, _, err = run(monkeypatch, capsys, "list", "losses")
+    assert code == 2
+    assert f"pip install 'erde[{extra}]'" in err
+
+
+def test_a_bug_of_our_own_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setitem(cli.LISTS, "losses", broken)
+    monkeypatch.setattr(sys, "argv", ["erde", "list", "losses"])
+    with pytest.raises(KeyError, match="ours"):
+        cli.main()
