@@ -69,6 +69,8 @@ def predict_files(
     """
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise UserError(f"--out is {out}: expected a name ending in .csv or .jsonl")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out is {out}, which is a folder: expected the name of a file")
     session = Session(bundle, threads=threads)
     paths = find_images(images)
     exits = np.zeros(len(session.manifest.stages), dtype=int)

@@ -133,6 +133,11 @@ def test_an_image_file_that_is_text(refused: Refused, tmp_path: Path, tiny_run: 
     assert "note.png" in refused("predict", bundle, "note.png", "--out", "answers.csv")
 
 
+def test_answers_into_a_folder(refused: Refused, tmp_path: Path, tiny_run: tuple[Path, str]) -> None:
+    (tmp_path / "answers.csv").mkdir()
+    assert "which is a folder" in refused("predict", str(tiny_run[0] / "bundle"), ".", "--out", "answers.csv")
+
+
 def test_an_out_folder_beneath_a_regular_file(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert "file is a file" in refused("run", "digits", "--out", "file/run")
