@@ -18,6 +18,13 @@ from erde.exits import EarlyExitNetwork
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Results depend on the number of threads, and a run sets it for the whole process: put it back."""
+    yield
+    torch.set_num_threads(1)
+
+
 @contextlib.contextmanager
 def user_error(match: str) -> Iterator[None]:
     """Expect a :class:`UserError` of one line that matches ``match``."""

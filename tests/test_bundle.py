@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,6 +184,17 @@ def test_a_changed_byte_in_each_file(name: str, place: float, bundle_copy: Path)
     content[position] += 1
     path.write_bytes(content)
     with user_error(f"bundle {bundle_copy}: {name} "):
+        Session(bundle_copy)
+
+
+def test_the_last_digit_of_a_float_is_sealed_too(bundle_copy: Path) -> None:
+    # 0.1 and 0.10 are one float: the canonical form alone could not tell them apart.
+    path = bundle_copy / MANIFEST
+    text = path.read_text(encoding="utf-8")
+    number = re.search(r"\d\.\d+(?=[,\s])", text)
+    assert number is not None
+    path.write_text(text[: number.end()] + "0" + text[number.end() :], encoding="utf-8")
+    with user_error(f"bundle {bundle_copy}: {MANIFEST} is not JSON"):
         Session(bundle_copy)
 
 

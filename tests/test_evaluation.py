@@ -161,7 +161,7 @@ def test_curve(held_out: TestLogits, calibrated: CalibratedPolicy) -> None:
 
 
 def test_in_band() -> None:
-    scores = np.array([[0.5, 0.5 + 2e-5, 0.9, 0.1, 0.1], [0.7, 0.7, 0.7, 0.7 - 5e-6, 0.2], [0.0] * 5])
+    scores = np.array([[0.5, 0.5 + 1.5e-5, 0.9, 0.1, 0.1], [0.7, 0.7, 0.7, 0.7 - 5e-6, 0.2], [0.0] * 5])
     # Of image 2 exit 1 is never asked, so its score there does not matter.
     assert in_band(scores, [0.5, 0.7]).tolist() == [True, False, False, True, False]
     assert in_band(scores, [0.5, 0.7], band=1e-4).tolist() == [True, True, False, True, False]

@@ -146,7 +146,7 @@ def test_take_exit() -> None:
 
 
 def test_answer_probabilities_use_the_temperature_of_the_exit_that_answered() -> None:
-    logits, exits = some_logits(shape=(5, 6)), np.array([0, 2, 1, 2, 0])
+    logits, exits = some_logits(shape=(5, 6)), np.array([0, 2, 1, 1, 2])
     found = policy.answer_probabilities(logits, exits, [1.0, 2.0, 0.5])
     expected = [oracles.softmax(logits[n], [1.0, 2.0, 0.5][e]) for n, e in enumerate(exits)]
     np.testing.assert_allclose(found, expected, rtol=1e-12)

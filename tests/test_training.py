@@ -194,7 +194,7 @@ def test_the_loss_falls_on_digits(optimizer: str, rate: float, digits: DataSplit
         criterion,
         network=network,
         images=len(digits.train),
-        epochs=4,
+        epochs=6,
         optimizer=optimizer,
         learning_rate=rate,
     )

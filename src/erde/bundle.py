@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -261,11 +262,19 @@ def _read_json(folder: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise UserError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES // 2**20} MiB")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_float=_exact_float)
     except (ValueError, RecursionError) as error:
         raise UserError(f"bundle {folder}: {MANIFEST} is not JSON: copy the bundle again") from error
     if not isinstance(value, dict):
         raise UserError(f"bundle {folder}: {MANIFEST} does not hold an object: copy the bundle again")
+    return value
+
+
+def _exact_float(text: str) -> float:
+    """A number as Python writes it; another spelling of the same float would slip past the seal."""
+    value = float(text)
+    if math.isfinite(value) and repr(value) != text:
+        raise ValueError(f"{text} is not how erde writes a number")
     return value
 
 

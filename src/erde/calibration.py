@@ -178,7 +178,8 @@ def _threshold_grid(scores: NDArray[np.float64]) -> list[float]:
     """At most GRID_LEVELS falling thresholds, midway between neighbouring scores; the last lets all leave."""
     distinct = np.unique(scores)[::-1]
     midpoints = (distinct[:-1] + distinct[1:]) / 2
-    # Neighbouring float64 values may have no number between them: then the threshold is the lower one.
+    # Scores that differ in the last bit only have no number between them: no threshold parts them.
+    midpoints = midpoints[(midpoints < distinct[:-1]) & (midpoints > distinct[1:])]
     kept = np.unique(np.linspace(0, len(midpoints) - 1, min(GRID_LEVELS - 1, len(midpoints))).astype(int))
     lowest = float(distinct[-1])
     below_all = lowest - max(1e-6, abs(lowest) * 1e-6)
