@@ -53,8 +53,8 @@ def by_formula(name: str, classes: int, channels: int = 3) -> int:
         _, depth, width = name.split("-")
         return wrn_parameters(int(depth), int(width), classes, channels)
     depth, _, factor = name.removeprefix("resnet").partition("x")
-    base = {"": 16, "0.5": 8, "4": 64}[factor]
-    stem = {"": 16, "0.5": 8, "4": 32}[factor]
+    base = {"": 16, "0.25": 4, "0.5": 8, "0.75": 12, "4": 64}[factor]
+    stem = {"4": 32}.get(factor, base)
     return resnet_parameters(int(depth), (stem, base, 2 * base, 4 * base), classes, channels)
 
 

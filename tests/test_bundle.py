@@ -269,12 +269,12 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         (b"null", "does not hold an object"),
         (b'"format_version"', "does not hold an object"),
         (b"{}", "has format version None"),
-        (b'{"format_version": 1}', "does not match its seal"),
-        (b'{"format_version": 1, "seal": null}', "does not match its seal"),
+        (b'{"format_version": 2}', "does not match its seal"),
+        (b'{"format_version": 2, "seal": null}', "does not match its seal"),
         # Numbers that Python reads and canonical JSON does not have.
-        (b'{"format_version": 1, "name": NaN, "seal": "0"}', "does not match its seal"),
-        (b'{"format_version": 1, "name": 1e999, "seal": "0"}', "does not match its seal"),
-        (b'{"format_version": 1, "name": ' + b"[" * 900 + b"]" * 900 + b"}", "does not match its seal"),
+        (b'{"format_version": 2, "name": NaN, "seal": "0"}', "does not match its seal"),
+        (b'{"format_version": 2, "name": 1e999, "seal": "0"}', "does not match its seal"),
+        (b'{"format_version": 2, "name": ' + b"[" * 900 + b"]" * 900 + b"}", "does not match its seal"),
     ],
 )
 def test_a_manifest_that_is_none(content: bytes, what: str, bundle_copy: Path) -> None:
@@ -313,9 +313,11 @@ def set_at(*keys: Any, to: Any) -> Edit:
     return edit
 
 
+HARM = {"bias": 0.0, "weights": [0.0] * 6, "class_weights": [0.0] * 10}
+
 FORGERIES: dict[str, tuple[Edit, str]] = {
-    "newer version": (set_at("format_version", to=2), "format version 2, this erde reads 1: install"),
-    "version as text": (set_at("format_version", to="1"), "format version '1', this erde reads 1"),
+    "newer version": (set_at("format_version", to=3), "format version 3, this erde reads 2: install"),
+    "version as text": (set_at("format_version", to="2"), "format version '2', this erde reads 2"),
     "unknown key": (set_at("extra", to=1), "not valid at extra: Extra inputs"),
     "unknown deep key": (set_at("stages", 0, "extra", to=1), r"not valid at stages\.0\.extra"),
     "missing key": (lambda value: value.pop("classes"), "not valid at classes: Field required"),
@@ -325,6 +327,21 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     "classes": (set_at("classes", to=["a", "b"]), "logits are not 3 exits x 2 images x 2 classes"),
     "precision": (set_at("precision", to="int4"), "not valid at precision"),
     "score": (set_at("score", to="entrophy"), r"unknown score 'entrophy' \(did you mean 'entropy'\?\)"),
+    "older version": (set_at("format_version", to=1), "format version 1, this erde reads 2"),
+    "ensemble": (set_at("ensemble", to="sum"), "not valid at ensemble"),
+    "harm without parameters": (set_at("score", to="harm"), "score_parameters belong to the score 'harm'"),
+    "parameters without harm": (
+        set_at("score_parameters", to=[]),
+        "score_parameters belong to the score 'harm'",
+    ),
+    "parameters of too few exits": (
+        lambda value: value.update(score="harm", score_parameters=[HARM]),
+        "1 score_parameters for 3 exits",
+    ),
+    "parameters of a wrong shape": (
+        lambda value: value.update(score="harm", score_parameters=[HARM, HARM]),
+        "score_parameters of exit 1 are not 8 weights and one per class",
+    ),
     "two temperatures": (set_at("temperatures", to=[1.0, 1.0]), "2 temperatures for 3 exits"),
     "temperature zero": (set_at("temperatures", to=[1.0, 0.0, 1.0]), r"not valid at temperatures\.1"),
     "one threshold": (
@@ -438,7 +455,9 @@ def certificate(**changes: Any) -> Certificate:
         "max_risk": 0.005,
         "confidence": 0.95,
         "images": 2500,
-        "errors": 7,
+        "guarantee": "risk",
+        "lost": 7,
+        "won": 3,
         "risk": 0.0028,
         "upper_bound": 0.0048,
         "reference": "final_exit",

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erde.calibration import CalibratedPolicy, Cost, ScoredSplit, calibrate_logits
+from erde.calibration import CalibratedPolicy, Settings, calibrate_logits
 from erde.config import load_config, shipped_recipes
 from erde.evaluation import measure_curve, measure_points
 from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits
+from erde.thresholds import Cost, ScoredSplit
 
 COST = Cost((40, 70, 103), 100)
 
@@ -35,7 +36,7 @@ def calibrated() -> CalibratedPolicy:
     tune, certify = logits_of(TuneLogits, 1), logits_of(CertifyLogits, 2)
     assert isinstance(tune, TuneLogits)
     assert isinstance(certify, CertifyLogits)
-    return calibrate_logits(tune, certify, COST, max_risks=(0.05,), budgets=(0.6,))
+    return calibrate_logits(tune, certify, COST, Settings((0.05,), budgets=(0.6,)))
 
 
 def test_exit_decisions_do_not_see_the_label(calibrated: CalibratedPolicy) -> None:
@@ -58,7 +59,7 @@ def test_the_curve_uses_thresholds_of_tune_not_the_best_of_test(calibrated: Cali
     test = logits_of(TestLogits, 3)
     assert isinstance(test, TestLogits)
     curve = measure_curve(test, calibrated, COST, None)
-    scored = ScoredSplit.of(test, calibrated.score, calibrated.sharpness, None)
+    scored = ScoredSplit.of(test, calibrated.rule, None)
     path = calibrated.path.thresholds
     assert curve.macs[0] == scored.measure(path[0], COST).macs
     assert curve.accuracy[-1] == scored.measure(path[-1], COST).accuracy
@@ -80,11 +81,12 @@ def test_head_cost_is_in_the_macs(calibrated: CalibratedPolicy) -> None:
     assert never.test.macs_saved == pytest.approx(-0.03)
 
 
-def test_every_recipe_has_a_smaller_fixed_network_and_a_plain_baseline() -> None:
+def test_every_recipe_has_smaller_fixed_networks_of_several_sizes() -> None:
     for recipe in shipped_recipes():
         config = load_config(recipe)
         fixed = [arm for arm in config.arms if config.student_of(arm).exits == 1]
-        assert fixed, recipe
+        backbones = {config.student_of(arm).backbone for arm in fixed}
+        assert len(backbones - {config.student.backbone}) >= 2, recipe
         assert {arm.loss.name for arm in config.arms.values()} >= {"ce", "kd", "erde"}, recipe
 
 
@@ -100,15 +102,16 @@ def test_compared_arms_share_all_but_the_loss() -> None:
 @pytest.mark.slow
 def test_a_split_cannot_stand_in_for_another(tmp_path: Path) -> None:
     lines = [
-        "from erde.calibration import Cost, calibrate_logits, choose_score, fit_temperatures",
+        "from erde.calibration import Settings, calibrate_logits, choose_score, fit_temperatures",
         "from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits",
+        "from erde.thresholds import Cost",
         "def check(train: Logits, tune: TuneLogits, certify: CertifyLogits, test: TestLogits, cost: Cost) -> None:",
         "    calibrate_logits(tune, certify, cost)",
-        "    choose_score(tune, cost, 0.01)",
+        "    choose_score(tune, cost, Settings())",
         "    calibrate_logits(test, certify, cost)  # wrong",
         "    calibrate_logits(train, certify, cost)  # wrong",
         "    calibrate_logits(tune, tune, cost)  # wrong",
-        "    choose_score(certify, cost, 0.01)  # wrong",
+        "    choose_score(certify, cost, Settings())  # wrong",
         "    fit_temperatures(test)  # wrong",
     ]
     (tmp_path / "snippet.py").write_text("\n".join(lines) + "\n", encoding="utf-8")

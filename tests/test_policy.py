@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import scipy.special
@@ -41,7 +44,8 @@ def test_scores_against_independent_formulas(sharpness: float) -> None:
         "max_probability": rising[..., -1],
         "margin": rising[..., -1] - rising[..., -2],
     }
-    assert policy.SCORES.keys() == expected.keys()
+    expected["energy"] = sharpness * scipy.special.logsumexp(logits.astype(np.float64) / sharpness, axis=-1)
+    assert policy.OWN_SCORES.keys() == expected.keys()
     for name, value in expected.items():
         found = policy.score(logits, name, sharpness)
         assert found.dtype == np.float64
@@ -49,7 +53,7 @@ def test_scores_against_independent_formulas(sharpness: float) -> None:
         np.testing.assert_allclose(found, value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("name", policy.SCORES)
+@pytest.mark.parametrize("name", policy.OWN_SCORES)
 def test_higher_is_surer(name: str) -> None:
     sure = np.array([0.0, 1.0, 2.0, 4.0, 8.0])[:, None] * np.array([1.0, 0.0, 0.0, 0.0])
     assert bool((np.diff(policy.score(sure, name, 1.0)) > 0).all())
@@ -72,7 +76,7 @@ def test_bounds_are_reached(name: str, least: float) -> None:
     assert float(policy.score(np.array([900.0, 0, 0, 0], np.float32), name, 1.0)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", policy.SCORES)
+@pytest.mark.parametrize("name", ["entropy", "max_probability", "margin"])
 def test_sharpness_divides_the_logits(name: str) -> None:
     logits = some_logits().astype(np.float64)
     np.testing.assert_allclose(
@@ -87,6 +91,114 @@ def test_float32_logits_are_scored_in_float64() -> None:
     assert near[0, 0] != near[1, 0]
     first, second = policy.score(near, "max_probability", 1.0)
     assert 0 < second - first < 1e-9
+
+
+def test_the_sharpness_of_the_energy_is_a_temperature() -> None:
+    # Low temperatures leave the largest logit, high ones the mean with an offset of s ln K.
+    logits = some_logits().astype(np.float64)
+    np.testing.assert_allclose(policy.score(logits, "energy", 1e-3), logits.max(-1), atol=1e-2)
+    np.testing.assert_allclose(
+        policy.score(logits, "energy", 1e5) - 1e5 * np.log(6), logits.mean(-1), atol=1e-3
+    )
+
+
+# ---------------------------------------------------------------- rules that look back
+
+
+def test_patience_counts_the_exits_that_agree_in_a_row() -> None:
+    # Labels by exit (rows) of four images.
+    labels = np.array([[0, 1, 2, 0], [0, 2, 2, 1], [1, 2, 2, 0], [1, 2, 2, 0]])
+    logits = np.eye(3, dtype=np.float32)[labels]
+    _, scores = policy.ExitRule("patience").apply(logits)
+    assert scores.tolist() == [[1, 1, 1, 1], [2, 1, 2, 1], [1, 2, 3, 1], [2, 3, 4, 2]]
+    # Patience 3: the first exit that ends three in a row.
+    assert policy.decide(scores, [2.5, 2.5, 2.5]).tolist() == [3, 3, 2, 3]
+
+
+def test_running_ensembles_against_scipy() -> None:
+    logits = some_logits(shape=(4, 15, 6))
+    each = scipy.special.softmax(logits.astype(np.float64), axis=-1)
+    for index in range(1, 4):
+        so_far = list(logits[: index + 1])
+        mean = each[: index + 1].mean(axis=0)
+        np.testing.assert_allclose(np.exp(policy.running_ensemble(so_far, "arithmetic")), mean, rtol=1e-9)
+        product = np.exp(np.log(each[: index + 1]).mean(axis=0))
+        geometric = scipy.special.softmax(policy.running_ensemble(so_far, "geometric"), axis=-1)
+        np.testing.assert_allclose(geometric, product / product.sum(-1, keepdims=True), rtol=1e-9)
+
+
+@pytest.mark.parametrize("ensemble", ["arithmetic", "geometric"])
+def test_an_ensemble_answers_and_decides_together_but_for_the_final_exit(ensemble: policy.Ensemble) -> None:
+    logits = some_logits(shape=(3, 200, 6))
+    answers, scores = policy.ExitRule("margin", 0.5, ensemble).apply(logits)
+    np.testing.assert_array_equal(answers[0], logits[0])
+    np.testing.assert_array_equal(answers[2], logits[2])
+    np.testing.assert_array_equal(answers[1], policy.running_ensemble(list(logits[:2]), ensemble))
+    assert (answers[1].argmax(-1) != logits[1].argmax(-1)).any()
+    for index in range(3):
+        np.testing.assert_allclose(scores[index], policy.score(answers[index], "margin", 0.5))
+
+
+HARM = policy.HarmParameters(
+    -2.0, (0.7, -1.0, 0.3, 0.1, -0.2, 0.5, 0.4, -0.6), (0.1, -0.1, 0.2, 0.0, 0.3, -0.4)
+)
+
+
+def test_the_learned_score_against_a_loop() -> None:
+    logits = some_logits(shape=(2, 40, 6))
+    found = HARM.score(list(logits))
+    for n in range(40):
+        p = [oracles.softmax(logits[e, n]) for e in range(2)]
+        label, top = int(p[1].argmax()), np.sort(p[1])[::-1]
+        features = [
+            scipy.stats.entropy(p[1]) / np.log(6), top[0] - top[1], *np.log(top[:4]),
+            np.log(p[0][label]), float(p[0].argmax() == label),
+        ]  # fmt: skip
+        log_odds = HARM.bias + np.dot(HARM.weights, features) + HARM.class_weights[label]
+        assert found[n] == pytest.approx(1 - scipy.special.expit(log_odds), rel=1e-9)
+    assert policy.harm_feature_count(1, 6) == len(HARM.weights)
+    assert policy.harm_feature_count(0, 3) == policy.harm_features([logits[0][:, :3]])[0].shape[1] == 5
+
+
+def test_the_learned_score_stays_finite() -> None:
+    wild = np.array([[1000.0, -1000, 0, 0, 0, 0]], np.float32)
+    assert np.isfinite(HARM.score([wild, -wild])).all()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        policy.ExitRule("entropy", 0.5),
+        policy.ExitRule("patience"),
+        policy.ExitRule("margin", 1.0, "arithmetic"),
+        policy.ExitRule("max_probability", 2.0, "geometric"),
+        policy.ExitRule("harm", 1.0, "none", (policy.HarmParameters(0.1, (0.2,) * 6, (0.1,) * 6), HARM)),
+    ],
+)
+def test_a_rule_sees_no_later_exit_and_no_other_image(rule: policy.ExitRule) -> None:
+    logits = some_logits(shape=(3, 30, 6))
+    answers, scores = rule.apply(logits)
+    changed = logits.copy()
+    changed[2] = -changed[2]
+    for before, after in zip((answers, scores), rule.apply(changed), strict=True):
+        np.testing.assert_array_equal(before[:2], after[:2])
+    some = np.array([3, 17, 5])
+    for whole, part in zip((answers, scores), rule.apply(logits[:, some]), strict=True):
+        np.testing.assert_allclose(whole[:, some], part, rtol=1e-12)
+    assert rule.looks_back == (rule.score in ("patience", "harm") or rule.ensemble != "none")
+
+
+def test_rules_survive_json() -> None:
+    for rule in (policy.PAPER_RULE, policy.ExitRule("harm", 1.0, "none", (HARM,))):
+        assert policy.ExitRule.from_json(json.loads(json.dumps(dataclasses.asdict(rule)))) == rule
+
+
+def test_the_band() -> None:
+    scores = np.array([[0.5, 0.5 + 1e-6, 0.9, 0.1], [0.3, 0.2, 0.3, 0.3 - 1e-6]])
+    # The third image left before it came near the second threshold.
+    assert policy.in_band(scores, [0.5, 0.3]).tolist() == [True, True, False, True]
+    assert policy.in_band(scores, [None, 0.3]).tolist() == [True, False, True, True]
+    assert not policy.in_band(scores, [None, None]).any()
 
 
 # ---------------------------------------------------------------- decisions

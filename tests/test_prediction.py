@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from erde.data import DataSplits
-from erde.images import to_array
-from erde.prediction import COLUMNS, find_images, load_image, predict_files
+from erde.images import load_image, to_array
+from erde.prediction import COLUMNS, find_images, predict_files
 from erde.runtime import Session
 from erde.sources import decode
 from tests.conftest import entries, user_error

@@ -35,7 +35,7 @@ def images(digits: DataSplits) -> NDArray[np.uint8]:
 
 
 def scores_of(session: Session, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    return policy.score(session.all_logits(images), session.manifest.score, session.manifest.sharpness)
+    return session.rule.apply(session.all_logits(images))[1]
 
 
 def check_answer(

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from erde.errors import UserError, nearest
 from erde.files import replacing_folder, write_json, write_text
-from erde.policy import SCORES
+from erde.policy import SCORES, Ensemble, ExitRule, HarmParameters, harm_feature_count
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CARD = "README.md"
 # No honest manifest comes near this; a larger one is refused before it is parsed.
@@ -33,53 +34,73 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Certificate(_Model):
-    """A promise about one operating point: with this confidence, risk <= max_risk.
+Reference = Literal["final_exit", "no_exit_network", "teacher"]
+Guarantee = Literal["risk", "net_drop", "expected_risk"]
 
-    Confidence is over the draw of the certify split; it holds for images drawn like that split's.
+_REFERENCE_IN_WORDS: dict[Reference, str] = {
+    "final_exit": "the full network",
+    "no_exit_network": "the network without exits",
+    "teacher": "the teacher",
+}
+
+
+class Certificate(_Model):
+    """A promise about one operating point: with this confidence, risk (or net drop) <= max_risk.
+
+    Confidence is over the draw of the certify split; it holds for images drawn like that split's. Without a
+    confidence the promise is about the risk's expectation over that draw. Of the certify ``images``, ``lost``
+    are those that the reference gets right and the early answer wrong, ``won`` the other way round.
     """
 
+    guarantee: Guarantee
     max_risk: float = Field(gt=0, lt=1)
-    confidence: float = Field(gt=0, lt=1)
+    confidence: float | None = Field(gt=0, lt=1)
     images: int = Field(ge=1)
-    errors: int = Field(ge=0)
+    lost: int = Field(ge=0)
+    won: int = Field(ge=0)
     risk: float
-    upper_bound: float
-    reference: Literal["final_exit", "no_exit_network", "teacher"]
+    upper_bound: float | None
+    reference: Reference
     method: str
     assumptions: str
 
     def sentence(self) -> str:
         """The promise in words."""
-        against = {
-            "final_exit": "that the full network gets right",
-            "no_exit_network": "that the network without exits gets right",
-            "teacher": "that the teacher gets right",
-        }[self.reference]
-        return (
-            f"With {self.confidence * 100:g} % confidence, at most {self.max_risk * 100:g} % of images are ones "
-            f"{against} and the early answer gets wrong "
-            f"(seen: {self.errors} of {self.images:,} certify images; {self.method})."
-        )
+        who, share = _REFERENCE_IN_WORDS[self.reference], f"{self.max_risk * 100:g} %"
+        sure = "In expectation" if self.confidence is None else f"With {self.confidence * 100:g} % confidence"
+        seen = f"{self.lost:,} of {self.images:,} certify images"
+        if self.guarantee == "net_drop":
+            promise = f"the accuracy is at most {share} (of all images) below that of {who}"
+            seen = f"{self.lost:,} lost and {self.won:,} won of {self.images:,} certify images"
+        else:
+            promise = (
+                f"at most {share} of images are ones that {who} gets right and the early answer gets wrong"
+            )
+        return f"{sure}, {promise} (seen: {seen}; {self.method})."
 
 
 class Measured(_Model):
-    """What an operating point does on one split: shares of images, MACs per image."""
+    """What an operating point does on one split: shares of images; MACs, and milliseconds if known, per image."""
 
     images: int
     accuracy: float
     accuracy_interval: tuple[float, float]
     risk: float
+    net_drop: float
     macs: float
     macs_saved: float
+    milliseconds: float | None = None
     exit_rates: list[float]
 
 
 class OperatingPoint(_Model):
-    """One named setting of the policy: E-1 thresholds (None disables an exit) and what is known of it."""
+    """One named setting of the policy: E-1 thresholds (None disables an exit) and what is known of it.
+
+    ``target`` is a share of images (risk), a share of the MACs (budget) or milliseconds (latency).
+    """
 
     name: str
-    kind: Literal["no-exit", "risk", "budget"]
+    kind: Literal["no-exit", "risk", "budget", "latency"]
     target: float | None
     thresholds: list[float | None]
     certificate: Certificate | None
@@ -88,12 +109,26 @@ class OperatingPoint(_Model):
     test: Measured | None = None
 
 
+class LeftOut(_Model):
+    """A promise that was asked for and could not be made: there is no operating point of this name."""
+
+    name: str
+    target: float
+    images_needed: int | None  # where the certify split was too small, the least number that would do
+    note: str
+
+
 class ScoreCandidate(_Model):
-    """The share of MACs that a score saves on tune at the default risk."""
+    """The share of MACs that a score saves on tune at the default risk.
+
+    ``fragile`` is the share of tune images whose score lies within 1e-5 of a threshold there.
+    """
 
     score: str
     sharpness: float
+    ensemble: Ensemble = "none"
     macs_saved: float
+    fragile: float = 0.0
 
 
 class Stage(_Model):
@@ -124,10 +159,20 @@ class ReferenceSample(_Model):
 
 
 class Calibration(_Model):
-    """Exit rates and score histograms (20 equal bins over [0, 1]) on tune, at the default point."""
+    """What calibration saw: exit rates and score histograms on tune, at the default point, and which splits.
+
+    Histograms have 20 equal bins over ``score_ranges``. ``choices`` is a hash of every setting; it tells a
+    repeated calibration from a second choice on the same certify images, which would void the certificates.
+    """
 
     exit_rates: list[float]
     score_histograms: list[list[int]]
+    score_ranges: list[tuple[float, float]]
+    tune_images: int
+    certify_images: int
+    tune_fingerprint: str
+    certify_fingerprint: str
+    choices: str
 
 
 class Manifest(_Model):
@@ -147,9 +192,12 @@ class Manifest(_Model):
     no_exit_parameters: int
     score: str
     sharpness: float = Field(gt=0)
+    ensemble: Ensemble
+    score_parameters: list[HarmParameters] | None
     temperatures: list[Annotated[float, Field(gt=0)]]
     operating_points: list[OperatingPoint] = Field(min_length=1)
     default_operating_point: str
+    left_out: list[LeftOut]
     calibration: Calibration | None
     reference_sample: ReferenceSample
     provenance: dict[str, Any]
@@ -162,6 +210,7 @@ class Manifest(_Model):
             raise ValueError(f"{len(self.temperatures)} temperatures for {exits} exits")
         if self.score not in SCORES:
             raise ValueError(f"unknown score '{self.score}'{nearest(self.score, SCORES)}")
+        self._check_parameters(exits)
         sample = self.reference_sample
         rows = [row for logits in sample.logits for row in logits]
         if (
@@ -188,6 +237,23 @@ class Manifest(_Model):
                 raise ValueError(f"{stage.file} has no checksum")
         return self
 
+    def _check_parameters(self, exits: int) -> None:
+        if (self.score == "harm") != (self.score_parameters is not None):
+            raise ValueError("score_parameters belong to the score 'harm', and to no other")
+        for index, one in enumerate(self.score_parameters or ()):
+            features = harm_feature_count(index, len(self.classes))
+            if len(one.weights) != features or len(one.class_weights) != len(self.classes):
+                raise ValueError(
+                    f"score_parameters of exit {index} are not {features} weights and one per class"
+                )
+        if self.score_parameters is not None and len(self.score_parameters) != exits - 1:
+            raise ValueError(f"{len(self.score_parameters)} score_parameters for {exits} exits")
+
+    def rule(self) -> ExitRule:
+        """What the exits answer with and decide on."""
+        harm = None if self.score_parameters is None else tuple(self.score_parameters)
+        return ExitRule(self.score, self.sharpness, self.ensemble, harm)
+
     def point(self, name: str | None) -> OperatingPoint:
         """The operating point ``name``, the default one for None; :class:`UserError` if there is none."""
         name = name or self.default_operating_point
@@ -196,6 +262,11 @@ class Manifest(_Model):
                 return point
         known = ", ".join(point.name for point in self.operating_points)
         raise UserError(f"no operating point '{name}' in this bundle; it has: {known}")
+
+
+def stages_hash(manifest: Manifest) -> str:
+    """A hash of the stage files alone: what a profile of the machine belongs to, whatever the thresholds."""
+    return canonical_hash({stage.file: manifest.files[stage.file] for stage in manifest.stages})
 
 
 def file_hash(path: Path) -> str:
@@ -292,10 +363,13 @@ def _verify_file(folder: Path, name: str, expected: str) -> None:
         )
 
 
-def write(folder: Path, manifest: Manifest, stages: list[Path]) -> str:
-    """Write a whole bundle (stages, model card, manifest) in one step, and return its seal."""
+def write(folder: Path, manifest: Manifest, stages: list[Path], beside_seal: Sequence[Path] = ()) -> str:
+    """Write a whole bundle (stages, model card, manifest) in one step, and return its seal.
+
+    Files of ``beside_seal`` are copied too, and are no part of what is sealed.
+    """
     with replacing_folder(folder) as beside:
-        for path in stages:
+        for path in [*stages, *beside_seal]:
             shutil.copyfile(path, beside / path.name)
         card = model_card(manifest)
         write_text(beside / CARD, card)
@@ -345,6 +419,9 @@ def model_card(manifest: Manifest) -> str:
         lines += ["", f"Assumed: {certified[0].certificate.assumptions}."]
     else:
         lines.append("Nothing: no operating point is certified.")
+    if manifest.left_out:
+        lines += ["", "Asked for and left out:", ""]
+        lines += [f"- {one.name}: {one.note}" for one in manifest.left_out]
     lines += [
         "",
         "## Use",

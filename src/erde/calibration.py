@@ -1,91 +1,138 @@
-"""From logits to an exit policy: temperatures, thresholds, certificates.
+"""From logits to an exit policy: temperatures, the score, thresholds, certified operating points.
 
 Everything that is fitted or searched sees the tune split; the certify split is touched once, by
-:func:`certify`, along a path of thresholds that was fixed before. Terms as in docs/method.md.
+certificates.py, along a path of thresholds that was fixed before. Terms as in docs/method.md.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.stats import beta, binom
 
 from erde import bundle, policy
-from erde.bundle import Calibration, Certificate, Manifest, Measured, OperatingPoint, ScoreCandidate
-from erde.errors import UserError, nearest
-from erde.runtime import Session
-from erde.splits import CertifyLogits, CertifySplit, Logits, TuneLogits, TuneSplit
-
-METHOD = "fixed-sequence test on a path of thresholds, exact binomial bound"
-ASSUMPTIONS = (
-    "images in use are drawn like those of the certify split, which chose nothing else; "
-    "confidence is over the draw of that split"
+from erde.bundle import (
+    Calibration,
+    Certificate,
+    Guarantee,
+    LeftOut,
+    Manifest,
+    OperatingPoint,
+    Reference,
+    ScoreCandidate,
 )
+from erde.certificates import GUARANTEES, certify, images_needed, upper_bound
+from erde.errors import UserError, nearest
+from erde.harm import fit_harm, out_of_fold_scores
+from erde.policy import PAPER_RULE, Ensemble, ExitRule
+from erde.profile import PROFILE
+from erde.runtime import Session
+from erde.splits import CertifyLogits, CertifySplit, Labels, Logits, TuneLogits, TuneSplit
+from erde.thresholds import Cost, ScoredSplit, ThresholdPath, best_within_risk, search_path
+
 SHARPNESS_GRID = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
-# Thresholds tried per exit: 1 % of the images apart on a large split.
-GRID_LEVELS = 100
-Reference = Literal["final_exit", "no_exit_network", "teacher"]
+# Scores are compared at these risks, whatever is promised.
+COMPARED_RISKS = (0.005, 0.01, 0.02)
+# ε of the certified operating points, the default one first.
+LADDER = (0.01, 0.0025, 0.005, 0.02, 0.03, 0.05)
+# A score with more tune images than this on the edge of its thresholds is chosen only for want of another.
+MOST_FRAGILE = 0.001
+# Rows that tune and certify have in common: above this share it is no coincidence of equal images.
+MOST_OVERLAP = 0.01
 
 
 @dataclass(frozen=True)
-class Cost:
-    """MACs of an image that leaves at each exit, heads included (E,), and of the network without exits."""
+class Settings:
+    """What is promised, and how the policy is chosen.
 
-    exit_macs: tuple[int, ...]
-    no_exit_macs: int
-
-
-@dataclass(frozen=True)
-class ScoredSplit:
-    """A split as the exit rule sees it: scores and harm, both (E, N), and right answers (E, N).
-
-    Harm is the yes/no of which risk is the mean: the reference is right and this exit is wrong.
+    Args:
+        max_risks: ε of the certified operating points; the first is the default one, and the score is chosen for it.
+        confidence: of the certificates; plays no part in ``guarantee="expected_risk"``.
+        budgets: shares of the MACs of the network without exits; chosen on tune, not certified.
+        latency_budgets: mean milliseconds per image on the profiled machine; likewise.
+        reference: what early answers are held against.
+        guarantee: see certificates.py.
+        score: one of policy.SCORES, or "auto": what saves most MACs on tune at the first of ``max_risks``.
+        sharpness: of the score; None chooses it likewise.
+        ensemble: one of policy.ENSEMBLES; "auto" tries all with ``score="auto"`` and none with a named score.
     """
 
-    scores: NDArray[np.float64]
-    right: NDArray[np.bool_]
-    harm: NDArray[np.bool_]
+    max_risks: tuple[float, ...] = LADDER
+    confidence: float = 0.9
+    budgets: tuple[float, ...] = ()
+    latency_budgets: tuple[float, ...] = ()
+    reference: Reference = "final_exit"
+    guarantee: Guarantee = "risk"
+    score: str = "auto"
+    sharpness: float | None = None
+    ensemble: Literal["auto"] | Ensemble = "auto"
 
-    @classmethod
-    def of(
-        cls, logits: Logits, name: str, sharpness: float, reference_right: NDArray[np.bool_] | None
-    ) -> ScoredSplit:
-        """Score ``logits``; ``reference_right`` (N,) is None where the final exit is the reference."""
-        right = logits.logits.argmax(axis=-1) == logits.labels
-        reference = right[-1] if reference_right is None else reference_right
-        return cls(policy.score(logits.logits, name, sharpness), right, reference & ~right)
+    def __post_init__(self) -> None:
+        for what, values in (
+            ("target risk", self.max_risks),
+            ("confidence", (self.confidence,)),
+            ("budget", self.budgets),
+        ):
+            for value in values:
+                if not 0 < value < 1:
+                    raise UserError(f"a {what} must lie between 0 and 1 (0 % and 100 %), got {value:g}")
+        for what, values in (
+            ("target risk", self.max_risks),
+            ("budget", self.budgets),
+            ("latency budget", self.latency_budgets),
+        ):
+            if len(set(values)) != len(values):
+                raise UserError(f"a {what} is given twice in {list(values)}: give each once")
+        if not self.max_risks:
+            raise UserError("calibration needs at least one target risk")
+        if not all(value > 0 for value in self.latency_budgets):
+            raise UserError(f"a latency budget must be above 0 ms, got {min(self.latency_budgets):g}")
+        known = ["auto", *policy.SCORES]
+        if self.score not in known:
+            raise UserError(f"unknown score '{self.score}'{nearest(self.score, known)}")
+        if self.ensemble not in ("auto", *policy.ENSEMBLES):
+            raise UserError(
+                f"unknown ensemble '{self.ensemble}': expected auto, {', '.join(policy.ENSEMBLES)}"
+            )
+        if self.score == "energy" and self.ensemble not in ("auto", "none"):
+            raise UserError(
+                f"the score 'energy' reads raw logits, which the {self.ensemble} ensemble does not have: choose another score"
+            )
+        if self.guarantee not in GUARANTEES:
+            raise UserError(f"unknown guarantee '{self.guarantee}': expected {', '.join(GUARANTEES)}")
+        if self.sharpness is not None and not self.sharpness > 0:
+            raise UserError(f"a sharpness must be above 0, got {self.sharpness:g}")
 
-    def measure(self, thresholds: policy.Thresholds, cost: Cost) -> Measured:
-        """Accuracy, risk and cost of ``thresholds`` on this split."""
-        exits = policy.decide(self.scores, thresholds)
-        count = len(exits)
-        right = int(policy.take_exit(self.right, exits).sum())
-        macs = float(np.asarray(cost.exit_macs)[exits].mean())
-        return Measured(
-            images=count,
-            accuracy=right / count,
-            accuracy_interval=wilson_interval(right, count),
-            risk=float(policy.take_exit(self.harm, exits).mean()),
-            macs=macs,
-            macs_saved=1.0 - macs / cost.no_exit_macs,
-            exit_rates=(np.bincount(exits, minlength=len(self.scores)) / count).tolist(),
-        )
+    def choices(self) -> str:
+        """A hash of every setting: what a second calibration on the same certify split must not change."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for a binomial share (Wilson 1927)."""
-    z = 1.959963984540054
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    def rules(self) -> list[ExitRule]:
+        """The exit rules to try, the learned one still without its parameters."""
+        names = policy.SCORES if self.score == "auto" else (self.score,)
+        ensembles: tuple[Ensemble, ...] = ("none",) if self.ensemble == "auto" else (self.ensemble,)
+        if self.ensemble == "auto" and self.score == "auto":
+            ensembles = ("none", "arithmetic", "geometric")
+        grid = SHARPNESS_GRID if self.sharpness is None else (self.sharpness,)
+        rules = []
+        for ensemble in ensembles:
+            for name in names:
+                if name == "energy" and ensemble != "none":
+                    continue  # an ensemble's log-probabilities have lost the scale that the energy reads
+                if name in policy.OWN_SCORES:
+                    rules += [ExitRule(name, value, ensemble) for value in grid]
+                elif ensemble == "none" or self.score != "auto":
+                    # Patience and harm look at earlier exits by themselves.
+                    rules.append(ExitRule(name, 1.0, ensemble))
+        return rules
 
 
 def fit_temperatures(tune: TuneLogits) -> list[float]:
@@ -105,220 +152,156 @@ def fit_temperatures(tune: TuneLogits) -> list[float]:
 
 
 @dataclass(frozen=True)
-class ThresholdPath:
-    """Threshold vectors from "no early exit" to "everything leaves first", each cheaper than the last."""
+class Choice:
+    """One candidate of the choice between scores: its path on tune, and what that saves at the target risk.
 
-    thresholds: tuple[tuple[float | None, ...], ...]
-    risk: NDArray[np.float64]
-    macs: NDArray[np.float64]
-
-
-def search_path(tune: ScoredSplit, cost: Cost) -> ThresholdPath:
-    """Walk greedily from no early exit to the first exit for all, by the least harm per MAC saved.
-
-    A step lowers the threshold of one exit along a grid of midpoints between observed scores; the step
-    taken is the one with the smallest ratio of added harm to saved MACs (the lower convex hull of what
-    is reachable), and every grid point passed on the way belongs to the path.
+    ``tune`` is tune as the search saw it: with a fitted score, scored by regressions fitted on other folds.
     """
-    count = tune.scores.shape[1]
-    macs = np.asarray(cost.exit_macs, dtype=np.float64)
-    harm = tune.harm.astype(np.float64)
-    intermediate = len(macs) - 1
-    grids = [_threshold_grid(tune.scores[index]) for index in range(intermediate)]
-    # entry[k][i]: the first level of exit k's grid at which image i would leave there (level 0: disabled).
-    entry = [_entry_levels(scores, grid) for scores, grid in zip(tune.scores[:-1], grids, strict=True)]
-    images = np.arange(count)
-    levels = [0] * intermediate
-    exits = np.full(count, intermediate)
-    path = [tuple[float | None, ...]([None] * intermediate)]
-    path_exits_cost = [float(macs[exits].mean())]
-    path_risk = [float(harm[exits, images].mean())]
-    while True:
-        best: tuple[float, float, int, int] | None = None
-        for index in range(intermediate):
-            later = exits > index
-            size = len(grids[index]) + 2
-            weights_cost = (macs[exits] - macs[index])[later]
-            weights_harm = (harm[index] - harm[exits, images])[later]
-            entered = entry[index][later]
-            saved = np.bincount(entered, weights_cost, minlength=size).cumsum()
-            added = np.bincount(entered, weights_harm, minlength=size).cumsum()
-            reachable = np.arange(levels[index] + 1, len(grids[index]) + 1)
-            reachable = reachable[saved[reachable] > 0]
-            if not len(reachable):
-                continue
-            slope = added[reachable] / saved[reachable]
-            choice = np.lexsort((-saved[reachable], slope))[0]
-            candidate = (
-                float(slope[choice]),
-                -float(saved[reachable][choice]),
-                index,
-                int(reachable[choice]),
-            )
-            best = candidate if best is None else min(best, candidate)
-        if best is None:
-            break
-        _, _, index, target = best
-        for level in range(levels[index] + 1, target + 1):
-            exits = np.where((exits > index) & (entry[index] <= level), index, exits)
-            levels[index] = level
-            step_cost = float(macs[exits].mean())
-            if step_cost < path_exits_cost[-1]:
-                path.append(
-                    tuple(
-                        grid[level - 1] if level else None for grid, level in zip(grids, levels, strict=True)
-                    )
-                )
-                path_exits_cost.append(step_cost)
-                path_risk.append(float(harm[exits, images].mean()))
-    return ThresholdPath(tuple(path), np.asarray(path_risk), np.asarray(path_exits_cost))
 
-
-def _threshold_grid(scores: NDArray[np.float64]) -> list[float]:
-    """At most GRID_LEVELS falling thresholds, midway between neighbouring scores; the last lets all leave."""
-    distinct = np.unique(scores)[::-1]
-    midpoints = (distinct[:-1] + distinct[1:]) / 2
-    # Scores that differ in the last bit only have no number between them: no threshold parts them.
-    midpoints = midpoints[(midpoints < distinct[:-1]) & (midpoints > distinct[1:])]
-    kept = np.unique(np.linspace(0, len(midpoints) - 1, min(GRID_LEVELS - 1, len(midpoints))).astype(int))
-    lowest = float(distinct[-1])
-    below_all = lowest - max(1e-6, abs(lowest) * 1e-6)
-    return [*(float(value) for value in midpoints[kept]), below_all]
-
-
-def _entry_levels(scores: NDArray[np.float64], grid: list[float]) -> NDArray[np.int64]:
-    rising = np.asarray(grid)[::-1]
-    # The number of thresholds that are strictly below the score: score > threshold.
-    below = np.searchsorted(rising, scores, side="left")
-    return np.asarray(len(grid) - below + 1, dtype=np.int64)
-
-
-def best_within_risk(path: ThresholdPath, max_risk: float) -> int:
-    """The cheapest point of the path whose risk on tune is at most ``max_risk``."""
-    return int(np.flatnonzero(path.risk <= max_risk)[-1]) if (path.risk <= max_risk).any() else 0
-
-
-@dataclass(frozen=True)
-class ScoreChoice:
-    """One candidate of the choice between scores: the MACs it saves on tune at the target risk."""
-
-    score: str
-    sharpness: float
+    rule: ExitRule
+    tune: ScoredSplit = field(repr=False)
+    path: ThresholdPath = field(repr=False)
     macs_saved: float
-    path: ThresholdPath
+    fragile: float
 
 
 def choose_score(
     tune: TuneLogits,
     cost: Cost,
-    max_risk: float,
+    settings: Settings,
     reference_right: NDArray[np.bool_] | None = None,
-    score: str = "auto",
-    sharpness: float | None = None,
-) -> list[ScoreChoice]:
-    """All candidates, the best first: by MACs saved on tune within ``max_risk``, never by NLL.
+) -> list[Choice]:
+    """All candidates, the best first: by MACs saved on tune within the first of ``settings.max_risks``.
 
-    ``score="auto"`` tries every score; ``sharpness=None`` tries SHARPNESS_GRID. Ties keep the paper's
-    rule (entropy, sharpness 1) in front.
+    Candidates whose thresholds stand where scores crowd (``fragile``) come last; ties keep the paper's rule
+    in front. Never by NLL.
     """
-    names = list(policy.SCORES) if score == "auto" else [score]
-    grid = SHARPNESS_GRID if sharpness is None else (sharpness,)
-    candidates = []
-    for name in names:
-        for value in grid:
-            path = search_path(ScoredSplit.of(tune, name, value, reference_right), cost)
-            macs = path.macs[best_within_risk(path, max_risk)]
-            candidates.append(ScoreChoice(name, value, 1.0 - float(macs) / cost.no_exit_macs, path))
-    return sorted(candidates, key=lambda one: (-one.macs_saved, one.score != "entropy", one.sharpness != 1.0))
+    choices = [_try_rule(tune, rule, cost, settings, reference_right) for rule in settings.rules()]
+    return sorted(
+        choices,
+        key=lambda one: (
+            one.fragile > MOST_FRAGILE,
+            -one.macs_saved,
+            one.rule.ensemble != "none",
+            one.rule.score != "entropy",
+            one.rule.sharpness != 1.0,
+        ),
+    )
 
 
-def images_needed(max_risk: float, confidence: float) -> int:
-    """The least number of certify images, all without error, that certifies ``max_risk``."""
-    return math.ceil(math.log(1 - confidence) / math.log1p(-max_risk))
-
-
-def certify(
-    path: ThresholdPath, certify_split: ScoredSplit, max_risk: float, confidence: float, reference: Reference
-) -> tuple[int, Certificate | None]:
-    """Walk ``path`` from the careful end while risk <= ``max_risk`` is proved; the last proved point.
-
-    At each point the hypothesis "risk > max_risk" is tested with the exact binomial p-value
-    ``P(Bin(n, max_risk) <= errors)`` at level ``1 - confidence``; the walk stops at the first point
-    that fails, so the chance of ever accepting a false point is at most ``1 - confidence``
-    (fixed-sequence testing, Angelopoulos et al., Learn then Test, arXiv 2110.01052).
-
-    Returns the index on the path and its certificate; ``(0, None)`` where not even the first point passes.
-    """
-    count = certify_split.scores.shape[1]
-    accepted, errors_there = -1, 0
-    for index, thresholds in enumerate(path.thresholds):
-        exits = policy.decide(certify_split.scores, thresholds)
-        errors = int(policy.take_exit(certify_split.harm, exits).sum())
-        if binom.cdf(errors, count, max_risk) > 1 - confidence:
-            break
-        accepted, errors_there = index, errors
-    if accepted < 0:
-        return 0, None
-    return accepted, Certificate(
-        max_risk=max_risk,
-        confidence=confidence,
-        images=count,
-        errors=errors_there,
-        risk=errors_there / count,
-        upper_bound=float(beta.ppf(confidence, errors_there + 1, count - errors_there)),
-        reference=reference,
-        method=METHOD,
-        assumptions=ASSUMPTIONS,
+def _try_rule(
+    tune: TuneLogits,
+    rule: ExitRule,
+    cost: Cost,
+    settings: Settings,
+    reference_right: NDArray[np.bool_] | None,
+) -> Choice:
+    if rule.score == "harm":
+        right = tune.logits[-1].argmax(axis=-1) == tune.labels if reference_right is None else reference_right
+        rule = ExitRule(rule.score, rule.sharpness, rule.ensemble, fit_harm(tune, right))
+        scored = ScoredSplit.of(tune, rule, reference_right)
+        scored = ScoredSplit(out_of_fold_scores(tune, right), scored.right, scored.reference_right)
+    else:
+        scored = ScoredSplit.of(tune, rule, reference_right)
+    path = search_path(scored, cost, net=settings.guarantee == "net_drop")
+    index = best_within_risk(path, settings.max_risks[0])
+    return Choice(
+        rule=rule,
+        tune=scored,
+        path=path,
+        macs_saved=1.0 - float(path.macs[index]) / cost.no_exit_macs,
+        fragile=float(policy.in_band(scored.scores, path.thresholds[index]).mean()),
     )
 
 
 @dataclass(frozen=True)
-class CalibratedPolicy:
-    """What calibration gives: the score, temperatures, the path, and the named operating points."""
+class ContenderTarget:
+    """Thresholds that a contender would have at one risk, from tune, and the MACs that they save there."""
 
-    score: str
-    sharpness: float
+    target: float
+    thresholds: tuple[float | None, ...]
+    macs_saved: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """The best sharpness of one score and ensemble, for the comparison of scores on test."""
+
+    rule: ExitRule
+    targets: tuple[ContenderTarget, ...]
+
+
+@dataclass(frozen=True)
+class CalibratedPolicy:
+    """What calibration gives: the rule, temperatures, the path, and the named operating points.
+
+    ``paper_path`` is the path that tune gives the paper's rule; ``contenders`` are the other scores.
+    """
+
+    rule: ExitRule
     temperatures: list[float]
     path: ThresholdPath
     points: list[OperatingPoint]
     default: str
+    left_out: list[LeftOut]
     calibration: Calibration
     candidates: list[ScoreCandidate]
+    paper_path: ThresholdPath
+    contenders: list[Contender]
 
     def to_json(self) -> dict[str, Any]:
         """What ``policy.json`` holds."""
         return {
-            "score": self.score,
-            "sharpness": self.sharpness,
+            "rule": asdict(self.rule),
             "temperatures": self.temperatures,
-            "path": {
-                "thresholds": [list(one) for one in self.path.thresholds],
-                "risk": self.path.risk.tolist(),
-                "macs": self.path.macs.tolist(),
-            },
+            "path": self.path.to_json(),
             "points": [point.model_dump(mode="json") for point in self.points],
             "default": self.default,
+            "left_out": [one.model_dump(mode="json") for one in self.left_out],
             "calibration": self.calibration.model_dump(mode="json"),
             "candidates": [one.model_dump(mode="json") for one in self.candidates],
+            "paper_path": self.paper_path.to_json(),
+            "contenders": [asdict(one) for one in self.contenders],
+        }
+
+    def default_point(self) -> OperatingPoint:
+        """The operating point that answers when none is named."""
+        return next(one for one in self.points if one.name == self.default)
+
+    def summary(self) -> dict[str, Any]:
+        """What the command line prints as JSON."""
+        return {
+            "score": self.rule.score,
+            "sharpness": self.rule.sharpness,
+            "ensemble": self.rule.ensemble,
+            "default_operating_point": self.default,
+            "operating_points": [point.model_dump(mode="json") for point in self.points],
+            "left_out": [one.model_dump(mode="json") for one in self.left_out],
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> CalibratedPolicy:
         """Read what :meth:`to_json` gave."""
-        path = value["path"]
         return cls(
-            score=value["score"],
-            sharpness=value["sharpness"],
+            rule=ExitRule.from_json(value["rule"]),
             temperatures=value["temperatures"],
-            path=ThresholdPath(
-                tuple(tuple(one) for one in path["thresholds"]),
-                np.asarray(path["risk"]),
-                np.asarray(path["macs"]),
-            ),
+            path=ThresholdPath.from_json(value["path"]),
             points=[OperatingPoint.model_validate(one) for one in value["points"]],
             default=value["default"],
+            left_out=[LeftOut.model_validate(one) for one in value["left_out"]],
             calibration=Calibration.model_validate(value["calibration"]),
             candidates=[ScoreCandidate.model_validate(one) for one in value["candidates"]],
+            paper_path=ThresholdPath.from_json(value["paper_path"]),
+            contenders=[
+                Contender(
+                    ExitRule.from_json(one["rule"]),
+                    tuple(
+                        ContenderTarget(target["target"], tuple(target["thresholds"]), target["macs_saved"])
+                        for target in one["targets"]
+                    ),
+                )
+                for one in value["contenders"]
+            ],
         )
 
 
@@ -332,56 +315,163 @@ def check_budget(budget: float, cost: Cost) -> None:
         )
 
 
+def check_latency_budget(milliseconds: float, cost: Cost) -> None:
+    """:class:`UserError` where the machine was not profiled, or the first exit alone takes longer."""
+    if cost.exit_milliseconds is None:
+        raise UserError(
+            f"a latency budget of {milliseconds:g} ms needs a profile of the machine: "
+            "Session(bundle).profile('profile.json') writes one"
+        )
+    if cost.exit_milliseconds[0] > milliseconds:
+        raise UserError(
+            f"a latency budget of {milliseconds:g} ms cannot be met: the first exit alone takes "
+            f"{cost.exit_milliseconds[0]:.3g} ms on the profiled machine; give a larger budget or an earlier exit"
+        )
+
+
 def point_name(max_risk: float) -> str:
     """``risk-1`` for 0.01: the name of a certified operating point, in per cent."""
     return f"risk-{max_risk * 100:g}"
+
+
+def check_logits(split: Logits, name: str) -> None:
+    """:class:`UserError` where logits are not numbers or a label is not a class."""
+    if len(split) == 0:
+        raise UserError(f"the {name} split holds no images")
+    bad = np.argwhere(~np.isfinite(split.logits))
+    if len(bad):
+        exit_index, image, _ = bad[0]
+        raise UserError(
+            f"the {name} logits hold {len(bad):,} values that are NaN or infinite (first: exit {exit_index}, "
+            f"image {image}): a network that gives these cannot be calibrated"
+        )
+    classes = split.logits.shape[-1]
+    if split.labels.min() < 0 or split.labels.max() >= classes:
+        raise UserError(
+            f"the {name} labels run from {split.labels.min()} to {split.labels.max()}, but there are {classes} classes "
+            f"(0 to {classes - 1})"
+        )
+
+
+def check_classes(tune_labels: Labels, classes: int) -> None:
+    """:class:`UserError` where a class has no image in tune."""
+    missing = np.flatnonzero(np.bincount(tune_labels, minlength=classes) == 0)
+    if len(missing):
+        raise UserError(
+            f"{len(missing)} of {classes} classes have no image in tune (first: class {missing[0]}): "
+            "thresholds would be blind to them; give tune images of every class"
+        )
+
+
+def check_splits(tune: TuneLogits, certify_split: CertifyLogits) -> None:
+    """:class:`UserError` where the two splits cannot give an honest certificate."""
+    check_logits(tune, "tune")
+    check_logits(certify_split, "certify")
+    if tune.logits[:, :0].shape != certify_split.logits[:, :0].shape:
+        raise UserError(
+            f"tune logits are of shape {tune.logits.shape} and certify logits of {certify_split.logits.shape}: "
+            "both must have the same exits and classes, (E, N, K)"
+        )
+    check_classes(tune.labels, tune.logits.shape[-1])
+    seen = {row.tobytes() for row in _rows(tune)}
+    common = sum(row.tobytes() in seen for row in _rows(certify_split))
+    if common > MOST_OVERLAP * len(certify_split):
+        raise UserError(
+            f"tune and certify overlap: {common:,} of {len(certify_split):,} certify images are in tune too; "
+            "a certificate needs images that chose nothing"
+        )
+
+
+def _rows(split: Logits) -> NDArray[np.float32]:
+    return np.ascontiguousarray(split.logits.transpose(1, 0, 2))
+
+
+def check_reuse(earlier: Calibration | None, certify_split: CertifyLogits, settings: Settings) -> None:
+    """:class:`UserError` where ``certify_split`` already certified other choices."""
+    if earlier is None or earlier.certify_fingerprint != certify_split.fingerprint():
+        return
+    if earlier.choices != settings.choices():
+        raise UserError(
+            "these certify images already certified other choices: trying again until the answer pleases voids the "
+            "promise; give new certify images, or ask for all risks in one calibration"
+        )
 
 
 def calibrate_logits(
     tune: TuneLogits,
     certify_split: CertifyLogits,
     cost: Cost,
+    settings: Settings | None = None,
     *,
-    max_risks: Sequence[float] = (0.01,),
-    confidence: float = 0.9,
-    budgets: Sequence[float] = (),
-    reference: Reference = "final_exit",
     tune_reference_right: NDArray[np.bool_] | None = None,
     certify_reference_right: NDArray[np.bool_] | None = None,
-    score: str = "auto",
-    sharpness: float | None = None,
 ) -> CalibratedPolicy:
-    """Fit on tune, certify on certify: one operating point per risk, per MAC budget, and ``no-exit``.
+    """Fit on tune, certify on certify: ``no-exit``, an operating point per certified risk, one per budget.
 
-    The score is chosen for the first of ``max_risks``, which is also the default operating point where
-    it could be certified. A budget is a share of the no-exit network's MACs and is not certified.
+    The first of the risks is the default operating point where it could be certified, else ``no-exit``.
     """
-    for value in (*max_risks, confidence, *budgets):
-        if not 0 < value < 1:
-            raise UserError(f"risks, budgets and confidence must lie between 0 and 1, got {value:g}")
-    for what, values in (("target risk", max_risks), ("budget", budgets)):
-        if len(set(values)) != len(values):
-            raise UserError(f"a {what} is given twice in {list(values)}: give each once")
-    if not max_risks:
-        raise UserError("calibration needs at least one target risk")
-    if score not in ("auto", *policy.SCORES):
-        raise UserError(f"unknown score '{score}'{nearest(score, ['auto', *policy.SCORES])}")
-    if sharpness is not None and not sharpness > 0:
-        raise UserError(f"a sharpness must be above 0, got {sharpness:g}")
+    settings = settings or Settings()
+    check_splits(tune, certify_split)
+    asked = settings.choices()
     if len(cost.exit_macs) == 1:
         # Nothing to decide: one exit answers all. The paper's rule stands in for a score.
-        score, sharpness, max_risks, budgets = "entropy", 1.0, (), ()
-    candidates = choose_score(
-        tune, cost, max_risks[0] if max_risks else 0.0, tune_reference_right, score, sharpness
+        settings = Settings(score=PAPER_RULE.score, sharpness=PAPER_RULE.sharpness)
+    choices = choose_score(tune, cost, settings, tune_reference_right)
+    chosen = choices[0]
+    certify_scored = ScoredSplit.of(certify_split, chosen.rule, certify_reference_right)
+    points, left_out = _operating_points(chosen, certify_scored, cost, settings)
+    default = point_name(settings.max_risks[0])
+    if default not in (point.name for point in points):
+        default = "no-exit"
+    thresholds = next(point.thresholds for point in points if point.name == default)
+    paper = next((one for one in choices if one.rule == PAPER_RULE), None)
+    if paper is None:
+        paper = _try_rule(tune, PAPER_RULE, cost, settings, tune_reference_right)
+        choices.append(paper)
+    ranges = _score_ranges(chosen)
+    return CalibratedPolicy(
+        rule=chosen.rule,
+        temperatures=fit_temperatures(TuneLogits(chosen.rule.apply(tune.logits)[0], tune.labels)),
+        path=chosen.path,
+        points=points,
+        default=default,
+        left_out=left_out,
+        calibration=Calibration(
+            exit_rates=chosen.tune.measure(thresholds, cost).exit_rates,
+            score_histograms=[
+                np.histogram(scores, bins=20, range=limits)[0].tolist()
+                for scores, limits in zip(chosen.tune.scores, ranges, strict=True)
+            ],
+            score_ranges=ranges,
+            tune_images=len(tune),
+            certify_images=len(certify_split),
+            tune_fingerprint=tune.fingerprint(),
+            certify_fingerprint=certify_split.fingerprint(),
+            choices=asked,
+        ),
+        candidates=[
+            ScoreCandidate(
+                score=one.rule.score,
+                sharpness=one.rule.sharpness,
+                ensemble=one.rule.ensemble,
+                macs_saved=one.macs_saved,
+                fragile=one.fragile,
+            )
+            for one in choices
+        ],
+        paper_path=paper.path,
+        contenders=_contenders(choices, cost),
     )
-    chosen = candidates[0]
-    tune_scored = ScoredSplit.of(tune, chosen.score, chosen.sharpness, tune_reference_right)
-    certify_scored = ScoredSplit.of(certify_split, chosen.score, chosen.sharpness, certify_reference_right)
+
+
+def _operating_points(
+    chosen: Choice, certify_scored: ScoredSplit, cost: Cost, settings: Settings
+) -> tuple[list[OperatingPoint], list[LeftOut]]:
     path = chosen.path
 
     def point(
         name: str,
-        kind: Literal["no-exit", "risk", "budget"],
+        kind: Literal["no-exit", "risk", "budget", "latency"],
         target: float | None,
         index: int,
         certificate: Certificate | None = None,
@@ -394,50 +484,91 @@ def calibrate_logits(
             thresholds=list(path.thresholds[index]),
             certificate=certificate,
             note=note,
-            tune=tune_scored.measure(path.thresholds[index], cost),
+            tune=chosen.tune.measure(path.thresholds[index], cost),
         )
 
     points = [point("no-exit", "no-exit", None, 0)]
-    for max_risk in max_risks:
-        index, certificate = certify(path, certify_scored, max_risk, confidence, reference)
-        note = None
-        if certificate is None:
-            needed = images_needed(max_risk, confidence)
-            note = (
-                f"not certified, so no early exit: {len(certify_split):,} certify images cannot prove a risk "
-                f"of {max_risk * 100:g} % at {confidence * 100:g} % confidence"
-                + (f" (at least {needed:,} would be needed)" if needed > len(certify_split) else "")
-            )
-        points.append(point(point_name(max_risk), "risk", max_risk, index, certificate, note))
-    for budget in budgets:
-        within = np.flatnonzero(path.macs <= budget * cost.no_exit_macs)
-        check_budget(budget, cost)
-        points.append(
-            point(
-                f"budget-{budget * 100:g}", "budget", budget, int(within[0]), note="a budget, not certified"
-            )
+    left_out: list[LeftOut] = []
+    if len(cost.exit_macs) == 1:
+        return points, left_out
+    for max_risk in settings.max_risks:
+        index, certificate = certify(
+            path, certify_scored, max_risk, settings.confidence, settings.reference, settings.guarantee
         )
-    default = point_name(max_risks[0]) if max_risks else "no-exit"
-    default_thresholds = next(one.thresholds for one in points if one.name == default)
-    exits = policy.decide(tune_scored.scores, default_thresholds)
-    return CalibratedPolicy(
-        score=chosen.score,
-        sharpness=chosen.sharpness,
-        temperatures=fit_temperatures(tune),
-        path=path,
-        points=points,
-        default=default,
-        calibration=Calibration(
-            exit_rates=(np.bincount(exits, minlength=len(cost.exit_macs)) / len(exits)).tolist(),
-            score_histograms=[
-                np.histogram(scores, bins=20, range=(0.0, 1.0))[0].tolist() for scores in tune_scored.scores
-            ],
-        ),
-        candidates=[
-            ScoreCandidate(score=one.score, sharpness=one.sharpness, macs_saved=one.macs_saved)
-            for one in candidates
-        ],
+        if certificate is None:
+            left_out.append(_left_out(max_risk, len(certify_scored), settings))
+        else:
+            points.append(point(point_name(max_risk), "risk", max_risk, index, certificate))
+    for budget in settings.budgets:
+        check_budget(budget, cost)
+        index = int(np.flatnonzero(path.macs <= budget * cost.no_exit_macs)[0])
+        note = f"a budget, met on tune; {_bound(certify_scored, path.thresholds[index], settings)}"
+        points.append(point(f"budget-{budget * 100:g}", "budget", budget, index, note=note))
+    for milliseconds in settings.latency_budgets:
+        check_latency_budget(milliseconds, cost)
+        times = [chosen.tune.measure(thresholds, cost).milliseconds for thresholds in path.thresholds]
+        index = next(i for i, one in enumerate(times) if one is not None and one <= milliseconds)
+        note = f"a latency budget, met on tune; {_bound(certify_scored, path.thresholds[index], settings)}"
+        points.append(point(f"latency-{milliseconds:g}ms", "latency", milliseconds, index, note=note))
+    return points, left_out
+
+
+def _left_out(max_risk: float, images: int, settings: Settings) -> LeftOut:
+    needed = images_needed(max_risk, settings.confidence, settings.guarantee)
+    sure = (
+        "in expectation"
+        if settings.guarantee == "expected_risk"
+        else f"at {settings.confidence * 100:g} % confidence"
     )
+    note = f"{images:,} certify images cannot prove {max_risk * 100:g} % {sure}"
+    if needed > images:
+        note += f": at least {needed:,} would be needed"
+    else:
+        note += f": against the reference '{settings.reference}' even the full network loses too many"
+    return LeftOut(
+        name=point_name(max_risk),
+        target=max_risk,
+        images_needed=needed if needed > images else None,
+        note=note,
+    )
+
+
+def _bound(certify_scored: ScoredSplit, thresholds: policy.Thresholds, settings: Settings) -> str:
+    """What certify says of thresholds that tune alone had chosen."""
+    exits = policy.decide(certify_scored.scores, thresholds)
+    lost = int(policy.take_exit(certify_scored.harm, exits).sum())
+    bound = upper_bound(lost, 0, len(certify_scored), settings.confidence)
+    assert bound is not None
+    # Rounded up: a bound may be stated larger than it is, never smaller.
+    return f"its risk is at most {math.ceil(bound * 1000) / 10:g} % with {settings.confidence * 100:g} % confidence"
+
+
+def _score_ranges(chosen: Choice) -> list[tuple[float, float]]:
+    """What the histograms of each exit's scores span: [0, 1], or what was seen where scores have no bounds."""
+    if chosen.rule.score not in ("energy", "patience"):
+        return [(0.0, 1.0)] * len(chosen.tune.scores)
+    return [
+        (float(scores.min()), float(max(scores.max(), scores.min() + 1))) for scores in chosen.tune.scores
+    ]
+
+
+def _contenders(choices: list[Choice], cost: Cost) -> list[Contender]:
+    """The best of each score and ensemble, and the paper's rule."""
+    kept: dict[tuple[str, str], Choice] = {}
+    for one in choices:
+        kept.setdefault((one.rule.score, one.rule.ensemble), one)
+    best = list(kept.values())
+    if PAPER_RULE not in [one.rule for one in best]:
+        best += [one for one in choices if one.rule == PAPER_RULE]
+
+    def targets(path: ThresholdPath) -> tuple[ContenderTarget, ...]:
+        found = [(risk, best_within_risk(path, risk)) for risk in COMPARED_RISKS]
+        return tuple(
+            ContenderTarget(risk, path.thresholds[index], 1.0 - float(path.macs[index]) / cost.no_exit_macs)
+            for risk, index in found
+        )
+
+    return [Contender(one.rule, targets(one.path)) for one in best]
 
 
 def apply(
@@ -448,11 +579,14 @@ def apply(
     return Manifest.model_validate(
         {
             **dict(manifest),
-            "score": calibrated.score,
-            "sharpness": calibrated.sharpness,
+            "score": calibrated.rule.score,
+            "sharpness": calibrated.rule.sharpness,
+            "ensemble": calibrated.rule.ensemble,
+            "score_parameters": None if calibrated.rule.harm is None else list(calibrated.rule.harm),
             "temperatures": calibrated.temperatures,
             "operating_points": points or calibrated.points,
             "default_operating_point": calibrated.default,
+            "left_out": calibrated.left_out,
             "calibration": calibrated.calibration,
         }
     )
@@ -472,30 +606,55 @@ def calibrate(
     path: str | Path,
     data: _TuneAndCertify,
     *,
-    max_risk: float | Sequence[float] = 0.01,
+    max_risk: float | Sequence[float] = LADDER,
     confidence: float = 0.9,
     budgets: Sequence[float] = (),
+    latency_budgets: Sequence[float] = (),
+    guarantee: Guarantee = "risk",
     score: str = "auto",
     sharpness: float | None = None,
+    ensemble: Literal["auto"] | Ensemble = "auto",
+    out: str | Path | None = None,
 ) -> CalibratedPolicy:
-    """Calibrate the bundle at ``path`` on ``data.tune`` and ``data.certify``, and seal it anew in place.
+    """Calibrate the bundle at ``path`` on ``data.tune`` and ``data.certify``, and seal it anew.
 
-    ``max_risk`` is one target or several (the first is the default operating point); the reference is
-    the bundle's own final exit.
+    Sealed in place, or into ``out``. ``max_risk`` is one target or several (the first is the default operating
+    point); the reference is the bundle's own final exit. A latency budget needs the bundle's ``profile.json``.
     """
-    folder = Path(path)
-    session = Session(folder)
-    manifest = session.manifest
-    max_risks = (max_risk,) if isinstance(max_risk, int | float) else tuple(max_risk)
-    calibrated = calibrate_logits(
-        TuneLogits(session.all_logits(data.tune.images), data.tune.labels),
-        CertifyLogits(session.all_logits(data.certify.images), data.certify.labels),
-        Cost(tuple(stage.macs for stage in manifest.stages), manifest.no_exit_macs),
-        max_risks=max_risks,
+    settings = Settings(
+        max_risks=(max_risk,) if isinstance(max_risk, int | float) else tuple(max_risk),
         confidence=confidence,
-        budgets=budgets,
+        budgets=tuple(budgets),
+        latency_budgets=tuple(latency_budgets),
+        guarantee=guarantee,
         score=score,
         sharpness=sharpness,
+        ensemble=ensemble,
     )
-    bundle.write(folder, apply(manifest, calibrated), [folder / stage.file for stage in manifest.stages])
+    return calibrate_bundle(Session(path), data, settings, Path(out or path))
+
+
+def calibrate_bundle(
+    session: Session, data: _TuneAndCertify, settings: Settings, out: Path
+) -> CalibratedPolicy:
+    """Calibrate the bundle of ``session`` and seal it into ``out``; see :func:`calibrate`."""
+    manifest = session.manifest
+    if len(manifest.stages) == 1:
+        raise UserError("this bundle has one exit: there is nothing to calibrate")
+    certify_logits = CertifyLogits(session.all_logits(data.certify.images), data.certify.labels)
+    check_reuse(manifest.calibration, certify_logits, settings)
+    calibrated = calibrate_logits(
+        TuneLogits(session.all_logits(data.tune.images), data.tune.labels),
+        certify_logits,
+        session.cost(),
+        settings,
+    )
+    profile = session.folder / PROFILE
+    bundle.write(
+        out,
+        apply(manifest, calibrated),
+        [session.folder / stage.file for stage in manifest.stages],
+        # The stages stay, so their times do.
+        beside_seal=[profile] if profile.is_file() else [],
+    )
     return calibrated

@@ -13,7 +13,7 @@ import typer
 from erde.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from erde.results import Arm, Results
+    from erde.results import Results
 
 # typer brings its own copy of click, or uses the real one: either way this is the base of usage errors.
 ClickException: type[Any] = next(
@@ -151,18 +151,192 @@ def export(
     _finish(as_json, {"arm": arm, "path": str(plain)})
 
 
-@app.command(epilog="Example: erde calibrate runs/a")
-def calibrate(folder: RunFolder, as_json: Json = False) -> None:
-    """Fit scores, temperatures and thresholds of a run on tune, and certify them on certify."""
-    _existing(folder).calibrate()
-    _next_step(folder, "calibrate", "erde evaluate", as_json)
+@app.command(epilog="Example: erde calibrate runs/a/bundle --data photos/ --max-risk 0.5% --confidence 95%")
+def calibrate(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|BUNDLE|LOGITS.npz", help="A run, a sealed bundle, or saved logits.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="For a bundle: labelled images, a sub-folder per class.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The new bundle (BUNDLE-recalibrated), or the policy's JSON file.")
+    ] = None,
+    max_risk: Annotated[
+        list[str] | None,
+        typer.Option(help="To certify, such as 0.5%; repeat it for several, the default point first."),
+    ] = None,
+    confidence: Annotated[str, typer.Option(help="Of the certificates.")] = "90%",
+    budget: Annotated[list[str] | None, typer.Option(help="A share of the MACs, such as 70%.")] = None,
+    latency_budget: Annotated[
+        list[str] | None, typer.Option(help="Mean time per image, such as 2ms; needs a profile.json.")
+    ] = None,
+    guarantee: Annotated[str, typer.Option(help="risk, net_drop or expected_risk.")] = "risk",
+    score: Annotated[str, typer.Option(help="auto, or one of erde list scores.")] = "auto",
+    sharpness: Annotated[float | None, typer.Option(help="Of the score; chosen on tune without it.")] = None,
+    ensemble: Annotated[str, typer.Option(help="auto, none, arithmetic or geometric.")] = "auto",
+    tune_share: Annotated[str, typer.Option(help="Of the images, for tune; the rest certifies.")] = "50%",
+    macs: Annotated[
+        str | None, typer.Option(help="For logits: cumulative MACs per exit, such as 5.2e6,8.9e6,12.5e6.")
+    ] = None,
+    no_exit_macs: Annotated[
+        float | None, typer.Option(help="For logits: MACs of the network without exits.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split into tune and certify.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose thresholds on one part of the images and certify them on the other.
+
+    Of a RUN with its own recipe and splits; of a sealed BUNDLE on your own labelled images, without torch;
+    of LOGITS that any program saved.
+    """
+    given: dict[str, Any] = {
+        "--data": data, "--max-risk": max_risk, "--budget": budget, "--latency-budget": latency_budget,
+        "--sharpness": sharpness, "--macs": macs, "--no-exit-macs": no_exit_macs, "--out": out,
+    }  # fmt: skip
+    kind = _kind_of(target)
+    if kind == "run":
+        _refuse(given, f"{target} is a run: its own recipe says what to calibrate")
+        _existing(target).calibrate()
+        _next_step(target, "calibrate", "erde evaluate", as_json)
+        return
+    from erde.recalibration import describe, recalibrate_bundle, settings_of
+
+    settings = settings_of(
+        max_risks=max_risk, confidence=confidence, budgets=budget, latency_budgets=latency_budget,
+        guarantee=guarantee, score=score, sharpness=sharpness, ensemble=ensemble,
+    )  # fmt: skip
+    share = _share(tune_share, "--tune-share")
+    if kind == "bundle":
+        if data is None:
+            raise UserError(
+                f"{target} is a bundle: give labelled images with --data FOLDER, a sub-folder per class"
+            )
+        _refuse({key: given[key] for key in ("--macs", "--no-exit-macs")}, f"{target} knows its own MACs")
+        out = out or target.with_name(f"{target.name}-recalibrated")
+        calibrated = recalibrate_bundle(target, data, out, settings, share, seed)
+        print(f"bundle: {out}")
+    else:
+        from erde.logits_file import calibrate_file, default_policy_path
+
+        _refuse({"--data": data}, f"{target} holds logits, not a bundle")
+        out = out or default_policy_path(target)
+        per_exit = None if macs is None else _numbers(macs, "--macs")
+        calibrated = calibrate_file(
+            target, settings, out, macs=per_exit, no_exit_macs=no_exit_macs, tune_share=share, seed=seed
+        )
+        print(f"policy: {out}")
+    for line in describe(calibrated):
+        print(line)
+    _finish(as_json, {"out": str(out), **calibrated.summary()})
 
 
 @app.command(epilog="Example: erde evaluate runs/a --json")
-def evaluate(folder: RunFolder, as_json: Json = False) -> None:
-    """Measure a run on the test split, seal its bundle, and write results.json and report.html anew."""
-    _existing(folder).evaluate(again=True)
-    _show_results(folder, as_json)
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RUN|LOGITS.npz", help="A run, or saved logits.")],
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="For logits: what erde calibrate wrote; LOGITS.policy.json without it."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="For logits: write all measures to this JSON file.")
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option("--format", help="For a run: also figures and tables, of png,svg,csv,json."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a run on the test split, seal its bundle, and write results.json and report.html anew.
+
+    Of LOGITS with a policy: measure it on the test logits of the file.
+    """
+    if _kind_of(target) == "run":
+        _refuse({"--policy": policy, "--out": out}, f"{target} is a run: its results stay in its folder")
+        _existing(target).evaluate(again=True)
+        if formats is not None:
+            _write_figures([target], target / "figures", formats)
+        _show_results(target, as_json)
+        return
+    _refuse({"--format": formats}, f"{target} holds logits, not a run")
+    from erde.logits_file import default_policy_path, evaluate_file
+
+    evaluated = evaluate_file(target, policy or default_policy_path(target), out)
+    for point, measured in evaluated.measured():
+        promise = (
+            f"promised risk {point.target:.2%}" if point.certificate and point.target else "not certified"
+        )
+        print(
+            f"{point.name}: accuracy {measured.accuracy:.2%}, MACs saved {measured.macs_saved:.1%}, "
+            f"risk {measured.risk:.2%} ({promise})"
+        )
+    _finish(as_json, evaluated.to_json())
+
+
+@app.command(epilog="Example: erde compare runs/a runs/b --out comparison.html")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or results.json files.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("comparison.html"),
+    formats: Annotated[
+        str | None,
+        typer.Option("--format", help="Also figures and tables beside it, of png,svg,csv,json."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Runs side by side on one page, seeds grouped, with paired intervals where the test images are the same."""
+    from erde.compare import write_comparison
+    from erde.run_folder import compare_runs, read_results
+
+    results = read_results(runs)
+    if len(results) < 2:
+        raise UserError("give two runs or more to compare")
+    comparisons = compare_runs(runs, results)
+    write_comparison(results, out, comparisons)
+    print(f"{len(runs)} runs, {len(comparisons)} paired comparisons between them: {out}")
+    if formats is not None:
+        _write_figures(runs, out.with_suffix(""), formats)
+    _finish(as_json, {"out": str(out), "runs": list(results), "comparisons": len(comparisons)})
+
+
+def _write_figures(runs: list[Path], folder: Path, formats: str) -> None:
+    from erde import figures
+    from erde.run_folder import read_results
+
+    wanted = [one for part in formats.split(",") if (one := part.strip())]
+    written = figures.write(read_results(runs), folder, wanted)
+    print(f"figures and tables: {len(written)} files in {folder}")
+
+
+def _kind_of(target: Path) -> str:
+    """Whether ``target`` is a run, a bundle or a file of logits."""
+    if target.suffix == ".npz" or target.is_file():
+        return "logits"
+    if (target / "manifest.json").exists():
+        return "bundle"
+    if (target / "config.yaml").exists():
+        return "run"
+    raise UserError(
+        f"{target} is neither a run (config.yaml), nor a bundle (manifest.json), nor a file of logits (.npz)"
+    )
+
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"{option} does not apply: {why}")
+
+
+def _share(text: str, option: str) -> float:
+    from erde.recalibration import parse_share
+
+    return parse_share(text, option)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option} is '{text}': expected numbers separated by commas") from error
 
 
 def _run(recipe: str, overrides: list[str] | None, out: Path | None, resume: bool, until: str) -> Path:
@@ -195,10 +369,6 @@ def _show_results(folder: Path, as_json: bool) -> None:
     _finish(as_json, _summary(results, folder))
 
 
-def _default_point(arm: Arm) -> Any:
-    return next(point for point in arm.operating_points if point.name == arm.default_operating_point)
-
-
 def _print_results(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -219,7 +389,7 @@ def _print_results(results: Results) -> None:
     ):
         table.add_column(column, justify="right", no_wrap=column in ("exits alone, %", "at"))
     for name, arm in results.arms.items():
-        point = _default_point(arm)
+        point = arm.default_point()
         exits = " / ".join(f"{one.accuracy * 100:.1f}" for one in arm.exits)
         row = [
             name,
@@ -228,18 +398,19 @@ def _print_results(results: Results) -> None:
             exits,
             f"{arm.exits[-1].accuracy * 100:.2f}",
         ]
-        if len(arm.exits) > 1:
-            state = point.name if point.certificate or point.kind != "risk" else f"{point.name} (none)"
-            test = point.test
-            row += [state, f"{test.accuracy * 100:.2f}", f"{test.macs_saved:.1%}", f"{test.risk:.2%}"]
+        test = point.test
+        if len(arm.exits) > 1 and test is not None:
+            row += [point.name, f"{test.accuracy * 100:.2f}", f"{test.macs_saved:.1%}", f"{test.risk:.2%}"]
         table.add_row(*row)
     # Piped output has no width of its own: let the table take what it needs.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    point = _default_point(results.arms[results.exported_arm])
-    print(f"{results.exported_arm}: {point.certificate.sentence() if point.certificate else point.note}")
-    for other in results.arms[results.exported_arm].operating_points:
-        if other.kind == "risk" and other.certificate is None and other is not point:
-            print(f"{results.exported_arm}, {other.name}: {other.note}")
+    point = results.arms[results.exported_arm].default_point()
+    promise = (
+        point.certificate.sentence() if point.certificate else "nothing is promised, no image leaves early"
+    )
+    print(f"{results.exported_arm}: {promise}")
+    for left_out in results.arms[results.exported_arm].left_out:
+        print(f"{results.exported_arm}, {left_out.name} left out: {left_out.note}")
     agreement = results.agreement
     print(
         f"runtime against evaluation: {agreement.disagreements} disagreements in {agreement.images:,} images at "
@@ -251,7 +422,7 @@ def _print_results(results: Results) -> None:
 def _summary(results: Results, folder: Path) -> dict[str, Any]:
     arms = {}
     for name, arm in results.arms.items():
-        point = _default_point(arm)
+        point = arm.default_point()
         arms[name] = {
             "exit_accuracy": [one.accuracy for one in arm.exits],
             "operating_point": point.name,
@@ -419,11 +590,11 @@ def _list_losses() -> dict[str, str]:
 
 
 def _list_scores() -> dict[str, str]:
-    from erde.policy import SCORES
+    from erde.policy import OWN_SCORES, SCORES, HarmParameters, agreement_run
 
-    return {
-        name: str(function.__doc__).splitlines()[0].replace("``", "") for name, function in SCORES.items()
-    }
+    described = {name: function.__doc__ for name, function in OWN_SCORES.items()}
+    described |= {"patience": agreement_run.__doc__, "harm": HarmParameters.score.__doc__}
+    return {name: str(described[name]).splitlines()[0].replace("``", "") for name in SCORES}
 
 
 def _list_datasets() -> dict[str, str]:

@@ -175,12 +175,22 @@ class ExportConfig(Frozen):
 class CalibrationConfig(Frozen):
     """Thresholds: what is promised, and against what."""
 
-    max_risks: Annotated[list[OpenShare], Field(min_length=1)] = [0.01]
+    max_risks: Annotated[list[OpenShare], Field(min_length=1)] = Field(
+        [0.01, 0.0025, 0.005, 0.02, 0.03, 0.05],
+        description="certified operating points; the first is the default one",
+    )
     confidence: OpenShare = 0.9
     budgets: list[OpenShare] = Field([], description="MAC budgets, shares of the network without exits")
     reference: Literal["final_exit", "no_exit_network", "teacher"] = "final_exit"
+    guarantee: Literal["risk", "net_drop", "expected_risk"] = Field(
+        "risk",
+        description="net_drop: of the accuracy, images won count too; expected_risk: conformal, without a confidence",
+    )
     score: str = Field("auto", description="auto: what saves most MACs at the first of max_risks, on tune")
     sharpness: Positive | None = Field(None, description="None: chosen on tune, like the score")
+    ensemble: Literal["auto", "none", "arithmetic", "geometric"] = Field(
+        "auto", description="of the exits so far; auto: all kinds with score auto, none with a named score"
+    )
 
     @model_validator(mode="after")
     def _each_once(self) -> CalibrationConfig:

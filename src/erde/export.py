@@ -275,6 +275,8 @@ def build_manifest(
         no_exit_parameters=cost.no_exit_parameters,
         score="entropy",
         sharpness=1.0,
+        ensemble="none",
+        score_parameters=None,
         temperatures=[1.0] * len(exported.files),
         operating_points=[
             bundle.OperatingPoint(
@@ -287,6 +289,7 @@ def build_manifest(
             )
         ],
         default_operating_point="no-exit",
+        left_out=[],
         calibration=None,
         reference_sample=bundle.ReferenceSample(
             images=bundle.ReferenceSample.encode(images),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from erde.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 # Pillow's mode -> channels, alpha included; palettes are colours.
 _CHANNELS = {
@@ -65,3 +68,12 @@ def to_array(image: Image.Image, height: int, width: int, channels: int) -> NDAr
         image = image.crop((left, top, left + width, top + height))
     array: NDArray[Any] = np.asarray(image, dtype=np.uint8)
     return array[:, :, None] if channels == 1 else array
+
+
+def load_image(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """An image file as the bundle takes it: uint8 (H, W, C), resized and cropped as in training."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return to_array(open_image(content, str(path)), *shape)

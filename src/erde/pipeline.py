@@ -7,10 +7,10 @@ Every file appears in one step, so a run that was killed at any moment continues
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,25 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from erde import bundle, calibration, checkpoint, environment, evaluation, policy, progress
+from erde import calibration, checkpoint, environment, progress, run_evaluation, run_folder
 from erde.backbones import build_backbone
-from erde.calibration import CalibratedPolicy, Cost
+from erde.calibration import Settings, check_reuse
 from erde.config import Config, DistillationConfig, NetworkConfig, load_config
 from erde.cost import network_cost
 from erde.data import DataSplits, load_splits
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork, attach_exits
-from erde.export import STAGES, ExportedStages, build_manifest, export_plain, export_stages
+from erde.export import STAGES, ExportedStages, export_plain, export_stages
 from erde.files import check_folder, make_folder, replacing_file, sweep_leftovers, write_json, write_text
 from erde.losses import LOSSES
 from erde.report import write_report
-from erde.results import Agreement, Arm, DataInfo, Epoch, ExitCost, Results, SplitInfo
-from erde.runtime import Session, StageRunner
-from erde.splits import CertifyLogits, Images, TestLogits, TestSplit, TuneLogits
+from erde.results import Results
+from erde.run_evaluation import TEACHER
+from erde.runtime import StageRunner
+from erde.thresholds import Cost
 from erde.training import FINAL, Job, build_criterion, choose_device, train_network
 
 PHASES = ("train", "distill", "export", "calibrate", "evaluate")
-TEACHER = "teacher"
 
 
 def run(
@@ -53,7 +53,7 @@ def run(
     for phase in PHASES[: PHASES.index(until) + 1]:
         with job.timed(phase):
             getattr(job, phase)()
-    results = job.folder / "results.json"
+    results = job.folder / run_folder.RESULTS
     return Results.read(results) if until == "evaluate" else None
 
 
@@ -109,7 +109,7 @@ class Run:
 
     # ------------------------------------------------------------ what the phases share
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Log the phase and its seconds."""
         started = time.perf_counter()
@@ -143,7 +143,7 @@ class Run:
 
     def arm_folder(self, arm: str) -> Path:
         """``arms/<arm>``."""
-        return self.folder / "arms" / arm
+        return run_folder.arm_folder(self.folder, arm)
 
     def network_config(self, arm: str) -> NetworkConfig:
         """The network of an arm."""
@@ -193,6 +193,7 @@ class Run:
 
     def check(self) -> None:
         """Build every job of the recipe once: what does not fit together is said before anything is written."""
+        calibration.check_classes(self.data.tune.labels, len(self.data.classes))
         teacher = self.new_network(TEACHER) if self.needs_teacher else None
         if self.config.teacher.disjoint and self.config.data.train_subset is None:
             raise UserError(
@@ -269,10 +270,10 @@ class Run:
                     folder / "stages",
                     self.config.export.opset,
                 )
-            if not (folder / "logits.npz").exists():
+            if not (folder / run_folder.LOGITS).exists():
                 self._write_logits(arm)
         for arm in self.arms:
-            is_plain = len(self._stages(arm).files) == 1
+            is_plain = len(self.stages(arm).files) == 1
             name = "no-exit" if arm == self.config.export.arm else arm
             path = self.folder / "baselines" / f"{name}.onnx"
             if (is_plain or arm == self.config.export.arm) and not path.exists():
@@ -284,215 +285,83 @@ class Run:
         network = self.trained_network(arm)
         export_plain(network, data.image_shape, data.mean, data.std, path, self.config.export.opset)
 
-    def _stages(self, arm: str) -> ExportedStages:
+    def stages(self, arm: str) -> ExportedStages:
+        """The exported stages of an arm."""
         folder = self.arm_folder(arm) / "stages"
         if not (folder / STAGES).exists():
             raise UserError(f"arm '{arm}' of {self.folder} is not exported yet: run erde export first")
         return ExportedStages.read(folder)
 
-    def _cost(self, arm: str) -> Cost:
-        cost = self._stages(arm).cost
+    def cost(self, arm: str) -> Cost:
+        """What the exits of an arm cost."""
+        cost = self.stages(arm).cost
         return Cost(cost.macs, cost.no_exit_macs)
 
     def _write_logits(self, arm: str) -> None:
         folder = self.arm_folder(arm)
-        runner = StageRunner(self._stages(arm).paths(folder / "stages"), self.threads)
-        arrays: dict[str, NDArray[Any]] = {}
+        runner = StageRunner(self.stages(arm).paths(folder / "stages"), self.threads)
+        cost = self.cost(arm)
+        arrays: dict[str, NDArray[Any]] = {
+            "exit_macs": np.asarray(cost.exit_macs),
+            "no_exit_macs": np.asarray(cost.no_exit_macs),
+        }
         for split in (self.data.tune, self.data.certify, self.data.test):
             arrays[f"{split.name}_logits"] = runner.all_logits(split.images)
             arrays[f"{split.name}_labels"] = split.labels
-        with replacing_file(folder / "logits.npz") as beside, beside.open("wb") as file:
+        with replacing_file(folder / run_folder.LOGITS) as beside, beside.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes allow_pickle for an array
 
-    def _logits(self, arm: str) -> tuple[TuneLogits, CertifyLogits, TestLogits]:
-        path = self.arm_folder(arm) / "logits.npz"
-        if not path.exists():
-            raise UserError(f"arm '{arm}' of {self.folder} has no logits yet: run erde export first")
-        with np.load(path) as arrays:
-            return (
-                TuneLogits(arrays["tune_logits"], arrays["tune_labels"]),
-                CertifyLogits(arrays["certify_logits"], arrays["certify_labels"]),
-                TestLogits(arrays["test_logits"], arrays["test_labels"]),
-            )
-
-    def _reference_right(self) -> tuple[NDArray[np.bool_], ...] | tuple[None, None, None]:
+    def reference_right(self) -> tuple[NDArray[np.bool_], ...] | tuple[None, None, None]:
         """Where the reference is right, on tune, certify and test; None where each arm is its own reference."""
         reference = self.config.calibration.reference
         if reference == "final_exit":
             return None, None, None
         arm = TEACHER if reference == TEACHER else self.config.no_exit_arm()
-        return tuple(one.logits[-1].argmax(axis=-1) == one.labels for one in self._logits(arm))
+        logits = run_folder.read_logits(self.folder, arm)
+        return tuple(one.logits[-1].argmax(axis=-1) == one.labels for one in logits)
 
     def calibrate(self) -> None:
         """Fit every arm's policy on tune and certify it on certify."""
-        tune_right, certify_right, _ = self._reference_right()
-        settings = self.config.calibration
+        tune_right, certify_right, _ = self.reference_right()
+        config = self.config.calibration
+        settings = Settings(
+            max_risks=tuple(config.max_risks),
+            confidence=config.confidence,
+            budgets=tuple(config.budgets),
+            reference=config.reference,
+            guarantee=config.guarantee,
+            score=config.score,
+            sharpness=config.sharpness,
+            ensemble=config.ensemble,
+        )
         for arm in self.arms:
-            tune, certify, _ = self._logits(arm)
+            tune, certify, _ = run_folder.read_logits(self.folder, arm)
+            path = self.arm_folder(arm) / run_folder.POLICY
+            with contextlib.suppress(run_folder.UnreadablePolicyError):
+                # One that this version cannot read is as good as none: it is written anew.
+                if path.exists():
+                    check_reuse(run_folder.read_policy(self.folder, arm).calibration, certify, settings)
             calibrated = calibration.calibrate_logits(
                 tune,
                 certify,
-                self._cost(arm),
-                max_risks=settings.max_risks,
-                confidence=settings.confidence,
-                budgets=settings.budgets,
-                reference=settings.reference,
+                self.cost(arm),
+                settings,
                 tune_reference_right=tune_right,
                 certify_reference_right=certify_right,
-                score=settings.score,
-                sharpness=settings.sharpness,
             )
-            write_json(self.arm_folder(arm) / "policy.json", calibrated.to_json())
+            write_json(path, calibrated.to_json())
 
     def evaluate(self, again: bool = False) -> None:
         """Measure every arm on test, seal the bundle, check the runtime against it all, write results and report.
 
         What is there already stays, unless ``again`` asks for it anew.
         """
-        if (self.folder / "results.json").exists() and not again:
-            if not (self.folder / "report.html").exists():
-                write_report(Results.read(self.folder / "results.json"), self.folder / "report.html")
+        path, report = self.folder / run_folder.RESULTS, self.folder / "report.html"
+        if again or not path.exists():
+            run_evaluation.evaluate(self).write(path)
+        elif report.exists():
             return
-        arms, policies = {}, {}
-        for arm in self.arms:
-            path = self.arm_folder(arm) / "policy.json"
-            if not path.exists():
-                raise UserError(
-                    f"arm '{arm}' of {self.folder} is not calibrated yet: run erde calibrate first"
-                )
-            policies[arm] = CalibratedPolicy.from_json(json.loads(path.read_text(encoding="utf-8")))
-            arms[arm] = self._evaluate_arm(arm, policies[arm])
-        exported = self.config.export.arm
-        seal = self._seal_bundle(exported, policies[exported], arms[exported])
-        results = Results(
-            name=self.config.name,
-            seed=self.config.seed,
-            exported_arm=exported,
-            recipe=self.config.model_dump(mode="json"),
-            data=self._data_info(),
-            arms=arms,
-            agreement=self._check_agreement(exported, policies[exported]),
-            bundle_seal=seal,
-            environment=json.loads((self.folder / "environment.json").read_text(encoding="utf-8")),
-            timings=self._timings(),
-        )
-        results.write(self.folder / "results.json")
-        write_report(results, self.folder / "report.html")
-
-    # ------------------------------------------------------------ parts of the evaluation
-
-    def _evaluate_arm(self, arm: str, calibrated: CalibratedPolicy) -> Arm:
-        _, _, test = self._logits(arm)
-        _, _, right = self._reference_right()
-        cost, exported = self._cost(arm), self._stages(arm).cost
-        points = evaluation.measure_points(test, calibrated, cost, right)
-        network_config = self.network_config(arm)
-        history = [
-            Epoch(**one) for one in json.loads((self.arm_folder(arm) / "history.json").read_text("utf-8"))
-        ]
-        wrong = history[-1].parts.get("teacher_wrong")
-        plain = len(exported.macs) == 1
-        return Arm(
-            role="teacher" if arm == TEACHER else "fixed" if plain else "student",
-            loss="ce" if arm == TEACHER else self.config.arms[arm].loss.name,
-            backbone=network_config.backbone,
-            head="none" if plain else network_config.head,
-            parameters=exported.parameters[-1],
-            no_exit_macs=exported.no_exit_macs,
-            no_exit_parameters=exported.no_exit_parameters,
-            cost=[
-                ExitCost(name=name, macs=macs, parameters=parameters)
-                for name, macs, parameters in zip(
-                    exported.exit_names, exported.macs, exported.parameters, strict=True
-                )
-            ],
-            exits=evaluation.measure_exits(test, calibrated, right),
-            score=calibrated.score,
-            sharpness=calibrated.sharpness,
-            score_candidates=calibrated.candidates,
-            operating_points=points,
-            default_operating_point=calibrated.default,
-            curve=evaluation.measure_curve(test, calibrated, cost, right),
-            teacher_wrong=wrong if isinstance(wrong, list) else None,
-            history=history,
-        )
-
-    def _seal_bundle(self, arm: str, calibrated: CalibratedPolicy, measured: Arm) -> str:
-        stages = self.arm_folder(arm) / "stages"
-        provenance = {
-            "arm": arm,
-            "recipe": self.config.model_dump(mode="json"),
-            "versions": environment.versions(),
-            "commit": environment.commit(),
-            "splits": self.data.fingerprints(),
-        }
-        manifest = build_manifest(
-            stages, name=f"{self.config.name}-{arm}", classes=self.data.classes, provenance=provenance
-        )
-        manifest = calibration.apply(manifest, calibrated, measured.operating_points)
-        return bundle.write(self.folder / "bundle", manifest, self._stages(arm).paths(stages))
-
-    def _check_agreement(self, arm: str, calibrated: CalibratedPolicy) -> Agreement:
-        """The runtime and torch against the evaluation: label and exit of every test image."""
-        session = Session(self.folder / "bundle", threads=self.threads)
-        split, (_, _, test) = self.data.test, self._logits(arm)
-        torch_logits = self._torch_logits(arm, split)
-        scores = policy.score(test.logits, calibrated.score, calibrated.sharpness)
-        torch_scores = policy.score(torch_logits, calibrated.score, calibrated.sharpness)
-        runtime_off = torch_off = 0
-        near = np.zeros(len(split), dtype=np.bool_)
-        for point in calibrated.points:
-            exits = policy.decide(scores, point.thresholds)
-            labels = policy.take_exit(test.logits, exits).argmax(axis=-1)
-            band = evaluation.in_band(scores, point.thresholds)
-            near |= band
-            answers = [session.predict(images, operating_point=point.name) for images in split.batches(256)]
-            runtime_same = (np.concatenate([one.exits for one in answers]) == exits) & (
-                np.concatenate([one.labels for one in answers]) == labels
-            )
-            torch_exits = policy.decide(torch_scores, point.thresholds)
-            torch_same = (torch_exits == exits) & (
-                policy.take_exit(torch_logits, torch_exits).argmax(axis=-1) == labels
-            )
-            runtime_off += int((~runtime_same & ~band).sum())
-            torch_off += int((~torch_same & ~band).sum())
-        return Agreement(
-            images=len(split),
-            operating_points=[point.name for point in calibrated.points],
-            disagreements=runtime_off,
-            torch_disagreements=torch_off,
-            band=int(near.sum()),
-            band_width=evaluation.BAND,
-        )
-
-    def _torch_logits(self, arm: str, split: TestSplit) -> NDArray[np.float32]:
-        network = self.trained_network(arm).eval()
-        mean, std = torch.tensor(self.data.mean), torch.tensor(self.data.std)
-
-        def forward(images: Images) -> NDArray[np.float32]:
-            x = (torch.from_numpy(images).to(torch.float32) / 255 - mean) / std
-            logits: NDArray[np.float32] = network(x.permute(0, 3, 1, 2)).numpy()
-            return logits
-
-        with torch.no_grad():
-            return np.concatenate([forward(images) for images in split.batches(256)], axis=1)
-
-    def _data_info(self) -> DataInfo:
-        data = self.data
-        return DataInfo(
-            name=data.name,
-            classes=list(data.classes),
-            image_shape=data.image_shape,
-            mean=list(data.mean),
-            std=list(data.std),
-            splits={name: SplitInfo(**one) for name, one in data.fingerprints().items()},
-        )
-
-    def _timings(self) -> dict[str, Any]:
-        arms = {
-            arm: json.loads((self.arm_folder(arm) / "timing.json").read_text("utf-8")) for arm in self.arms
-        }
-        return {"phase_seconds": self.seconds, "training": arms}
+        write_report(Results.read(path), report, run_evaluation.gather_evidence(self))
 
 
 def _check_same_recipe(config: Config, saved: Path) -> None:

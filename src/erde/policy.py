@@ -8,7 +8,8 @@ Numpy only. Scores are float64 and oriented so that higher is surer; an exit is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,20 +48,176 @@ def margin_score(logits: NDArray[Any], sharpness: float = 1.0) -> Array:
     return np.asarray(top[..., -1] - top[..., -2])
 
 
-SCORES: dict[str, Callable[[NDArray[Any], float], Array]] = {
+def energy_score(logits: NDArray[Any], sharpness: float = 1.0) -> Array:
+    """``s ln sum_k exp(z_k / s)``, the negative free energy of Liu et al. 2020 (arXiv 2010.03759); unbounded."""
+    scaled = np.asarray(logits, dtype=np.float64) / sharpness
+    highest = scaled.max(axis=-1)
+    return np.asarray(sharpness * (highest + np.log(np.exp(scaled - highest[..., None]).sum(axis=-1))))
+
+
+def agreement_run(labels: Sequence[NDArray[np.int64]]) -> Array:
+    """How many exits in a row, up to the last of ``labels`` (exits x (B,)), give its label: 1 or more.
+
+    With the threshold k - 1/2 this is patience: leave once k exits in a row agree (Zhou et al. 2020,
+    arXiv 2006.04152).
+    """
+    run = np.ones(labels[-1].shape)
+    agreeing = np.ones(labels[-1].shape, dtype=np.bool_)
+    for earlier in reversed(labels[:-1]):
+        agreeing &= earlier == labels[-1]
+        run += agreeing
+    return run
+
+
+# Scores of one exit's own logits; the others of SCORES look at earlier exits too, or were fitted.
+OWN_SCORES: dict[str, Callable[[NDArray[Any], float], Array]] = {
     "entropy": entropy_score,
     "max_probability": max_probability_score,
     "margin": margin_score,
+    "energy": energy_score,
 }
+SCORES = (*OWN_SCORES, "patience", "harm")
+ENSEMBLES = ("none", "arithmetic", "geometric")
+Ensemble = Literal["none", "arithmetic", "geometric"]
+# The learned score looks at this many of the largest log-probabilities.
+TOP = 4
 
 
 def score(logits: NDArray[Any], name: str, sharpness: float) -> Array:
-    """The score ``name`` of ``logits`` (..., K) at a sharpness: float64 (...)."""
-    return SCORES[name](logits, sharpness)
+    """The score ``name`` (one of OWN_SCORES) of ``logits`` (..., K) at a sharpness: float64 (...)."""
+    return OWN_SCORES[name](logits, sharpness)
 
 
-def leaves(scores: Array, threshold: float | None) -> NDArray[np.bool_]:
-    """Which images leave at an intermediate exit: those with ``score > threshold``; none where disabled."""
+def running_ensemble(so_far: Sequence[NDArray[Any]], ensemble: Ensemble) -> Array:
+    """What the exits so far, each (B, K), say together: log-probabilities (B, K).
+
+    ``arithmetic``: ``ln mean_j softmax(z_j)``; ``geometric``: ``mean_j ln softmax(z_j)``, not normalised.
+    """
+    each = np.stack([log_softmax(logits) for logits in so_far])
+    if ensemble == "geometric":
+        return np.asarray(each.mean(axis=0))
+    highest = each.max(axis=0)
+    return np.asarray(highest + np.log(np.exp(each - highest).mean(axis=0)))
+
+
+def harm_features(so_far: Sequence[NDArray[Any]]) -> tuple[Array, NDArray[np.int64]]:
+    """What the learned score of the last exit of ``so_far`` looks at: numbers (B, F) and its label (B,).
+
+    The numbers: normalised entropy, margin, the log-probabilities of the TOP (at most K) likeliest classes,
+    and for each earlier exit the log-probability that it gives to this exit's label and whether it agrees.
+    """
+    log_probabilities = log_softmax(so_far[-1])
+    classes = log_probabilities.shape[-1]
+    top = min(TOP, classes)
+    highest = np.sort(np.partition(log_probabilities, -top, axis=-1)[..., -top:], axis=-1)[..., ::-1]
+    labels = np.asarray(so_far[-1]).argmax(axis=-1)
+    probabilities = np.exp(log_probabilities)
+    entropy = -(probabilities * log_probabilities).sum(axis=-1) / np.log(classes)
+    columns = [entropy, np.exp(highest[..., 0]) - np.exp(highest[..., 1]), *np.moveaxis(highest, -1, 0)]
+    rows = np.arange(len(labels))
+    for earlier in so_far[:-1]:
+        columns += [log_softmax(earlier)[rows, labels], np.asarray(earlier).argmax(axis=-1) == labels]
+    return np.stack(columns, axis=-1).astype(np.float64), labels
+
+
+def harm_feature_count(index: int, classes: int) -> int:
+    """How many numbers :func:`harm_features` gives at exit ``index``."""
+    return 2 + min(TOP, classes) + 2 * index
+
+
+@dataclass(frozen=True)
+class HarmParameters:
+    """The learned score of one intermediate exit: a logistic regression on :func:`harm_features`.
+
+    ``weights`` has one number per feature, ``class_weights`` one per predicted class.
+    """
+
+    bias: float
+    weights: tuple[float, ...]
+    class_weights: tuple[float, ...]
+
+    def score(self, so_far: Sequence[NDArray[Any]]) -> Array:
+        """``1 - P(harm)``: the chance that nothing is lost by leaving here, in [0, 1]."""
+        features, labels = harm_features(so_far)
+        log_odds = self.bias + features @ np.asarray(self.weights) + np.asarray(self.class_weights)[labels]
+        return np.asarray(1.0 / (1.0 + np.exp(np.clip(log_odds, -500, 500))))
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """What an exit answers with and what it decides on, as data; thresholds are kept apart.
+
+    ``score`` is one of SCORES at ``sharpness`` (of the OWN_SCORES only). With an ``ensemble`` the exits so
+    far answer together, but for the final exit, which answers alone: with every early exit disabled the
+    network is what it was. ``harm`` holds the E-1 regressions of the learned score.
+    """
+
+    score: str = "entropy"
+    sharpness: float = 1.0
+    ensemble: Ensemble = "none"
+    harm: tuple[HarmParameters, ...] | None = None
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ExitRule:
+        """Read what ``dataclasses.asdict`` gave, possibly by way of JSON."""
+        harm = value["harm"]
+        if harm is not None:
+            harm = tuple(
+                HarmParameters(one["bias"], tuple(one["weights"]), tuple(one["class_weights"]))
+                for one in harm
+            )
+        return cls(value["score"], value["sharpness"], value["ensemble"], harm)
+
+    def in_words(self) -> str:
+        """Such as "margin at sharpness 0.5"."""
+        words = f"{self.score} at sharpness {self.sharpness:g}" if self.score in OWN_SCORES else self.score
+        return words if self.ensemble == "none" else f"{words}, {self.ensemble} ensemble of the exits so far"
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether an exit needs the logits of earlier exits."""
+        return self.ensemble != "none" or self.score in ("patience", "harm")
+
+    def answer(self, so_far: Sequence[NDArray[Any]], final: bool) -> NDArray[Any]:
+        """Logits (B, K) with which the last exit of ``so_far``, each (B, K), answers."""
+        if final or self.ensemble == "none" or len(so_far) == 1:
+            return so_far[-1]
+        return running_ensemble(so_far, self.ensemble)
+
+    def decide_on(self, so_far: Sequence[NDArray[Any]], answer: NDArray[Any], final: bool) -> Array:
+        """The score (B,) of the last exit of ``so_far``, whose :meth:`answer` is given.
+
+        The learned score of the final exit is 1: an answer that nothing follows loses nothing.
+        """
+        if self.score == "patience":
+            return agreement_run([np.asarray(logits).argmax(axis=-1) for logits in so_far])
+        if self.score == "harm":
+            assert self.harm is not None
+            if final:
+                return np.ones(len(answer))
+            return self.harm[len(so_far) - 1].score(so_far)
+        return score(answer, self.score, self.sharpness)
+
+    def apply(self, logits: NDArray[Any]) -> tuple[NDArray[Any], Array]:
+        """Of the logits (E, N, K) of all exits: the answers (E, N, K) and the scores (E, N)."""
+        count = len(logits)
+        answers, scores = [], []
+        for index in range(count):
+            so_far, final = list(logits[: index + 1]), index == count - 1
+            answers.append(self.answer(so_far, final))
+            scores.append(self.decide_on(so_far, answers[-1], final))
+        return (np.stack(answers) if self.ensemble != "none" else logits), np.stack(scores)
+
+
+# The exit rule of ERDE and of most of the field: the entropy of the exit's own softmax.
+PAPER_RULE = ExitRule("entropy", 1.0)
+
+
+def leaves(scores: Array, threshold: float | Array | None) -> NDArray[np.bool_]:
+    """Which images leave at an intermediate exit: those with ``score > threshold``; none where disabled.
+
+    Several thresholds at once broadcast against the scores.
+    """
     if threshold is None:
         return np.zeros(scores.shape, dtype=np.bool_)
     return np.asarray(scores > threshold)
@@ -75,6 +232,20 @@ def decide(scores: Array, thresholds: Thresholds) -> NDArray[np.int64]:
     for index in range(len(thresholds) - 1, -1, -1):
         exits[leaves(scores[index], thresholds[index])] = index
     return exits
+
+
+# torch, ONNX Runtime and batch sizes differ in the last bits: a score this near its threshold may tip over.
+BAND = 1e-5
+
+
+def in_band(scores: Array, thresholds: Thresholds, band: float = BAND) -> NDArray[np.bool_]:
+    """Images (N,) with a score within ``band`` of the threshold of an enabled exit that they reach."""
+    near = np.zeros(scores.shape[-1], dtype=np.bool_)
+    exits = decide(scores, thresholds)
+    for index, threshold in enumerate(thresholds):
+        if threshold is not None:
+            near |= (np.abs(scores[index] - threshold) <= band) & (exits >= index)
+    return near
 
 
 def take_exit(values: NDArray[Any], exits: NDArray[np.int64]) -> NDArray[Any]:

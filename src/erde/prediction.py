@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from erde import progress
 from erde.errors import UserError
 from erde.files import make_folder, replacing_file
-from erde.images import open_image, to_array
+from erde.images import SUFFIXES, load_image
 from erde.runtime import Prediction, Session
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 COLUMNS = ("path", "label", "class", "probability", "exit", "score", "macs")
 
 
@@ -41,15 +39,6 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         else:
             raise UserError(f"no image at {path}: expected a file or a folder")
     return found
-
-
-def load_image(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """An image file as the bundle takes it: uint8 (H, W, C), resized and cropped as in training."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return to_array(open_image(content, str(path)), *shape)
 
 
 def predict_files(

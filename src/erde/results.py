@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from erde.bundle import OperatingPoint, ScoreCandidate
+from erde.bundle import LeftOut, OperatingPoint, ScoreCandidate
 from erde.errors import UserError
 from erde.files import write_json
+from erde.policy import Ensemble
 
 SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
 
@@ -24,25 +25,109 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Interval = tuple[float, float]  # 95 %
+
+
 class Curve(_Model):
-    """Points along a path of thresholds, from no early exit to the first exit for all."""
+    """Points along a path of thresholds, from no early exit to the first exit for all.
+
+    ``area`` is the mean accuracy over the curve's range of MACs (trapezoids), with a bootstrap interval over
+    test images; None where the curve is a single point. Milliseconds are there if a profile was given.
+    """
 
     macs: list[float]
     accuracy: list[float]
     risk: list[float]
     exit_rates: list[list[float]]
+    milliseconds: list[float] | None = None
+    area: float | None = None
+    area_interval: Interval | None = None
+
+
+class Oracle(_Model):
+    """A rule that knows the label: the first exit whose answer is right answers, else the first of all."""
+
+    accuracy: float
+    macs: float
+
+
+class Reliability(_Model):
+    """Equal bins of the reported confidence: images in each, their mean confidence and accuracy (0 if empty)."""
+
+    count: list[int]
+    confidence: list[float]
+    accuracy: list[float]
 
 
 class ExitMeasures(_Model):
-    """One exit on the test split, had it answered every image. NLL and ECE are tempered."""
+    """One exit on the test split, had it answered every image; NLL, Brier and ECE are tempered.
+
+    ``answered`` and ``answered_accuracy`` are of the images that leave here at the default operating point.
+    """
 
     accuracy: float
-    accuracy_interval: tuple[float, float]
+    accuracy_interval: Interval
     nll: float
+    brier: float
     ece: float
     auroc_correctness: float | None
     auroc_harm: float | None
     temperature: float
+    answered: float
+    answered_accuracy: float | None
+    reliability: Reliability
+
+
+class ClassMeasures(_Model):
+    """One class at the default operating point: accuracy of the final exit alone, with early exits, and the drop.
+
+    All zero for a class without test images.
+    """
+
+    images: int
+    no_exit_accuracy: float
+    accuracy: float
+    drop: float
+    exit_rates: list[float]
+
+
+class ScoreOutcome(_Model):
+    """A score at one target risk: thresholds from tune, uncertified; what they do on tune and on test."""
+
+    score: str
+    sharpness: float
+    ensemble: Ensemble
+    target: float
+    tune_macs_saved: float
+    test_macs_saved: float
+    test_risk: float
+    test_accuracy: float
+
+
+class EntropyHistograms(_Model):
+    """Normalised entropy H/ln K of an arm's exits on test images, 20 equal bins over [0, 1]: (E, 20) each."""
+
+    teacher_right: list[list[int]]
+    teacher_wrong: list[list[int]]
+
+
+class Comparison(_Model):
+    """Two arms on the same test images: ``first`` minus ``second``, with paired 95 % bootstrap intervals.
+
+    ``at`` is "default" (each arm's default operating point) or "no-exit" (the final exits). McNemar's exact
+    test looks at the images that only one of the two gets right.
+    """
+
+    first: str
+    second: str
+    at: Literal["default", "no-exit"]
+    accuracy_difference: float
+    accuracy_interval: Interval
+    macs_difference: float
+    macs_interval: Interval
+    only_first_right: int
+    only_second_right: int
+    mcnemar_p_value: float
 
 
 class ExitCost(_Model):
@@ -76,12 +161,23 @@ class Arm(_Model):
     exits: list[ExitMeasures]
     score: str
     sharpness: float
+    ensemble: Ensemble
     score_candidates: list[ScoreCandidate]
+    score_outcomes: list[ScoreOutcome]
     operating_points: list[OperatingPoint]
     default_operating_point: str
+    left_out: list[LeftOut]
     curve: Curve
+    paper_curve: Curve | None  # of the entropy at sharpness 1, along its own path
+    oracle: Oracle
+    classes: list[ClassMeasures]
     teacher_wrong: list[float] | None
+    entropies: EntropyHistograms | None
     history: list[Epoch]
+
+    def default_point(self) -> OperatingPoint:
+        """The operating point that answers when none is named."""
+        return next(one for one in self.operating_points if one.name == self.default_operating_point)
 
 
 class SplitInfo(_Model):
@@ -120,13 +216,14 @@ class Agreement(_Model):
 class Results(_Model):
     """A whole run."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: str
     seed: int
     exported_arm: str
     recipe: dict[str, Any]
     data: DataInfo
     arms: dict[str, Arm]
+    comparisons: list[Comparison]
     agreement: Agreement
     bundle_seal: str
     environment: dict[str, Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ from numpy.typing import NDArray
 
 from erde import bundle, policy
 from erde.errors import UserError
+from erde.profile import PROFILE, Profile
 from erde.splits import ImageSource
+from erde.thresholds import Cost
 
 Providers = Sequence[str | tuple[str, dict[str, Any]]]
 
@@ -94,8 +98,10 @@ class Session:
     def __init__(
         self, path: str | Path, *, threads: int | None = None, providers: Providers | None = None
     ) -> None:
-        folder = Path(path)
+        folder = self.folder = Path(path)
         self.manifest = bundle.read(folder)
+        self.rule = self.manifest.rule()
+        self._threads = threads
         self._stages = StageRunner(
             [folder / stage.file for stage in self.manifest.stages], threads, providers
         )
@@ -113,6 +119,64 @@ class Session:
             expected = ", ".join(map(str, self.manifest.input_shape))
             raise UserError(f"expected images of shape (N, {expected}), got {tuple(images.shape)}")
         return self._stages.all_logits(images)
+
+    def cost(self) -> Cost:
+        """MACs per exit, and milliseconds where the bundle's folder has a profile of the machine."""
+        profile = self.folder / PROFILE
+        milliseconds = None
+        if profile.is_file():
+            stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
+            milliseconds = Profile.read(profile, stages, exits).exit_milliseconds()
+        return Cost(tuple(self._macs.tolist()), self.manifest.no_exit_macs, milliseconds)
+
+    def profile(
+        self,
+        path: str | Path | None = None,
+        *,
+        images: NDArray[np.uint8] | None = None,
+        batch_sizes: Sequence[int] = (1, 8, 32),
+        rounds: int = 30,
+    ) -> Profile:
+        """Time every stage on this machine, and write ``profile.json`` (into the bundle's folder by default).
+
+        Batch sizes and stages take turns within each round, so that a busy moment hits all alike; the median
+        of ``rounds`` counts. ``images``: uint8 (N, H, W, C), drawn from with replacement; the bundle's own
+        reference sample without them.
+        """
+        if images is None:
+            images = self.manifest.reference_sample.decode(self.manifest.input_shape)
+        images = self._check_images(images)
+        generator = np.random.default_rng(0)
+        times: dict[int, list[list[float]]] = {size: [] for size in batch_sizes}
+        for turn in range(rounds + 2):
+            for size in batch_sizes:
+                seconds = self._time_stages(images[generator.integers(0, len(images), size)])
+                if turn >= 2:  # the first calls allocate
+                    times[size].append(seconds)
+        profile = Profile(
+            stages=bundle.stages_hash(self.manifest),
+            machine=f"{platform.system()} {platform.machine()}, onnxruntime {onnxruntime.__version__}",
+            threads=self._threads,
+            rounds=rounds,
+            milliseconds={size: (1e3 * np.median(rows, axis=0)).tolist() for size, rows in times.items()},
+        )
+        profile.write(Path(path) if path is not None else self.folder / PROFILE)
+        return profile
+
+    def _time_stages(self, images: NDArray[np.uint8]) -> list[float]:
+        """Seconds of each stage with its decision, for a batch that stays whole to the end."""
+        x: NDArray[Any] | None = images
+        so_far: list[NDArray[Any]] = []
+        seconds = []
+        for index in range(len(self._stages)):
+            assert x is not None
+            final = index == len(self._stages) - 1
+            started = time.perf_counter()
+            x, logits = self._stages.run(index, x)
+            so_far = [*so_far, logits]
+            self.rule.decide_on(so_far, self.rule.answer(so_far, final), final)
+            seconds.append(time.perf_counter() - started)
+        return seconds
 
     def predict(
         self,
@@ -139,13 +203,17 @@ class Session:
         chosen = self._thresholds(operating_point, thresholds)
         count, classes = len(images), len(self.manifest.classes)
         exits = np.full(count, last, dtype=np.int64)
-        logits = np.zeros((count, classes), dtype=np.float32)
+        logits = np.zeros((count, classes))
         scores = np.zeros(count)
         waiting = np.arange(count)  # rows of the images that are still undecided
         x: NDArray[Any] = images
+        so_far: list[NDArray[Any]] = []  # their logits at every exit they passed, where the rule looks back
+        final = len(self._stages) - 1
         for index in range(last + 1):
             features, stage_logits = self._stages.run(index, x)
-            stage_scores = policy.score(stage_logits, self.manifest.score, self.manifest.sharpness)
+            so_far = [*so_far, stage_logits] if self.rule.looks_back else [stage_logits]
+            answer = self.rule.answer(so_far, index == final)
+            stage_scores = self.rule.decide_on(so_far, answer, index == final)
             done = (
                 np.ones(len(waiting), dtype=np.bool_)
                 if index == last
@@ -153,13 +221,14 @@ class Session:
             )
             rows = waiting[done]
             exits[rows] = index
-            logits[rows] = stage_logits[done]
+            logits[rows] = answer[done]
             scores[rows] = stage_scores[done]
             waiting = waiting[~done]
             if not len(waiting):
                 break
             assert features is not None
             x = features[~done] if len(rows) else features
+            so_far = [one[~done] for one in so_far] if len(rows) else so_far
         return Prediction(
             labels=logits.argmax(axis=-1),
             probabilities=policy.answer_probabilities(logits, exits, self.manifest.temperatures),

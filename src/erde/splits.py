@@ -86,6 +86,13 @@ class Logits:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, labels and logits, in order."""
+        digest = hashlib.sha256(repr(self.logits.shape).encode())
+        digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
+        digest.update(np.ascontiguousarray(self.logits, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
 
 class TuneLogits(Logits):
     """Logits on the tune split."""

@@ -85,6 +85,17 @@ PLAIN_TEACHER = ("teacher.train_subset=null", "teacher.disjoint=false")
         (("run", "digits", "device=cuda"), ("cuda", "device=cpu")),
         (("distill", "nowhere"), ("nowhere", "config.yaml")),
         (("predict", "nowhere", "a.png"), ("no bundle at nowhere",)),
+        (("calibrate", "nowhere"), ("neither a run", "nor a bundle", ".npz")),
+        (("calibrate", "nowhere.npz"), ("no file at nowhere.npz",)),
+        (("calibrate", "nowhere.npz", "--max-risk", "5"), ("--max-risk", "0.5% or 0.005")),
+        (("calibrate", "nowhere.npz", "--confidence", "sure"), ("--confidence", "sure")),
+        (("calibrate", "nowhere.npz", "--score", "entropi"), ("entropi", "did you mean 'entropy'")),
+        (("calibrate", "nowhere.npz", "--guarantee", "all"), ("all", "risk, net_drop, expected_risk")),
+        (("calibrate", "nowhere.npz", "--macs", "1,two"), ("--macs", "numbers separated by commas")),
+        (("calibrate", "nowhere.npz", "--data", "photos"), ("--data", "holds logits")),
+        (("evaluate", "nowhere.npz"), ("no policy at nowhere.policy.json",)),
+        (("evaluate", "nowhere.npz", "--format", "png"), ("--format", "holds logits")),
+        (("compare", "nowhere", "elsewhere"), ("nowhere", "no results")),
         (("cost", "resnet20", "--exits", "group9"), ("group9", "did you mean 'group")),
         (("cost", "resnet20", "--exits", "40"), ("exits=40", "expected 1 to")),
         (("list", "loses"), ("loses", "did you mean 'losses'")),
@@ -168,3 +179,32 @@ def test_a_bundle_with_a_changed_byte(refused: Refused, tiny_run: tuple[Path, st
         ("predict", str(bundle), "."),
     ):
         assert "stage_1.onnx does not match its checksum" in refused(*command)
+
+
+def test_what_a_bundle_and_a_run_cannot_be_asked(
+    refused: Refused, tiny_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tiny_run[0]
+    assert "give labelled images with --data" in refused("calibrate", str(folder / "bundle"))
+    assert "knows its own MACs" in refused(
+        "calibrate", str(folder / "bundle"), "--data", "x", "--macs", "1,2,3"
+    )
+    assert "its own recipe says what to calibrate" in refused("calibrate", str(folder), "--max-risk", "1%")
+    assert "its results stay in its folder" in refused("evaluate", str(folder), "--out", "x.json")
+    assert "two runs or more" in refused("compare", str(folder))
+    assert "given twice" in refused("compare", str(folder), str(folder))
+
+
+def test_a_run_is_certified_once(tiny_run: tuple[Path, str], refused: Refused, tmp_path: Path) -> None:
+    """Editing the recipe after looking at what was certified voids the promise, so it is refused."""
+    folder = Path(shutil.copytree(tiny_run[0], tmp_path / "copy"))
+    recipe = folder / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("confidence: 0.9", "confidence: 0.8"))
+    before = (folder / "arms" / "teacher" / "policy.json").read_bytes()
+    assert "these certify images already certified other choices" in refused("calibrate", str(folder))
+    assert (folder / "arms" / "teacher" / "policy.json").read_bytes() == before
+
+
+def test_a_class_missing_from_tune_is_said_before_anything_is_trained(refused: Refused) -> None:
+    line = refused("run", "digits", "data.tune_size=8")
+    assert "tune" in line

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import save_by_class
+
 ROOT = Path(__file__).parents[2]
 HEAVY = (
     "torch",
@@ -53,6 +55,43 @@ def test_help_answers_within_half_a_second() -> None:
         )
         best = min(best, time.perf_counter() - started)
     assert best < 0.5
+
+
+@pytest.mark.slow
+def test_a_bundle_is_calibrated_anew_without_torch(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
+    """On an operator's own labelled images, with the extra ``analysis`` and nothing of ``train``."""
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    constraints = ["--constraint", str(ROOT / "constraints.txt")]
+    subprocess.run([*pip, *constraints, f"{ROOT}[analysis]"], check=True, timeout=600)
+    from erde.config import load_config
+    from erde.data import load_splits
+
+    folder = tiny_run[0]
+    save_by_class(load_splits(load_config(folder / "config.yaml").data, 0).test, tmp_path / "photos")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COV"))}
+
+    def erde(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(environment / "bin" / "erde"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path)
+
+    options = ("--data", "photos", "--out", "new", "--max-risk", "5%", "--confidence", "95%", "--json")
+    done = erde("calibrate", str(folder / "bundle"), *options)
+    assert done.returncode == 0, done.stderr
+    (point,) = [
+        one for one in json.loads(done.stdout.splitlines()[-1])["operating_points"] if one["kind"] == "risk"
+    ]
+    assert point["certificate"]["confidence"] == 0.95
+    assert "intact" in erde("bundle", "verify", "new").stdout
+    logits = folder / "arms" / "erde" / "logits.npz"
+    options = ("--out", "policy.json", "--max-risk", "5%")
+    assert erde("calibrate", str(logits), *options).returncode == 0
+    measured = erde("evaluate", str(logits), "--policy", "policy.json")
+    assert "risk-5: accuracy" in measured.stdout, measured.stderr
+    probe = "import importlib.util as u; print([n for n in ('torch', 'datasets', 'sklearn', 'onnx') if u.find_spec(n)])"
+    python = [str(environment / "bin" / "python"), "-c", probe]
+    assert subprocess.run(python, capture_output=True, text=True, env=clean).stdout.strip() == "[]"
 
 
 @pytest.mark.slow

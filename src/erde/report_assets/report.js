@@ -1,34 +1,38 @@
-// Draws the figures of an erde report from the JSON in #report-data, in the colours of the page's theme.
+// The figures of a run's report, in the colours of the page's theme.
 (function () {
   "use strict";
-  const report = JSON.parse(document.getElementById("report-data").textContent);
+  const { report, DASHES, SYMBOLS, escaped, colour, armColour, exitColour, percent, millions, interval, errors, logTicks, axis, layout } = erde;
+  const { state } = erde.explore;
   const arms = report.order.map((name) => readArm(name, report.arms[name]));
   const exported = arms.find((arm) => arm.exported);
+  const shownArm = () => arms.find((arm) => arm.name === state.arm);
   // A teacher this many times as costly as the dearest student gets its own view of the first figure.
   const FAR = 1.5;
-  const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const DASHES = ["dash", "dot", "dashdot", "longdashdot", "longdash"];
-  const SYMBOLS = ["circle", "square", "triangle-up", "diamond", "pentagon", "hexagon", "star", "cross"];
   const students = studentArms();
-  let view = students ? "students" : "linear";
+  const timed = arms.some((arm) => arm.curve && arm.curve.milliseconds);
+  let view = students ? "students" : "linear", cost = "macs";
+  const shown = { paper: true, oracle: false };
 
   function readArm(name, arm) {
     const single = arm.exits.length === 1;
     const bounds = (one) => ({ accuracy: one.accuracy, low: one.accuracy_interval[0], high: one.accuracy_interval[1] });
     const exits = arm.exits.map((one, i) => Object.assign(bounds(one), {
-      name: arm.cost[i].name, macs: arm.cost[i].macs, share: arm.cost[i].macs / arm.no_exit_macs,
+      name: arm.cost[i].name, macs: arm.cost[i].macs, share: arm.cost[i].macs / arm.no_exit_macs, ece: one.ece, reliability: one.reliability,
     }));
     const points = arm.operating_points.filter((one) => one.test).map((one) => Object.assign(bounds(one.test), {
       label: one.name, standard: one.name === arm.default_operating_point, certified: one.certificate !== null,
-      macs: one.test.macs, saved: one.test.macs_saved, risk: one.test.risk,
+      macs: one.test.macs, milliseconds: one.test.milliseconds, saved: one.test.macs_saved, risk: one.test.risk,
     }));
     // A network with one exit is one point, whatever its operating points are called.
-    const only = Object.assign({}, exits[0], { label: "one exit", standard: true, saved: 1 - exits[0].share });
+    const only = Object.assign({}, exits[0], {
+      label: "one exit", standard: true, saved: 1 - exits[0].share, milliseconds: points.length ? points[0].milliseconds : null,
+    });
     return {
-      name: name, exported: name === report.exported, single: single, role: arm.role, exits: exits,
-      points: single ? [only] : points, curve: single ? null : arm.curve, macs: arm.no_exit_macs, losses: arm.losses,
+      name, single, exits, exported: name === report.exported, role: arm.role, points: single ? [only] : points,
+      curve: single ? null : arm.curve, paper: single ? null : arm.paper_curve, oracle: single ? null : arm.oracle, macs: arm.no_exit_macs,
+      losses: arm.losses, classes: arm.classes, entropies: arm.entropies, rule: arm.rule,
       candidates: arm.score_candidates.map((one) => Object.assign({}, one, {
-        chosen: one.score === arm.score && one.sharpness === arm.sharpness,
+        chosen: one.score === arm.score && one.sharpness === arm.sharpness && one.ensemble === arm.ensemble,
       })),
     };
   }
@@ -40,134 +44,209 @@
     return teachers.length && others.length && dearest(teachers) > FAR * dearest(others) ? others : null;
   }
 
-  // What is drawn of `list`, with a margin: plotly's own ranges cut lines off at the edge.
-  function ranges(list) {
-    const shares = list.flatMap((arm) => [
-      ...arm.points.flatMap((one) => (one.standard ? [one.low, one.high] : [one.accuracy])), ...(arm.curve ? arm.curve.accuracy : []),
-    ]);
-    const macs = list.flatMap((arm) => [arm.macs, ...arm.points.map((one) => one.macs), ...(arm.curve ? arm.curve.macs : [])]);
-    const low = Math.min(...shares), high = Math.max(...shares), margin = Math.max(0.005, 0.06 * (high - low));
-    return { macs: [0.93 * Math.min(...macs) / 1e6, 1.05 * Math.max(...macs) / 1e6], accuracy: [100 * (low - margin), 100 * (high + margin)] };
-  }
-
-  // 1, 2 and 5 times the powers of ten from `low` to `high`: plotly labels only some of them in full.
-  function logTicks(low, high) {
-    const values = [];
-    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
-      [1, 2, 5].forEach((one) => values.push(Number((one * 10 ** power).toPrecision(2))));
-    }
-    return { type: "log", tickmode: "array", tickvals: values, ticktext: values.map(String) };
-  }
-
-  // Plotly reads a little HTML in every text: data must arrive escaped.
-  const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
-  const armColour = (index) => colour("arm-" + (index % 8));
   // The exported arm is the solid, thicker line.
   const line = (arm, index) => ({
     color: armColour(index), dash: arm.exported ? "solid" : DASHES[index % DASHES.length], width: arm.exported ? 3 : 2,
   });
-  const percent = (share, digits) => (100 * share).toFixed(digits === undefined ? 1 : digits) + " %";
-  const millions = (macs) => {
-    const value = macs / 1e6;
-    return value >= 100 ? value.toFixed(0) : value >= 1 ? value.toFixed(1) : String(Number(value.toPrecision(3)));
-  };
-  const interval = (one) => percent(one.accuracy) + " (" + percent(one.low) + " to " + percent(one.high) + ")";
-  const errors = (list, shown) => ({
-    type: "data", symmetric: false, thickness: 1, width: 3,
-    array: list.map((one) => (!shown || shown(one) ? 100 * (one.high - one.accuracy) : 0)),
-    arrayminus: list.map((one) => (!shown || shown(one) ? 100 * (one.accuracy - one.low) : 0)),
-  });
-  const axis = (title, more) => Object.assign({
-    title: { text: title, standoff: 10 }, gridcolor: colour("grid"), linecolor: colour("line"),
-    zerolinecolor: colour("line"), automargin: true, ticks: "outside", tickcolor: colour("line"),
-  }, more);
 
-  function layout(x, y, more) {
-    return Object.assign({
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text") },
-      margin: { l: 52, r: 12, t: 28, b: 48 },
-      // Above the plot, so that no legend ever covers an axis title.
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.03, yanchor: "bottom" },
-      hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("text") }, align: "left" },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("accent") },
-      hovermode: "closest", uirevision: "keep", xaxis: x, yaxis: y,
-      // A finger that drags over a figure wants to scroll the page.
-      dragmode: window.matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    }, more);
+  // ---------------------------------------------------------------- accuracy against cost
+
+  // What stands on the first axis: millions of MACs, or milliseconds; undefined where it is not known.
+  const costs = (one) => (cost === "macs" ? one.macs.map((macs) => macs / 1e6) : one.milliseconds || []);
+  const costOf = (one) => (cost === "macs" ? one.macs / 1e6 : one.milliseconds);
+  const known = (value) => value !== null && value !== undefined;
+
+  // What is drawn of `list`, with a margin: plotly's own ranges cut lines off at the edge.
+  function ranges(list) {
+    const mine = shownArm();
+    const curves = list.flatMap((arm) => [arm.curve, shown.paper && arm === mine ? arm.paper : null]).filter(Boolean);
+    const oracle = shown.oracle && cost === "macs" && mine.oracle ? [mine.oracle] : [];
+    const shares = [
+      ...list.flatMap((arm) => arm.points.flatMap((one) => (one.standard ? [one.low, one.high] : [one.accuracy]))),
+      ...curves.flatMap((one) => one.accuracy), ...oracle.map((one) => one.accuracy),
+    ];
+    const along = [
+      ...(cost === "macs" ? list.map((arm) => arm.macs / 1e6) : []), ...list.flatMap((arm) => arm.points.map(costOf).filter(known)),
+      ...curves.flatMap(costs), ...oracle.map((one) => one.macs / 1e6),
+    ];
+    const low = Math.min(...shares), high = Math.max(...shares), margin = Math.max(0.005, 0.06 * (high - low));
+    return { cost: [0.93 * Math.min(...along), 1.05 * Math.max(...along)], accuracy: [100 * (low - margin), 100 * (high + margin)] };
   }
 
-  function tradeoff() {
-    const data = [];
-    arms.forEach((arm, index) => {
-      const name = escaped(arm.name), stroke = armColour(index);
-      const shared = { name: name, legendgroup: name, hoverinfo: "text" };
-      if (arm.curve) {
-        data.push(Object.assign({}, shared, {
-          type: "scatter", mode: "lines", x: arm.curve.macs.map((macs) => macs / 1e6),
-          y: arm.curve.accuracy.map((share) => 100 * share),
-          line: line(arm, index),
-          text: arm.curve.macs.map((macs, i) => `<b>${name}</b><br>${percent(arm.curve.accuracy[i])} at ${millions(macs)} M MACs` +
-            `<br>risk ${percent(arm.curve.risk[i], 2)}<br>leave: ${arm.curve.exit_rates[i].map((rate) => percent(rate)).join(", ")}`),
-        }));
-      }
-      if (!arm.points.length) return;
-      data.push(Object.assign({}, shared, {
-        type: "scatter", mode: "markers", showlegend: !arm.curve,
-        x: arm.points.map((one) => one.macs / 1e6), y: arm.points.map((one) => 100 * one.accuracy),
-        // Intervals of all points would hide each other; the others' are in the hover text.
-        error_y: Object.assign(errors(arm.points, (one) => one.standard), { color: stroke }),
-        marker: {
-          color: stroke, opacity: 1, symbol: arm.points.map((one) => SYMBOLS[index % 8] + (one.certified || arm.single ? "" : "-open")),
-          size: arm.points.map((one) => (one.standard ? 14 : 9)), line: { width: 2, color: stroke },
-        },
-        text: arm.points.map((one) => `<b>${name}, ${escaped(one.label)}</b><br>${interval(one)}<br>` +
-          `${millions(one.macs)} M MACs, ${percent(one.saved)} saved` +
-          (arm.single ? "" : `<br>risk ${percent(one.risk, 2)}<br>${one.certified ? "certified" : "not certified"}`)),
-      }));
+  function curveTrace(arm, curve, title, shared, stroke) {
+    return Object.assign({}, shared, {
+      type: "scatter", mode: "lines", x: costs(curve), y: curve.accuracy.map((share) => 100 * share), line: stroke,
+      text: curve.macs.map((macs, i) => `<b>${title}</b><br>${percent(curve.accuracy[i])} at ${millions(macs)} M MACs` +
+        (curve.milliseconds ? ` (${curve.milliseconds[i].toFixed(2)} ms)` : "") +
+        `<br>risk ${percent(curve.risk[i], 2)}<br>leave: ${curve.exit_rates[i].map((rate) => percent(rate)).join(", ")}`),
     });
-    return { data: data, layout: tradeoffLayout() };
+  }
+
+  function pointTrace(arm, index, shared) {
+    const stroke = armColour(index), points = arm.points.filter((one) => known(costOf(one)));
+    return Object.assign({}, shared, {
+      type: "scatter", mode: "markers", showlegend: !arm.curve, x: points.map(costOf), y: points.map((one) => 100 * one.accuracy),
+      // Intervals of all points would hide each other; the others' are in the hover text.
+      error_y: Object.assign(errors(points, (one) => one.standard), { color: stroke }),
+      marker: {
+        color: stroke, opacity: 1, symbol: points.map((one) => SYMBOLS[index % 8] + (one.certified || arm.single ? "" : "-open")),
+        size: points.map((one) => (one.standard ? 14 : 9)), line: { width: 2, color: stroke },
+      },
+      text: points.map((one) => `<b>${escaped(arm.name)}, ${escaped(one.label)}</b><br>${interval(one)}<br>` +
+        `${millions(one.macs)} M MACs, ${percent(one.saved)} saved` + (known(one.milliseconds) ? `<br>${one.milliseconds.toFixed(2)} ms` : "") +
+        (arm.single ? "" : `<br>risk ${percent(one.risk, 2)}<br>${one.certified ? "certified" : "not certified"}`)),
+    });
+  }
+
+  function extraTraces() {
+    const arm = shownArm(), index = arms.indexOf(arm), name = escaped(arm.name), made = [];
+    if (shown.paper && arm.paper) {
+      const title = `${name}, the paper's rule`;
+      made.push(curveTrace(arm, arm.paper, title, { name: title, hoverinfo: "text", legendrank: 2000 }, { color: armColour(index), dash: "dot", width: 1.5 }));
+    }
+    if (shown.oracle && arm.oracle && cost === "macs") {
+      made.push({
+        type: "scatter", mode: "markers", name: `${name}, oracle`, hoverinfo: "text", legendrank: 2001, x: [arm.oracle.macs / 1e6], y: [100 * arm.oracle.accuracy],
+        marker: { symbol: "star", size: 15, color: armColour(index) }, text: [`<b>${name}, oracle</b><br>knows the label: no rule does better`],
+      });
+    }
+    const fixed = arms.filter((one) => one.single && known(costOf(one.points[0]))).map((one) => one.points[0]).sort((a, b) => costOf(a) - costOf(b));
+    if (fixed.length > 1) {
+      made.push({
+        type: "scatter", mode: "lines", name: "networks without exits", hoverinfo: "skip", legendrank: 2002, x: fixed.map(costOf), y: fixed.map((one) => 100 * one.accuracy),
+        line: { color: colour("soft"), width: 1, dash: "dot" },
+      });
+    }
+    return made;
+  }
+
+  // Where the slider stands; always the last trace.
+  function markerTrace() {
+    const at = state.marker, x = at && (cost === "macs" ? at.macs / 1e6 : at.milliseconds);
+    return {
+      type: "scatter", mode: "markers", name: "slider", showlegend: false, hoverinfo: "skip", x: known(x) ? [x] : [], y: known(x) ? [100 * at.accuracy] : [],
+      marker: { symbol: "circle-open", size: 22, color: colour("text"), line: { width: 3, color: colour("text") } },
+    };
+  }
+
+  erde.moveMarker = () => {
+    const place = document.getElementById("plot-tradeoff"), moved = markerTrace();
+    if (place.data) Plotly.restyle(place, { x: [moved.x], y: [moved.y] }, [place.data.length - 1]);
+  };
+
+  function tradeoff() {
+    const data = extraTraces();
+    arms.forEach((arm, index) => {
+      const shared = { name: escaped(arm.name), legendgroup: escaped(arm.name), hoverinfo: "text" };
+      if (arm.curve) data.push(curveTrace(arm, arm.curve, escaped(arm.name), shared, line(arm, index)));
+      if (arm.points.length) data.push(pointTrace(arm, index, shared));
+    });
+    data.push(markerTrace());
+    return { data, layout: tradeoffLayout() };
   }
 
   function tradeoffLayout() {
-    const everything = view === "all", at = exported.macs / 1e6;
-    const range = ranges(everything || !students ? arms : students);
-    const logarithmic = everything ? Object.assign(logTicks(...range.macs), { range: range.macs.map(Math.log10) }) : { range: range.macs };
-    const x = axis("MACs per image (millions" + (everything ? ", log scale)" : ")"), logarithmic);
-    const y = axis("test accuracy (%)", { range: range.accuracy });
-    return layout(x, y, {
-      uirevision: view,
+    const everything = view === "all", at = exported.macs / 1e6, range = ranges(everything || !students ? arms : students);
+    const along = everything ? Object.assign(logTicks(...range.cost), { range: range.cost.map(Math.log10) }) : { range: range.cost };
+    const unit = cost === "macs" ? ["MACs per image", "millions"] : ["time per image", "ms"];
+    const made = {
+      uirevision: view + cost + state.arm + shown.oracle, xaxis: axis(`${unit[0]} (${unit[1]}${everything ? ", log scale" : ""})`, along),
+      yaxis: axis("test accuracy (%)", { range: range.accuracy }),
+    };
+    if (cost !== "macs") return layout(made);
+    return layout(Object.assign(made, {
       shapes: [{ type: "line", x0: at, x1: at, yref: "paper", y0: 0, y1: 1, layer: "below", line: { color: colour("soft"), width: 1.5, dash: "dash" } }],
       annotations: [{
         x: everything ? Math.log10(at) : at, yref: "paper", y: 0.02, yanchor: "bottom", xanchor: "right", showarrow: false,
         textangle: -90, text: escaped(exported.name) + " without exits", font: { color: colour("soft"), size: 12 },
       }],
-    });
+    }));
   }
+
+  // ---------------------------------------------------------------- exits, probabilities, classes, entropies
 
   function exits() {
     const data = arms.map((arm, index) => ({
       type: "scatter", mode: arm.exits.length > 1 ? "lines+markers" : "markers", name: escaped(arm.name), hoverinfo: "text",
       x: arm.exits.map((one) => 100 * one.share), y: arm.exits.map((one) => 100 * one.accuracy),
-      error_y: Object.assign(errors(arm.exits), { color: armColour(index) }),
-      line: line(arm, index),
+      error_y: Object.assign(errors(arm.exits), { color: armColour(index) }), line: line(arm, index),
       marker: { color: armColour(index), symbol: SYMBOLS[index % 8], size: 9 },
       text: arm.exits.map((one, i) => `<b>${escaped(arm.name)}, exit ${i}</b> (${escaped(one.name)})<br>${interval(one)}` +
         `<br>${millions(one.macs)} M MACs, ${percent(one.share)} of no exits`),
     }));
-    return { data: data, layout: layout(axis("MACs up to the exit (% of no exits)", { rangemode: "tozero" }), axis("test accuracy (%)", {})) };
+    return { data, layout: layout({ xaxis: axis("MACs up to the exit (% of no exits)", { rangemode: "tozero" }), yaxis: axis("test accuracy (%)", {}) }) };
   }
 
+  function reliability(place) {
+    const arm = shownArm(), titles = arm.exits.map((one, i) => `exit ${i}: ECE ${percent(one.ece)}`);
+    const whole = { range: [0, 102], dtick: 25 };
+    const made = erde.panels(place, titles, { title: "confidence (%)", more: whole }, { title: "right (%)", more: whole });
+    const data = arm.exits.flatMap((one, i) => {
+      const bins = one.reliability, most = Math.max(...bins.count), filled = bins.count.map((_, at) => at).filter((at) => bins.count[at] > 0);
+      return [
+        Object.assign({ type: "scatter", mode: "lines", x: [0, 100], y: [0, 100], hoverinfo: "skip", line: { color: colour("soft"), width: 1, dash: "dash" } }, made.of(i)),
+        Object.assign({
+          type: "scatter", mode: "lines+markers", hoverinfo: "text", line: { color: colour("accent"), width: 1.5 },
+          x: filled.map((at) => 100 * bins.confidence[at]), y: filled.map((at) => 100 * bins.accuracy[at]),
+          marker: { color: colour("accent"), opacity: 0.85, size: filled.map((at) => 5 + 17 * Math.sqrt(bins.count[at] / most)) },
+          text: filled.map((at) => `confidence ${percent(bins.confidence[at])}<br>right ${percent(bins.accuracy[at])}<br>${bins.count[at]} images`),
+        }, made.of(i)),
+      ];
+    });
+    return { data, layout: layout(Object.assign(made.axes, { showlegend: false, uirevision: state.arm })) };
+  }
+
+  function classes(place) {
+    const arm = shownArm(), easy = [...arm.classes].sort((a, b) => a.exit_rates[0] - b.exit_rates[0]);
+    if (arm.single || !easy.length) return null;
+    place.style.height = (90 + 26 * easy.length) + "px";
+    const labels = easy.map((one) => `${escaped(one.name.length > 24 ? one.name.slice(0, 23) + "…" : one.name)} `);
+    const data = arm.exits.map((_, i) => ({
+      type: "bar", orientation: "h", name: `exit ${i}`, hoverinfo: "text", x: easy.map((one) => 100 * one.exit_rates[i]), y: labels.map((_label, at) => at),
+      marker: { color: exitColour(i, arm.exits.length), line: { width: 1, color: colour("card") } },
+      text: easy.map((one) => `<b>${escaped(one.name)}</b><br>exit ${i}: ${percent(one.exit_rates[i])}<br>drop ${(100 * one.drop).toFixed(1)} points of ${one.images} images`),
+      textposition: "none",
+    }));
+    const drops = easy.map((one, at) => ({
+      xref: "paper", x: 1.005, xanchor: "left", y: at, text: percent(-one.drop).replace(" %", ""), showarrow: false, font: { size: 12, color: colour(one.drop > 0.02 ? "warn" : "soft") },
+    }));
+    return { data, layout: layout({
+      barmode: "stack", bargap: 0.25, uirevision: state.arm, margin: { l: 52, r: 44, t: 28, b: 48 }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
+      xaxis: axis("share of the class's test images (%)", { range: [0, 100] }),
+      yaxis: axis("", { tickmode: "array", tickvals: labels.map((_label, at) => at), ticktext: labels, ticks: "" }), annotations: drops,
+    }) };
+  }
+
+  function entropies(place) {
+    const arm = shownArm();
+    if (!arm.entropies) return null;
+    const titles = arm.exits.map((_, i) => `exit ${i}`), bins = arm.entropies.teacher_right[0].length;
+    const at = arm.entropies.teacher_right[0].map((_, i) => (i + 0.5) / bins);
+    const made = erde.panels(place, titles, { title: "entropy / ln K", more: { range: [0, 1], dtick: 0.25 } }, { title: "share of the images (%)", more: { rangemode: "tozero" } });
+    const kinds = [["teacher_right", "teacher right", "accent", "solid"], ["teacher_wrong", "teacher wrong", "warn", "dot"]];
+    const data = kinds.flatMap(([key, name, stroke, dash]) => arm.exits.map((_, i) => {
+      const counts = arm.entropies[key][i], all = Math.max(1, counts.reduce((sum, one) => sum + one, 0));
+      return Object.assign({
+        type: "scatter", mode: "lines", name, legendgroup: name, showlegend: i === 0, hoverinfo: "text", x: at, y: counts.map((one) => (100 * one) / all),
+        line: { color: colour(stroke), dash, width: 2, shape: "hvh" }, fill: key === "teacher_right" ? "tozeroy" : "none",
+        text: counts.map((one, bin) => `${name}, entropy ${(bin / bins).toFixed(2)} to ${((bin + 1) / bins).toFixed(2)}<br>${one} images, ${percent(one / all)}`),
+      }, made.of(i));
+    }));
+    return { data, layout: layout(Object.assign(made.axes, { uirevision: state.arm, margin: { l: 52, r: 12, t: 56, b: 48 }, legend: { orientation: "h", x: 0, y: 1.09, yanchor: "bottom" } })) };
+  }
+
+  // ---------------------------------------------------------------- scores and training
+
   function scores() {
+    if (!exported.candidates.length) return null;
     const chosen = exported.candidates.find((one) => one.chosen) || {};
-    const names = [...new Set(exported.candidates.map((one) => one.score))];
+    const label = (one) => one.score + (one.ensemble === "none" ? "" : `, ${one.ensemble} ensemble`);
+    const names = [...new Set(exported.candidates.map(label))];
     const data = names.map((name, index) => {
-      const mine = exported.candidates.filter((one) => one.score === name).sort((a, b) => a.sharpness - b.sharpness);
+      const mine = exported.candidates.filter((one) => label(one) === name).sort((a, b) => a.sharpness - b.sharpness);
       return {
-        type: "scatter", mode: "lines+markers", name: escaped(name), hoverinfo: "text",
-        x: mine.map((one) => one.sharpness), y: mine.map((one) => 100 * one.macs_saved),
-        line: { color: armColour(index), dash: name === chosen.score ? "solid" : DASHES[index % DASHES.length] },
+        type: "scatter", mode: "lines+markers", name: escaped(name), hoverinfo: "text", x: mine.map((one) => one.sharpness), y: mine.map((one) => 100 * one.macs_saved),
+        line: { color: armColour(index), dash: chosen.score && name === label(chosen) ? "solid" : DASHES[index % DASHES.length] },
         marker: {
           color: armColour(index), opacity: 1, symbol: SYMBOLS[index % 8], size: mine.map((one) => (one.chosen ? 15 : 8)),
           line: { width: mine.map((one) => (one.chosen ? 2 : 0)), color: colour("text") },
@@ -177,51 +256,45 @@
     });
     const values = [...new Set(exported.candidates.map((one) => one.sharpness))].sort((a, b) => a - b);
     const x = axis("sharpness (log scale)", { type: "log", tickmode: "array", tickvals: values, ticktext: values.map(String) });
-    return { data: data, layout: layout(x, axis("MACs saved on tune (%)", {})) };
+    return { data, layout: layout({ xaxis: x, yaxis: axis("MACs saved on tune (%)", {}) }) };
   }
 
   function history() {
-    const known = arms.map((arm, index) => ({ arm: arm, index: index })).filter((one) => one.arm.losses.length);
-    const all = known.flatMap((one) => one.arm.losses.map((epoch) => epoch.loss));
+    const listed = arms.map((arm, index) => ({ arm, index })).filter((one) => one.arm.losses.length);
+    if (!listed.length) return null;
+    const all = listed.flatMap((one) => one.arm.losses.map((epoch) => epoch.loss));
     const logarithmic = Math.min(...all) > 0 && Math.max(...all) / Math.min(...all) > 10;
-    const data = known.map(({ arm, index }) => ({
+    const data = listed.map(({ arm, index }) => ({
       type: "scatter", mode: arm.losses.length > 1 ? "lines" : "markers", name: escaped(arm.name), hoverinfo: "text",
-      x: arm.losses.map((_, i) => i + 1), y: arm.losses.map((one) => one.loss),
-      line: line(arm, index),
+      x: arm.losses.map((_, i) => i + 1), y: arm.losses.map((one) => one.loss), line: line(arm, index),
       text: arm.losses.map((one, i) => `<b>${escaped(arm.name)}</b>, epoch ${i + 1} (${one.phase})<br>loss ${one.loss.toPrecision(4)}` +
         `<br>learning rate ${one.rate.toPrecision(3)}`),
     }));
     const y = axis("training loss" + (logarithmic ? " (log scale)" : ""), logarithmic ? logTicks(Math.min(...all), Math.max(...all)) : {});
-    return { data: data, layout: layout(axis("epoch", {}), y) };
+    return { data, layout: layout({ xaxis: axis("epoch", {}), yaxis: y }) };
   }
 
-  const figures = { tradeoff: tradeoff, exits: exits, scores: scores, history: history };
-  // Plotly offers to send the data to its own servers; this page never does.
-  const config = {
-    displaylogo: false, displayModeBar: window.innerWidth < 600 ? false : "hover", showSendToCloud: false, plotlyServerURL: "",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
-  };
+  // ---------------------------------------------------------------- choices
 
-  // Not only the window's size counts: a scroll bar or a zoom narrows a figure too.
-  const sizes = new ResizeObserver((changes) => changes.forEach((one) => Plotly.Plots.resize(one.target)));
-
-  function draw(name) {
-    const place = document.getElementById("plot-" + name);
-    if (!place) return Promise.resolve();
-    const figure = figures[name]();
-    return Plotly.react(place, figure.data, figure.layout, config).then(() => sizes.observe(place));
+  function choose(attribute, use) {
+    document.querySelectorAll(`[data-${attribute}]`).forEach((button) => button.addEventListener("click", () => {
+      use(button.dataset[attribute]);
+      button.parentNode.querySelectorAll("button").forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
+      erde.draw("tradeoff");
+    }));
   }
 
-  function drawAll() {
-    return Promise.all(Object.keys(figures).map(draw)).then(() => { document.documentElement.dataset.drawn = "yes"; });
-  }
-
-  document.querySelectorAll("[data-view]").forEach((button) => button.addEventListener("click", () => {
-    view = button.dataset.view;
-    document.querySelectorAll("[data-view]").forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
-    draw("tradeoff");
+  choose("view", (value) => { view = value; });
+  choose("cost", (value) => { cost = value; });
+  document.querySelectorAll("input[data-extra]").forEach((box) => box.addEventListener("change", () => {
+    shown[box.dataset.extra] = box.checked;
+    erde.draw("tradeoff");
   }));
-  dark.addEventListener("change", drawAll);
-  document.querySelectorAll(".choices").forEach((one) => { one.hidden = !students; });
-  drawAll();
+  document.getElementById("choose-view").hidden = !students;
+  document.getElementById("choose-cost").hidden = !timed;
+  document.getElementById("choose-extras").hidden = !arms.some((arm) => arm.curve);
+  Object.assign(erde.figures, { tradeoff, exits, reliability, classes, entropies, scores, history });
+  erde.explore.changes.push(() => ["tradeoff", "reliability", "classes", "entropies"].forEach(erde.draw));
+  erde.offerCopies();
+  erde.drawAll();
 })();

@@ -1,0 +1,118 @@
+"""An operator's own labelled images, a folder per class, as tune and certify splits. No torch.
+
+Images are decoded batch by batch: the folder may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erde.errors import UserError, nearest
+from erde.images import SUFFIXES, load_image
+from erde.splits import CertifySplit, Images, Labels, TuneSplit
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files as an :class:`erde.splits.ImageSource`: decoded when they are asked for."""
+
+    paths: tuple[Path, ...]
+    image_shape: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, C)."""
+        return (len(self.paths), *self.image_shape)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: NDArray[np.int64] | slice, /) -> Images:
+        chosen = self.paths[index] if isinstance(index, slice) else [self.paths[one] for one in index]
+        images = [load_image(path, self.image_shape) for path in chosen]
+        return np.stack(images) if images else np.zeros((0, *self.image_shape), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class TuneAndCertify:
+    """Labelled images in two parts, and how many files were left out as copies of others."""
+
+    tune: TuneSplit
+    certify: CertifySplit
+    copies: int
+
+
+def halves(labels: Labels, tune_share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of a stratified random split in two: per class ``tune_share`` of the images, one at least."""
+    if not 0 < tune_share < 1:
+        raise UserError(f"the tune share must lie between 0 and 1 (0 % and 100 %), got {tune_share:g}")
+    generator = np.random.default_rng(seed)
+    tune, certify = [], []
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        size = max(1, round(tune_share * len(rows)))
+        tune.append(rows[:size])
+        certify.append(rows[size:])
+    return np.sort(np.concatenate(tune)), np.sort(np.concatenate(certify))
+
+
+def load_tune_and_certify(
+    folder: Path, classes: list[str], shape: tuple[int, int, int], tune_share: float = 0.5, seed: int = 0
+) -> TuneAndCertify:
+    """The images below ``folder``, one sub-folder per class of ``classes``, split by seed and stratified.
+
+    A file with the same bytes as another counts once: a copy on the other side would make the certificate lie.
+
+    Raises:
+        UserError: no such folder, a sub-folder that is no class, a class without an image.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder at {folder}: expected labelled images, a sub-folder per class")
+    found = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
+    if not found:
+        raise UserError(f"{folder} has no sub-folders: expected one per class, such as {folder / classes[0]}")
+    for one in found:
+        if one.name not in classes:
+            raise UserError(
+                f"{one} is no class of this bundle{nearest(one.name, classes)}; its classes are: {', '.join(classes)}"
+            )
+    paths, labels, copies = [], [], 0
+    seen: dict[bytes, Path] = {}
+    for one in found:
+        for path in sorted(one.rglob("*")):
+            if path.suffix.lower() not in SUFFIXES or not path.is_file():
+                continue
+            digest = hashlib.sha256(path.read_bytes()).digest()
+            if digest in seen:
+                if seen[digest].relative_to(folder).parts[0] != one.name:
+                    raise UserError(
+                        f"{path} and {seen[digest]} are the same image in two classes: keep one of them"
+                    )
+                copies += 1
+                continue
+            seen[digest] = path
+            paths.append(path)
+            labels.append(classes.index(one.name))
+    missing = [name for index, name in enumerate(classes) if index not in labels]
+    if missing:
+        raise UserError(
+            f"no image of class '{missing[0]}' below {folder}: calibration needs images of every class"
+        )
+    all_labels = np.asarray(labels, dtype=np.int64)
+    tune, certify = halves(all_labels, tune_share, seed)
+    if not len(certify):
+        raise UserError(
+            f"{len(paths)} images below {folder} are too few to split: one of each class is no certify split"
+        )
+
+    def files(rows: NDArray[np.int64]) -> ImageFiles:
+        return ImageFiles(tuple(paths[row] for row in rows), shape)
+
+    return TuneAndCertify(
+        TuneSplit(files(tune), all_labels[tune]), CertifySplit(files(certify), all_labels[certify]), copies
+    )

@@ -1,0 +1,63 @@
+"""``profile.json``: how long each stage of a bundle takes on one machine.
+
+It lies in the bundle's folder and outside its seal, since a latency belongs to a machine. It is bound to the
+stage files by their hash, so it survives a new calibration and not a new export.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from erde.errors import UserError
+from erde.files import write_json
+
+PROFILE = "profile.json"
+
+
+class Profile(BaseModel):
+    """Median milliseconds of each stage, decision included, for batches of several sizes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format_version: int = 1
+    stages: str  # bundle.stages_hash
+    machine: str
+    threads: int | None
+    rounds: int
+    milliseconds: dict[int, list[float]] = Field(min_length=1)  # batch size -> per stage, for the whole batch
+
+    @model_validator(mode="after")
+    def _positive(self) -> Profile:
+        if any(size < 1 or not all(one > 0 for one in times) for size, times in self.milliseconds.items()):
+            raise ValueError("batch sizes and milliseconds must be above 0")
+        return self
+
+    def exit_milliseconds(self, batch_size: int = 1) -> tuple[float, ...]:
+        """Milliseconds per image that leaves at each exit (E,), cumulative, in full batches of ``batch_size``."""
+        return tuple((np.cumsum(self.milliseconds[batch_size]) / batch_size).tolist())
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, in one step."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, path: Path, stages: str, exits: int) -> Profile:
+        """Read and check; :class:`UserError` where it is none, or of other stages than those with hash ``stages``."""
+        try:
+            profile = cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise UserError(f"no profile at {path}: Session(bundle).profile() writes one") from error
+        except (ValueError, ValidationError, RecursionError) as error:
+            raise UserError(
+                f"{path} is not a profile of this erde: delete it and write it again with Session(bundle).profile()"
+            ) from error
+        fits = all(len(times) == exits for times in profile.milliseconds.values())
+        if profile.stages != stages or profile.format_version != 1 or not fits:
+            raise UserError(
+                f"{path} belongs to other stages than this bundle's: write it again with Session(bundle).profile()"
+            )
+        return profile

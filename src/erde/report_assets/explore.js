@@ -1,0 +1,196 @@
+// The arm that the figures show, and the slider: it moves along an arm's path of thresholds and counts the
+// images anew, from the ranks of their scores among the path's thresholds.
+erde.explore = (function () {
+  "use strict";
+  const { report, percent, millions, announce } = erde;
+  const several = report.order.filter((name) => report.arms[name].exits.length > 1);
+  const listed = several.length ? several : report.order;
+  const state = { arm: listed.includes(report.exported) ? report.exported : listed[0], marker: null };
+  const changes = [];
+  const place = document.getElementById("explore");
+  const decoded = {};
+  const parts = {};
+  let point = 0;
+
+  // ---------------------------------------------------------------- counting
+
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const numbers = (text, width) => {
+    const raw = bytes(text);
+    return width === 1 ? raw : Uint16Array.from({ length: raw.length / 2 }, (_, i) => raw[2 * i] + 256 * raw[2 * i + 1]);
+  };
+
+  function evidence(name) {
+    if (!(name in decoded)) {
+      const one = report.evidence[name];
+      decoded[name] = one && Object.assign({}, one, {
+        ranks: numbers(one.ranks, one.width), levels: numbers(one.levels, one.width), bits: bytes(one.bits),
+        early: one.exit_macs.length - 1,
+      });
+      if (one) decoded[name].points = decoded[name].levels.length / decoded[name].early;
+    }
+    return decoded[name];
+  }
+
+  // An image leaves where its rank is above the level, which is "score > threshold".
+  function count(arm, at) {
+    const { images, early, ranks, levels, bits } = arm;
+    const leaving = new Array(early + 1).fill(0);
+    const bit = (row, image) => (bits[(row >> 3) * images + image] >> (row & 7)) & 1;
+    let right = 0, lost = 0, won = 0;
+    for (let image = 0; image < images; image++) {
+      let exit = 0;
+      while (exit < early && ranks[exit * images + image] <= levels[at * early + exit]) exit++;
+      leaving[exit]++;
+      const mine = bit(exit, image), reference = bit(early + 1, image);
+      right += mine;
+      lost += reference & ~mine;
+      won += mine & ~reference;
+    }
+    const mean = (costs) => leaving.reduce((sum, many, i) => sum + many * costs[i], 0) / images;
+    const macs = mean(arm.exit_macs);
+    return {
+      leaving, right, lost, won, images, macs, saved: 1 - macs / arm.no_exit_macs, accuracy: right / images, risk: lost / images,
+      drop: (lost - won) / images, milliseconds: arm.exit_milliseconds ? mean(arm.exit_milliseconds) : null,
+      thresholds: arm.thresholds.map((one, k) => { const level = levels[at * early + k]; return level < one.length ? one[level] : null; }),
+    };
+  }
+
+  // ---------------------------------------------------------------- the panel
+
+  function element(name, attributes, ...children) {
+    const made = document.createElement(name);
+    Object.entries(attributes || {}).forEach(([key, value]) => made.setAttribute(key, value));
+    made.append(...children);
+    return made;
+  }
+
+  function build() {
+    parts.jumps = element("div", { class: "jumps", role: "group", "aria-label": "Named operating points" });
+    parts.range = element("input", { type: "range", id: "explore-range", min: "0", step: "1" });
+    parts.tiles = element("dl", { class: "tiles live" });
+    parts.bar = element("span", { class: "bar", role: "img" });
+    parts.rates = element("small", { class: "soft" });
+    parts.thresholds = element("code", {});
+    parts.copy = element("button", { type: "button", class: "copy inline", "aria-label": "Copy thresholds" }, "Copy");
+    place.prepend(
+      element("div", { class: "slide" },
+        element("label", { for: "explore-range" }, "Move the operating point"), parts.range,
+        element("div", { class: "ends soft small", "aria-hidden": "true" }, element("span", {}, "all leave at the first exit"), element("span", {}, "no early exit")),
+        parts.jumps),
+      parts.tiles, element("div", { class: "live-rates" }, parts.bar, parts.rates),
+      element("p", { class: "soft small" }, "Thresholds here: ", parts.thresholds, " ", parts.copy),
+    );
+    parts.range.addEventListener("input", () => show(evidence(state.arm).points - 1 - Number(parts.range.value), true));
+    parts.range.addEventListener("change", remember);
+  }
+
+  // A link to what is shown; the browser may forbid it for a page from a file.
+  function remember() {
+    try {
+      window.history.replaceState(null, "", "#point=" + point + "&arm=" + encodeURIComponent(state.arm));
+    } catch (error) { /* then there is no link */ }
+  }
+
+  // Another arm: its range, and its named operating points as buttons.
+  function showArm() {
+    const arm = evidence(state.arm);
+    place.hidden = !arm;
+    if (!arm) { mark(null); return; }
+    parts.range.max = String(arm.points - 1);
+    const names = Object.keys(arm.named);
+    parts.jumps.replaceChildren(...names.map((name) => {
+      const button = element("button", { type: "button" }, name);
+      button.addEventListener("click", () => { show(arm.named[name], true); remember(); });
+      return button;
+    }));
+    show(arm.start, false);
+  }
+
+  function certified(name) {
+    const found = report.arms[state.arm].operating_points.find((one) => one.name === name);
+    return found && found.certificate ? "certified" : "not certified";
+  }
+
+  // The path starts with "no early exit", which stands to the right, as in the figure.
+  function show(at, tell) {
+    const arm = evidence(state.arm);
+    point = Math.max(0, Math.min(arm.points - 1, at));
+    const found = count(arm, point);
+    const here = Object.keys(arm.named).filter((name) => arm.named[name] === point);
+    parts.range.value = String(arm.points - 1 - point);
+    const named = here.length ? "; operating point " + here.map((name) => name + ", " + certified(name)).join(", ") : "";
+    const words = `accuracy ${percent(found.accuracy)}, ${percent(1 - found.saved)} of the MACs, risk ${percent(found.risk, 2)}${named}`;
+    parts.range.setAttribute("aria-valuetext", words);
+    [...parts.jumps.children].forEach((one) => one.setAttribute("aria-pressed", String(here.includes(one.textContent))));
+    showNumbers(arm, found);
+    Object.assign(place.dataset, { point, leaving: found.leaving.join(" "), right: found.right, lost: found.lost, won: found.won, macs: found.macs });
+    mark(found);
+    if (tell) announce(words + "; leaving at " + found.leaving.map((many, i) => `exit ${i} ${percent(many / found.images)}`).join(", "));
+  }
+
+  function showNumbers(arm, found) {
+    const tiles = [
+      ["Test accuracy", percent(found.accuracy, 2), `${found.right.toLocaleString("en")} of ${found.images.toLocaleString("en")}`],
+      ["MACs per image", percent(1 - found.saved), `${millions(found.macs)} of ${millions(arm.no_exit_macs)} million`],
+      ["Risk", percent(found.risk, 2), `${found.lost.toLocaleString("en")} images lost by leaving early`],
+      ["Net drop of accuracy", percent(found.drop, 2), `${found.lost.toLocaleString("en")} lost, ${found.won.toLocaleString("en")} won`],
+    ];
+    if (found.milliseconds !== null) tiles.splice(2, 0, ["Time per image", found.milliseconds.toFixed(2) + " ms", "from the profile given"]);
+    parts.tiles.replaceChildren(...tiles.map(([label, value, note]) => element("div", {},
+      element("dt", {}, label), element("dd", {}, value), element("dd", { class: "note" }, note))));
+    const rates = found.leaving.map((many) => many / found.images);
+    parts.bar.replaceChildren(...rates.map((rate, i) => {
+      const piece = element("i", {});
+      piece.style.setProperty("--share", (100 * rate).toFixed(3) + "%");
+      piece.style.setProperty("--mix", (100 * i) / Math.max(rates.length - 1, 1) + "%");
+      piece.hidden = rate === 0;
+      return piece;
+    }));
+    parts.bar.setAttribute("aria-label", "Leaving at " + rates.map((rate, i) => `exit ${i}: ${percent(rate)}`).join("; "));
+    parts.rates.textContent = "leave at " + rates.map((rate, i) => `exit ${i}: ${percent(rate)}`).join(" · ");
+    const texts = found.thresholds.map((one) => (one === null ? "null" : String(one)));
+    parts.thresholds.textContent = found.thresholds.map((one) => (one === null ? "off" : Number(one.toPrecision(5)))).join(", ");
+    parts.copy.dataset.text = "[" + texts.join(", ") + "]";
+  }
+
+  let frame = 0;
+  function mark(found) {
+    state.marker = found;
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(() => { if (erde.moveMarker) erde.moveMarker(); });
+  }
+
+  // ---------------------------------------------------------------- choices
+
+  const chooseArm = (name) => {
+    if (!listed.includes(name)) return;
+    state.arm = name;
+    document.querySelectorAll("select[data-arm]").forEach((one) => { one.value = name; });
+    if (place) showArm();
+    changes.forEach((change) => change());
+  };
+
+  document.querySelectorAll("select[data-arm]").forEach((select) => {
+    select.replaceChildren(...listed.map((name) => element("option", { value: name }, name)));
+    select.value = state.arm;
+    select.closest("label").hidden = listed.length < 2;
+    select.addEventListener("change", () => { chooseArm(select.value); if (place) remember(); });
+  });
+
+  function follow() {
+    const asked = new URLSearchParams(window.location.hash.slice(1));
+    if (!place || !asked.has("point")) return false;
+    if (asked.has("arm") && asked.get("arm") !== state.arm) chooseArm(asked.get("arm"));
+    if (evidence(state.arm)) show(Number.parseInt(asked.get("point"), 10) || 0, false);
+    return true;
+  }
+
+  if (place) {
+    build();
+    showArm();
+    if (follow()) document.getElementById("tradeoff").scrollIntoView();
+    window.addEventListener("hashchange", follow);
+  }
+  return { state, changes };
+})();

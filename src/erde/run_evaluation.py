@@ -1,0 +1,193 @@
+"""The last phase of a run: measure every arm on test, seal the bundle, hold runtime and torch against it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from erde import bundle, calibration, environment, evaluation, evidence, policy, run_folder
+from erde.calibration import CalibratedPolicy
+from erde.comparison import compare_arms
+from erde.evidence import ArmInput, Evidence
+from erde.export import build_manifest
+from erde.results import Agreement, Arm, DataInfo, Epoch, ExitCost, Results, SplitInfo
+from erde.runtime import Session
+from erde.splits import Images, TestSplit
+
+if TYPE_CHECKING:
+    from erde.pipeline import Run
+
+TEACHER = "teacher"
+
+
+def evaluate(run: Run) -> Results:
+    """Measure every arm, seal the bundle of the exported one, and check that runtime and torch agree with it."""
+    policies = {arm: run_folder.read_policy(run.folder, arm) for arm in run.arms}
+    arms = {arm: _arm(run, arm, policies[arm]) for arm in run.arms}
+    exported = run.config.export.arm
+    seal = _seal_bundle(run, exported, policies[exported], arms[exported])
+    inputs = arm_inputs(run)
+    return Results(
+        name=run.config.name,
+        seed=run.config.seed,
+        exported_arm=exported,
+        recipe=run.config.model_dump(mode="json"),
+        data=_data_info(run),
+        arms=arms,
+        comparisons=compare_arms({arm: (one.test, one.policy, one.cost) for arm, one in inputs.items()}),
+        agreement=_check_agreement(run, exported, policies[exported]),
+        bundle_seal=seal,
+        environment=json.loads((run.folder / "environment.json").read_text(encoding="utf-8")),
+        timings=_timings(run),
+    )
+
+
+def arm_inputs(run: Run) -> dict[str, ArmInput]:
+    """Every arm on the test split, with its policy."""
+    _, _, right = run.reference_right()
+    return {
+        arm: ArmInput(
+            run_folder.read_logits(run.folder, arm)[2],
+            run_folder.read_policy(run.folder, arm),
+            run.cost(arm),
+            right,
+        )
+        for arm in run.arms
+    }
+
+
+def gather_evidence(run: Run) -> Evidence:
+    """What the report embeds beside the results."""
+    return evidence.collect(arm_inputs(run), run.config.export.arm, run.data.test.images)
+
+
+def _arm(run: Run, arm: str, calibrated: CalibratedPolicy) -> Arm:
+    test = run_folder.read_logits(run.folder, arm)[2]
+    _, _, right = run.reference_right()
+    cost, exported = run.cost(arm), run.stages(arm).cost
+    network_config = run.network_config(arm)
+    history = [Epoch(**one) for one in json.loads((run.arm_folder(arm) / "history.json").read_text("utf-8"))]
+    wrong = history[-1].parts.get("teacher_wrong")
+    plain = len(exported.macs) == 1
+    return Arm(
+        role="teacher" if arm == TEACHER else "fixed" if plain else "student",
+        loss="ce" if arm == TEACHER else run.config.arms[arm].loss.name,
+        backbone=network_config.backbone,
+        head="none" if plain else network_config.head,
+        parameters=exported.parameters[-1],
+        no_exit_macs=exported.no_exit_macs,
+        no_exit_parameters=exported.no_exit_parameters,
+        cost=[
+            ExitCost(name=name, macs=macs, parameters=parameters)
+            for name, macs, parameters in zip(
+                exported.exit_names, exported.macs, exported.parameters, strict=True
+            )
+        ],
+        exits=evaluation.measure_exits(test, calibrated, right),
+        score=calibrated.rule.score,
+        sharpness=calibrated.rule.sharpness,
+        ensemble=calibrated.rule.ensemble,
+        score_candidates=calibrated.candidates,
+        score_outcomes=[] if plain else evaluation.score_outcomes(test, calibrated, cost, right),
+        operating_points=evaluation.measure_points(test, calibrated, cost, right),
+        default_operating_point=calibrated.default,
+        left_out=calibrated.left_out,
+        curve=evaluation.measure_curve(test, calibrated, cost, right),
+        paper_curve=None if plain else evaluation.paper_curve(test, calibrated, cost, right),
+        oracle=evaluation.oracle(test, calibrated, cost),
+        classes=evaluation.measure_classes(test, calibrated),
+        teacher_wrong=wrong if isinstance(wrong, list) else None,
+        entropies=_entropies(run, arm),
+        history=history,
+    )
+
+
+def _entropies(run: Run, arm: str) -> Any:
+    if not run.needs_teacher:
+        return None
+    teacher = run_folder.read_logits(run.folder, TEACHER)[2]
+    test = run_folder.read_logits(run.folder, arm)[2]
+    return evaluation.entropies(test, teacher.logits[-1].argmax(axis=-1) == teacher.labels)
+
+
+def _seal_bundle(run: Run, arm: str, calibrated: CalibratedPolicy, measured: Arm) -> str:
+    stages = run.arm_folder(arm) / "stages"
+    provenance = {
+        "arm": arm,
+        "recipe": run.config.model_dump(mode="json"),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "splits": run.data.fingerprints(),
+    }
+    manifest = build_manifest(
+        stages, name=f"{run.config.name}-{arm}", classes=run.data.classes, provenance=provenance
+    )
+    manifest = calibration.apply(manifest, calibrated, measured.operating_points)
+    return bundle.write(run.folder / "bundle", manifest, run.stages(arm).paths(stages))
+
+
+def _check_agreement(run: Run, arm: str, calibrated: CalibratedPolicy) -> Agreement:
+    """The runtime and torch against the evaluation: label and exit of every test image."""
+    session = Session(run.folder / "bundle", threads=run.threads)
+    split, rule = run.data.test, calibrated.rule
+    answers, scores = rule.apply(run_folder.read_logits(run.folder, arm)[2].logits)
+    torch_answers, torch_scores = rule.apply(_torch_logits(run, arm, split))
+    runtime_off = torch_off = 0
+    near = np.zeros(len(split), dtype=np.bool_)
+    for point in calibrated.points:
+        exits = policy.decide(scores, point.thresholds)
+        labels = policy.take_exit(answers, exits).argmax(axis=-1)
+        band = policy.in_band(scores, point.thresholds)
+        near |= band
+        found = [session.predict(images, operating_point=point.name) for images in split.batches(256)]
+        runtime_same = (np.concatenate([one.exits for one in found]) == exits) & (
+            np.concatenate([one.labels for one in found]) == labels
+        )
+        torch_exits = policy.decide(torch_scores, point.thresholds)
+        torch_same = (torch_exits == exits) & (
+            policy.take_exit(torch_answers, torch_exits).argmax(axis=-1) == labels
+        )
+        runtime_off += int((~runtime_same & ~band).sum())
+        torch_off += int((~torch_same & ~band).sum())
+    return Agreement(
+        images=len(split),
+        operating_points=[point.name for point in calibrated.points],
+        disagreements=runtime_off,
+        torch_disagreements=torch_off,
+        band=int(near.sum()),
+        band_width=policy.BAND,
+    )
+
+
+def _torch_logits(run: Run, arm: str, split: TestSplit) -> NDArray[np.float32]:
+    network = run.trained_network(arm).eval()
+    mean, std = torch.tensor(run.data.mean), torch.tensor(run.data.std)
+
+    def forward(images: Images) -> NDArray[np.float32]:
+        x = (torch.from_numpy(images).to(torch.float32) / 255 - mean) / std
+        logits: NDArray[np.float32] = network(x.permute(0, 3, 1, 2)).numpy()
+        return logits
+
+    with torch.no_grad():
+        return np.concatenate([forward(images) for images in split.batches(256)], axis=1)
+
+
+def _data_info(run: Run) -> DataInfo:
+    data = run.data
+    return DataInfo(
+        name=data.name,
+        classes=list(data.classes),
+        image_shape=data.image_shape,
+        mean=list(data.mean),
+        std=list(data.std),
+        splits={name: SplitInfo(**one) for name, one in data.fingerprints().items()},
+    )
+
+
+def _timings(run: Run) -> dict[str, Any]:
+    arms = {arm: json.loads((run.arm_folder(arm) / "timing.json").read_text("utf-8")) for arm in run.arms}
+    return {"phase_seconds": run.seconds, "training": arms}

@@ -1,0 +1,109 @@
+"""Reading run folders without torch: logits, policies, results, and runs side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from erde.calibration import CalibratedPolicy
+from erde.comparison import Answers, compare
+from erde.errors import UserError
+from erde.results import Arm, Comparison, Results
+from erde.splits import CertifyLogits, TestLogits, TuneLogits
+from erde.thresholds import Cost
+
+RESULTS = "results.json"
+POLICY = "policy.json"
+LOGITS = "logits.npz"
+
+
+class UnreadablePolicyError(UserError):
+    """A ``policy.json`` that is damaged, or of another version."""
+
+
+def arm_folder(run: Path, arm: str) -> Path:
+    """``arms/<arm>``."""
+    return run / "arms" / arm
+
+
+def read_logits(run: Path, arm: str) -> tuple[TuneLogits, CertifyLogits, TestLogits]:
+    """An arm's logits on the three splits; :class:`UserError` where it has none yet."""
+    path = arm_folder(run, arm) / LOGITS
+    if not path.exists():
+        raise UserError(f"arm '{arm}' of {run} has no logits yet: run erde export first")
+    with np.load(path, allow_pickle=False) as arrays:
+        return (
+            TuneLogits(arrays["tune_logits"], arrays["tune_labels"]),
+            CertifyLogits(arrays["certify_logits"], arrays["certify_labels"]),
+            TestLogits(arrays["test_logits"], arrays["test_labels"]),
+        )
+
+
+def read_policy(run: Path, arm: str) -> CalibratedPolicy:
+    """An arm's calibrated policy; :class:`UserError` where it has none yet."""
+    path = arm_folder(run, arm) / POLICY
+    if not path.exists():
+        raise UserError(f"arm '{arm}' of {run} is not calibrated yet: run erde calibrate first")
+    try:
+        return CalibratedPolicy.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadablePolicyError(
+            f"{path} is not a policy of this erde: run erde calibrate again"
+        ) from error
+
+
+def read_results(runs: Sequence[Path]) -> dict[str, Results]:
+    """The results of run folders, or of ``results.json`` files, by the shortest names that tell them apart."""
+    # A file is called like its run: results.json by its folder, any other by its own name.
+    paths = [(run / RESULTS if run.is_dir() else run).resolve() for run in runs]
+    places = [path.parent if path.name == RESULTS else path.with_suffix("") for path in paths]
+    if len(set(places)) < len(places):
+        twice = next(run for run, place in zip(runs, places, strict=True) if places.count(place) > 1)
+        raise UserError(f"{twice} is given twice: give each run once")
+    depth = 1
+    while len({place.parts[-depth:] for place in places}) < len(places):
+        depth += 1
+    names = ["/".join(place.parts[-depth:]) for place in places]
+    return {name: Results.read(path) for name, path in zip(names, paths, strict=True)}
+
+
+def compare_runs(runs: Sequence[Path], results: Mapping[str, Results]) -> list[Comparison]:
+    """Paired comparisons of the exported arms of every two runs that were tested on the same images.
+
+    Arms are called ``run/arm``. Runs without their logits (a lone ``results.json``) take no part.
+    """
+    folders = {name: run for name, run in zip(results, runs, strict=True) if run.is_dir()}
+    found = []
+    for first, second in combinations(folders, 2):
+        one, other = results[first], results[second]
+        if one.data.splits["test"].fingerprint != other.data.splits["test"].fingerprint:
+            continue
+        for at in ("no-exit", "default"):
+            answers = [
+                Answers.of(
+                    read_logits(folders[name], results[name].exported_arm)[2],
+                    read_policy(folders[name], results[name].exported_arm),
+                    cost_of(results[name].arms[results[name].exported_arm]),
+                    at,
+                )
+                for name in (first, second)
+            ]
+            found.append(
+                compare(
+                    f"{first}/{one.exported_arm}",
+                    answers[0],
+                    f"{second}/{other.exported_arm}",
+                    answers[1],
+                    at,
+                )
+            )
+    return found
+
+
+def cost_of(arm: Arm) -> Cost:
+    """What the exits of an arm cost."""
+    return Cost(tuple(one.macs for one in arm.cost), arm.no_exit_macs)
