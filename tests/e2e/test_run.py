@@ -17,7 +17,7 @@ from erde.runtime import Session
 from .compare import assert_same_run
 from .conftest import TINY, erde
 
-ARMS = ("teacher", "erde", "kd", "ce", "fixed-small")
+ARMS = ("teacher", "erde", "kd", "ce", "fixed-small", "fixed-tiny")
 
 
 def test_run_leaves_exactly_the_documented_files(tiny_run: tuple[Path, str]) -> None:
@@ -28,9 +28,9 @@ def test_run_leaves_exactly_the_documented_files(tiny_run: tuple[Path, str]) -> 
         "bundle/README.md",
         *(f"bundle/stage_{index}.onnx" for index in range(3)),
     }
-    expected |= {"baselines/no-exit.onnx", "baselines/fixed-small.onnx"}
+    expected |= {f"baselines/{name}.onnx" for name in ("no-exit", "fixed-small", "fixed-tiny")}
     for arm in ARMS:
-        stages = range(1) if arm == "fixed-small" else range(3)
+        stages = range(1) if arm.startswith("fixed") else range(3)
         files = ["history.json", "timing.json", "logits.npz", "policy.json", "checkpoints/final.safetensors"]
         files += ["stages/stages.json", *(f"stages/stage_{index}.onnx" for index in stages)]
         expected |= {f"arms/{arm}/{name}" for name in files}
@@ -62,10 +62,11 @@ def test_training_took_the_recipes_epochs_and_learnt(tiny_run: tuple[Path, str])
 
 def test_too_small_a_certify_split_is_said_and_gives_no_early_exit(tiny_run: tuple[Path, str]) -> None:
     folder, out = tiny_run
-    point = read(folder / "bundle").point("risk-0.5")
-    assert point.certificate is None
-    assert point.thresholds == [None, None]
-    assert "at least 460 would be needed" in (point.note or "")
+    manifest = read(folder / "bundle")
+    (left_out,) = manifest.left_out
+    assert (left_out.name, left_out.images_needed) == ("risk-0.5", 460)
+    assert "risk-0.5" not in [point.name for point in manifest.operating_points]
+    assert "at least 460 would be needed" in left_out.note
     assert "at least 460 would be needed" in out
 
 
@@ -81,9 +82,7 @@ def test_runtime_agrees_with_the_evaluation_image_by_image(tiny_run: tuple[Path,
         logits, labels = arrays["test_logits"], arrays["test_labels"]
     assert np.array_equal(labels, data.test.labels)
     for point in session.manifest.operating_points:
-        exits = policy.decide(
-            policy.score(logits, session.manifest.score, session.manifest.sharpness), point.thresholds
-        )
+        exits = policy.decide(session.rule.apply(logits)[1], point.thresholds)
         answer = session.predict(data.test.images[:], operating_point=point.name)
         assert (answer.exits == exits).mean() > 0.99
         right = float((answer.labels == data.test.labels).mean())
@@ -97,7 +96,7 @@ def test_arms_saw_the_same_students_and_shared_settings(tiny_run: tuple[Path, st
     costs = {name: arm.cost for name, arm in results.arms.items() if arm.role == "student"}
     assert costs["erde"] == costs["kd"] == costs["ce"]
     rates = {name: [entry.learning_rate for entry in arm.history] for name, arm in results.arms.items()}
-    assert rates["erde"] == rates["kd"] == rates["ce"] == rates["fixed-small"]
+    assert rates["erde"] == rates["kd"] == rates["ce"] == rates["fixed-small"] == rates["fixed-tiny"]
 
 
 def test_steps_one_by_one_give_what_run_gives(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
