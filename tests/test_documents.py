@@ -67,7 +67,7 @@ def after_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which README's Python blocks ran as one script, and what they printed."""
     folder = tmp_path_factory.mktemp("readme")
     found = blocks(README, "python")
-    assert len(found) == 3
+    assert len(found) == 4
     return folder, execute([sys.executable, "-c", "\n".join(found)], folder)
 
 
@@ -85,7 +85,7 @@ def test_readme_python_runs(after_python: tuple[Path, str]) -> None:
 def test_readme_commands_run(after_python: tuple[Path, str]) -> None:
     folder, _ = after_python
     lines = commands(README)
-    assert len(lines) == 11
+    assert len(lines) == 15
     assert all(line.startswith("erde ") for line in lines)
     output = {line: execute(line, folder) for line in lines}
     assert {"results.json", "report.html", "bundle"} <= {
