@@ -11,7 +11,8 @@ demo: $(INSTALLED)
 	$(BIN)/erde run digits --out runs/demo-$$(date +%Y%m%d-%H%M%S) --json
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+	@# Whole files to each process: fixtures of a file are made once.
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

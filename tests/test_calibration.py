@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from erde import calibration, policy
+from erde import policy
 from erde.calibration import (
     LADDER,
     MOST_FRAGILE,
     SHARPNESS_GRID,
     CalibratedPolicy,
+    Request,
     Settings,
     calibrate_logits,
     check_reuse,
@@ -166,7 +167,7 @@ def test_operating_points() -> None:
     tune = ScoredSplit.of(tune_logits(), MARGIN, None)
     for point in found.points:
         assert point.tune == tune.measure(point.thresholds, COST)
-    assert found.calibration.exit_rates == pytest.approx(risk_5.tune.exit_rates)
+    assert found.calibration.exit_rates == pytest.approx(measured.exit_rates)
     assert [sum(one) for one in found.calibration.score_histograms] == [500, 500, 500]
     assert found.temperatures == fit_temperatures(tune_logits())
     assert found.left_out == []
@@ -299,7 +300,7 @@ def test_a_single_exit_has_nothing_to_decide() -> None:
     assert [one.name for one in found.points] == ["no-exit"]
     assert found.default == "no-exit"
     # The same settings again are no second choice.
-    check_reuse(found.calibration, certify, settings)
+    check_reuse(found.calibration, Request(tune, certify, Cost((100,), 100), settings))
 
 
 def test_a_policy_survives_json() -> None:
@@ -325,15 +326,29 @@ def test_a_policy_survives_json() -> None:
         ({"max_risks": (0.01, 0.01)}, "a target risk is given twice"),
         ({"budgets": (0.4,)}, "a budget of 40 % of the MACs cannot be met.*takes 42 %"),
         ({"latency_budgets": (2.0,)}, "a latency budget of 2 ms needs a profile of the machine"),
-        ({"latency_budgets": (-2.0,)}, "a latency budget must be above 0 ms, got -2"),
+        ({"latency_budgets": (-2.0,)}, "a latency budget must be a number of milliseconds above 0, got -2"),
         ({"score": "entrpy"}, "unknown score 'entrpy'.*did you mean 'entropy'"),
         ({"ensemble": "mean"}, "unknown ensemble 'mean': expected auto, none, arithmetic, geometric"),
         (
             {"score": "energy", "ensemble": "geometric"},
-            "'energy' reads raw logits, which the geometric ensemble",
+            "'energy' reads raw logits: it has no geometric ensemble",
+        ),
+        (
+            {"score": "harm", "ensemble": "arithmetic"},
+            "'harm' looks at earlier exits by itself: it has no arithmetic",
+        ),
+        ({"sharpness": math.inf}, "a sharpness must lie between 0.001 and 1000, got inf"),
+        (
+            {"latency_budgets": (math.inf,)},
+            "a latency budget must be a number of milliseconds above 0, got inf",
+        ),
+        ({"max_risks": (0.05, 0.0500000001)}, "a target risk is given twice"),
+        (
+            {"guarantee": "expected_risk", "reference": "teacher"},
+            "needs the reference 'final_exit', got 'teacher'",
         ),
         ({"guarantee": "certain"}, "unknown guarantee 'certain': expected risk, net_drop, expected_risk"),
-        ({"sharpness": 0.0}, "a sharpness must be above 0, got 0"),
+        ({"sharpness": 0.0}, "a sharpness must lie between 0.001 and 1000, got 0"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, object], message: str) -> None:
@@ -391,19 +406,44 @@ def test_no_images_are_refused() -> None:
         calibrate_logits(tune_logits(), empty, COST)
 
 
+def request(**changes: object) -> Request:
+    """What :func:`calibrate` asks for at a risk of 5 %, with changes."""
+    given: dict[str, object] = {
+        "tune": tune_logits(),
+        "certify": certify_logits(),
+        "cost": COST,
+        "settings": Settings((0.05,), score="margin", sharpness=1.0),
+    }
+    return Request(**{**given, **changes})  # type: ignore[arg-type]
+
+
 def test_a_certify_split_serves_one_choice() -> None:
-    found = calibrate(max_risks=(0.05,))
-    same, other = (Settings((risk,), score="margin", sharpness=1.0) for risk in (0.05, 0.02))
-    check_reuse(None, certify_logits(), other)
-    check_reuse(found.calibration, certify_logits(), same)
-    check_reuse(found.calibration, certify_logits(seed=9), other)
+    found = calibrate(max_risks=(0.05,)).calibration
+    other = Settings((0.02,), score="margin", sharpness=1.0)
+    check_reuse(None, request(settings=other))
+    check_reuse(found, request())
+    check_reuse(found, request(settings=other, certify=certify_logits(seed=9)))
+    for changes in (
+        {"settings": other}, {"tune": tune_logits(seed=7)}, {"cost": Cost((42, 70, 104), 100)},
+    ):  # fmt: skip
+        with user_error("these certify images already certified other choices"):
+            check_reuse(found, request(**changes))
+
+
+def test_another_split_of_the_same_images_is_a_second_choice_too() -> None:
+    whole = ("the same images",)
+    first = calibrate_logits(
+        tune_logits(), certify_logits(), COST, request().settings, sources=whole
+    ).calibration
+    again = {"tune": tune_logits(seed=7), "certify": certify_logits(seed=9)}
     with user_error("these certify images already certified other choices"):
-        check_reuse(found.calibration, certify_logits(), other)
+        check_reuse(first, request(**again, sources=whole))
+    check_reuse(first, request(**again, sources=("others",)))
 
 
 def test_every_setting_is_a_choice() -> None:
     hashes = {
-        Settings(**one).choices()  # type: ignore[arg-type]
+        request(settings=Settings(**one)).choices()  # type: ignore[arg-type]
         for one in (
             {}, {"max_risks": (0.01,)}, {"confidence": 0.95}, {"budgets": (0.5,)}, {"reference": "teacher"},
             {"guarantee": "net_drop"}, {"score": "margin"}, {"sharpness": 1.0}, {"ensemble": "none"},
@@ -411,7 +451,15 @@ def test_every_setting_is_a_choice() -> None:
         )
     }  # fmt: skip
     assert len(hashes) == 10
-    assert calibration.Settings().choices() == Settings().choices()
+    assert request().choices() == request().choices()
+
+
+def test_a_budget_just_at_the_first_exit() -> None:
+    # 0.29 * 100 is a little less than 29 in floats.
+    cost = Cost((29, 60, 100), 100)
+    found = calibrate_logits(tune_logits(), certify_logits(), cost, Settings((0.05,), budgets=(0.29,)))
+    assert found.points[-1].tune is not None
+    assert found.points[-1].tune.macs == 29
 
 
 def test_errors_are_one_line() -> None:

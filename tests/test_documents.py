@@ -67,7 +67,7 @@ def after_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which README's Python blocks ran as one script, and what they printed."""
     folder = tmp_path_factory.mktemp("readme")
     found = blocks(README, "python")
-    assert len(found) == 4
+    assert len(found) == 5
     return folder, execute([sys.executable, "-c", "\n".join(found)], folder)
 
 

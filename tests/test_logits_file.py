@@ -51,7 +51,9 @@ def test_a_file_is_calibrated_like_its_arrays(whole: Path) -> None:
         CertifyLogits(*synthetic_logits(1, 600)),
         Cost(MACS, 100),
         SETTINGS,
+        sources=found.calibration.sources,
     )
+    assert len(found.calibration.sources) == 2
     assert found.to_json() == expected.to_json()
     read = read_policy(out)
     assert read.policy.to_json() == expected.to_json()
@@ -98,6 +100,21 @@ def test_half_precision_and_a_reference(tmp_path: Path) -> None:
     assert certificate is not None
     # A reference that is never right can lose nothing.
     assert certificate.lost == 0
+    assert certificate.reference == "given"
+    assert "ones that the given reference gets right" in certificate.sentence()
+
+
+def test_a_policy_is_measured_against_its_own_reference(whole: Path, tmp_path: Path) -> None:
+    right = np.ones(600, dtype=bool)
+    content = arrays(tune_reference_right=~right, certify_reference_right=~right)
+    path, policy = saved(tmp_path, content), tmp_path / "policy.json"
+    calibrate_file(path, SETTINGS, policy)
+    with user_error(
+        "was certified against a given reference, and .* has no reference_right of the test images"
+    ):
+        evaluate_file(path, policy)
+    np.savez(path, **content, test_reference_right=~right)
+    assert all(measured.risk == 0 for _, measured in evaluate_file(path, policy).measured())
 
 
 # ---------------------------------------------------------------- what it refuses
@@ -114,9 +131,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"tune_logits": np.full((3, 600, 5), np.nan, np.float32)}, "the tune logits hold 9,000 values that are NaN"),
     "label beyond": ({"tune_labels": np.full(600, 5)}, "the tune labels run from 5 to 5"),
     "no MACs": ({"exit_macs": None}, "has no exit_macs: give the cumulative MACs of the 3 exits with --macs"),
-    "falling MACs": ({"exit_macs": np.array([3, 2, 1])}, r"3 rising numbers above 0, one per exit, got \[3, 2, 1\]"),
-    "two MACs": ({"exit_macs": np.array([1, 2])}, "3 rising numbers"),
-    "no whole": ({"no_exit_macs": np.array(-1)}, "no_exit_macs must be above 0, got -1"),
+    "falling MACs": ({"exit_macs": np.array([3, 2, 1])}, r"must rise from exit to exit .*, got \[3, 2, 1\]"),
+    "two MACs": ({"exit_macs": np.array([1, 2])}, "exit MACs must be 3 numbers, got"),
+    "no whole": ({"no_exit_macs": np.array(-1)}, "no_exit_macs must be 1 or more, got -1"),
+    "shares for MACs": ({"exit_macs": np.array([0.2, 0.5, 1.0])}, "as counts and not as shares"),
+    "infinite MACs": ({"exit_macs": np.array([1, 2, np.inf])}, "exit MACs must be 3 numbers, got"),
+    "MACs as text": ({"exit_macs": np.array(["a", "b", "c"])}, "exit MACs must be 3 numbers, got"),
+    "two wholes": ({"no_exit_macs": np.array([1, 2])}, r"no_exit_macs must be 1 number, got"),
+    "beyond float32": ({"tune_logits": np.full((3, 600, 5), 1e300)}, "NaN or infinite"),
     "half a reference": ({"tune_reference_right": np.ones(600, bool)}, "for both tune and certify, or for neither"),
     "a short reference": ({"tune_reference_right": np.ones(6, bool)}, r"bool of shape \(6,\): expected bool \(600,\)"),
     "objects": ({"tune_labels": np.array([{}] * 600)}, "is not an .npz file of plain arrays"),
@@ -182,8 +204,48 @@ def test_a_policy_of_other_exits(whole: Path, tmp_path: Path) -> None:
     calibrate_file(whole, SETTINGS, policy)
     two = tmp_path / "two.npz"
     np.savez(two, logits=arrays()["test_logits"][:2], labels=arrays()["test_labels"])
-    with user_error("has logits of 2 exits, the policy .* is for 3"):
+    with user_error("has logits of 2 exits and 5 classes, the policy .* is for 3 exits and 5 classes"):
         evaluate_file(two, policy)
+    np.savez(two, logits=arrays()["test_logits"][:, :, :4], labels=np.zeros(600, int))
+    with user_error("has logits of 3 exits and 4 classes"):
+        evaluate_file(two, policy)
+
+
+EDITS = {
+    "temperatures": [1.0],
+    "default": "risk-7",
+    "exit_macs": ["1", "2", "3"],
+    "no_exit_macs": 0,
+    "classes": "5",
+    "rule": {"score": "entropi", "sharpness": 1.0, "ensemble": "none", "harm": None},
+    "path": {"thresholds": [[None]], "risk": [0.0], "macs": [1.0]},
+}
+
+
+@pytest.mark.parametrize("key", EDITS)
+def test_a_policy_whose_parts_do_not_fit(key: str, whole: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    calibrate_file(whole, SETTINGS, policy)
+    policy.write_text(json.dumps({**json.loads(policy.read_text()), key: EDITS[key]}))
+    with user_error("is not a policy that erde calibrate LOGITS.npz wrote"):
+        evaluate_file(whole, policy)
+    with user_error("is there and is no policy of this erde: remove it, or give another --out"):
+        calibrate_file(whole, SETTINGS, policy)
+
+
+def test_other_splits_of_the_same_images_are_a_second_choice(tmp_path: Path) -> None:
+    logits, labels = synthetic_logits(0, 900)
+    path = saved(tmp_path, {"logits": logits, "labels": labels, "exit_macs": np.array(MACS)})
+    calibrate_file(path, SETTINGS, tmp_path / "policy.json", seed=0)
+    for change in ({"seed": 1}, {"tune_share": 0.4}, {"macs": [40, 71, 104]}):
+        with user_error("these certify images already certified other choices"):
+            calibrate_file(path, SETTINGS, tmp_path / "policy.json", **change)  # type: ignore[arg-type]
+
+
+def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
+    np.save(tmp_path / "logits.npy", np.zeros(3))
+    with user_error("is not an .npz file of plain arrays"):
+        LogitsFile(tmp_path / "logits.npy")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count as counting
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 
 from erde import policy
 from erde.data import DataSplits
+from erde.profile import PROFILE
 from erde.runtime import Prediction, Session, StageRunner
 from tests.conftest import user_error
 
@@ -69,11 +74,35 @@ def test_the_bundle_is_worth_testing(session: Session, images: NDArray[np.uint8]
 
 
 thresholds = st.one_of(st.none(), st.floats(0, 1), st.sampled_from([-1.0, 2.0]))
+# Images of a batch, none, one and odd numbers of them more often than chance would have it.
+sizes = st.one_of(st.sampled_from([0, 1, 3, 31, 33]), st.integers(0, 40))
+batches = sizes.flatmap(lambda size: st.lists(st.integers(0, 199), min_size=size, max_size=size))
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[int, int]]]:
+    """(stage, size of batch) of every call of a stage."""
+    found: list[tuple[int, int]] = []
+    run = StageRunner.run
+
+    def record(self: StageRunner, index: int, x: NDArray[Any]) -> Any:
+        found.append((index, len(x)))
+        return run(self, index, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageRunner, "run", record)
+        yield found
+
+
+def expected_runs(exits: NDArray[np.int64], last: int = 2) -> list[tuple[int, int]]:
+    """What has to run for ``exits``, and no more: a stage for those that left at no earlier exit."""
+    left = [(stage, int((exits >= stage).sum())) for stage in range(last + 1)]
+    return [(stage, rows) for stage, rows in left if rows or not stage]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(st.integers(0, 199), max_size=33),
+    rows=batches,
     levels=st.tuples(thresholds, thresholds),
     max_exit=st.sampled_from([None, 0, 1, 2]),
 )
@@ -88,9 +117,12 @@ def test_any_mixture_of_exits_is_what_the_policy_decides(
     scores = scores_of(session, some)
     for index, level in enumerate(levels):
         assume(level is None or not (np.abs(scores[index] - level) < BAND).any())
-    answer = session.predict(some, thresholds=levels, max_exit=max_exit)
-    exits = policy.decide(scores, levels)
-    check_answer(session, some, answer, np.minimum(exits, 2 if max_exit is None else max_exit))
+    exits = np.minimum(policy.decide(scores, levels), 2 if max_exit is None else max_exit)
+    with recorded() as runs:
+        answer = session.predict(some, thresholds=levels, max_exit=max_exit)
+    assert runs == expected_runs(exits)
+    assert len(answer.milliseconds) == len(runs)
+    check_answer(session, some, answer, exits)
 
 
 @pytest.mark.parametrize("name", [None, "no-exit", "risk-5", "risk-10", "budget-80"])
@@ -126,17 +158,9 @@ def test_a_score_at_its_threshold_goes_on(session: Session, images: NDArray[np.u
 
 
 @pytest.fixture
-def runs(session: Session, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """(stage, size of batch) of every call of a stage."""
-    found: list[tuple[int, int]] = []
-    run = StageRunner.run
-
-    def record(self: StageRunner, index: int, x: NDArray[Any]) -> Any:
-        found.append((index, len(x)))
-        return run(self, index, x)
-
-    monkeypatch.setattr(StageRunner, "run", record)
-    return found
+def runs() -> Iterator[list[tuple[int, int]]]:
+    with recorded() as found:
+        yield found
 
 
 def test_a_stage_runs_for_those_only_that_are_undecided(
@@ -227,6 +251,256 @@ def test_wrong_limits(
             session.predict(some, **arguments)
 
 
+# ---------------------------------------------------------------- deadlines
+
+
+@pytest.fixture
+def timed(bundle_copy: Path) -> Session:
+    """A session with a profile of round numbers: 1 + 2 + 4 ms for one image, 4 + 8 + 16 ms for eight."""
+    profile = Session(bundle_copy, threads=1).profile(rounds=1, batch_sizes=(1, 8))
+    times = {8: [4.0, 8.0, 16.0], 1: [1.0, 2.0, 4.0]}
+    profile.model_copy(update={"milliseconds": times}).write(bundle_copy / PROFILE)
+    return Session(bundle_copy, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "deadline", "last"),
+    [
+        (1, 1, 0),
+        (1, 2.99, 0),
+        (1, 3, 1),
+        (1, 6.99, 1),
+        (1, 7, 2),
+        (0, 3, 1),
+        # The profiled batch that holds them all, not a share of its time.
+        (2, 4, 0),
+        (2, 12, 1),
+        (7, 27.9, 1),
+        (8, 28, 2),
+        # More than were profiled: the largest one, scaled.
+        (12, 6, 0),
+        (12, 17.9, 0),
+        (12, 18, 1),
+        (16, 55.9, 1),
+        (16, 56, 2),
+        (16, float("inf"), 2),
+    ],
+)
+def test_a_deadline_is_a_limit_on_exits(
+    count: int, deadline: float, last: int, timed: Session, images: NDArray[np.uint8]
+) -> None:
+    with recorded() as runs:
+        answer = timed.predict(images[:count], operating_point="no-exit", deadline_ms=deadline)
+    assert answer.exits.tolist() == [last] * count
+    assert runs == expected_runs(answer.exits, last)
+    assert answer.capped == (last < 2)
+
+
+def test_the_tightest_limit_counts(timed: Session, images: NDArray[np.uint8]) -> None:
+    macs = [stage.macs for stage in timed.manifest.stages]
+    for limits, last in (
+        ({"deadline_ms": 3, "max_exit": 0}, 0),
+        ({"deadline_ms": 1, "max_exit": 1}, 0),
+        ({"deadline_ms": 7, "max_macs": macs[1]}, 1),
+        ({"deadline_ms": 3, "max_macs": macs[2], "max_exit": 2}, 1),
+    ):
+        answer = timed.predict(images[:1], operating_point="no-exit", **limits)
+        assert answer.exits.tolist() == [last]
+
+
+@pytest.mark.parametrize(
+    ("count", "deadline", "what"),
+    [
+        (1, 0.99, r"deadline_ms is 0.99, by .*profile.json the first exit takes 1 ms for a batch of 1: "),
+        (0, 0.5, "deadline_ms is 0.5, by "),
+        (5, 3.99, "the first exit takes 4 ms for a batch of 5: allow more time, or give fewer images"),
+        (12, 5.9, "the first exit takes 6 ms for a batch of 12"),
+        (1, -1, "deadline_ms is -1, "),
+        (1, float("nan"), "deadline_ms is nan, "),
+    ],
+)
+def test_a_deadline_that_no_exit_meets(
+    count: int, deadline: float, what: str, timed: Session, images: NDArray[np.uint8]
+) -> None:
+    with user_error(what), recorded() as runs:
+        timed.predict(images[:count], deadline_ms=deadline)
+    assert runs == []
+
+
+def test_a_deadline_needs_a_profile(bundle_copy: Path, images: NDArray[np.uint8]) -> None:
+    session = Session(bundle_copy, threads=1)
+    with user_error(r"no profile at .*profile.json: Session\(bundle\).profile\(\) writes one"):
+        session.predict(images[:1], deadline_ms=100)
+    with user_error("no profile at"):
+        session.predict_stream([], deadline_ms=100)
+    # Measured, it is there at once; measured again, the old one is forgotten.
+    session.profile(rounds=1)
+    assert not session.predict(images[:1], deadline_ms=1e6).capped
+    measured = session.profile(rounds=1)
+    assert session._read_profile() == measured
+    assert session.predict(images[:1], deadline_ms=1e6).labels.shape == (1,)
+    assert session._profile == measured
+
+
+# ---------------------------------------------------------------- what an answer says of itself
+
+
+def test_capped_is_what_no_operating_point_decides(timed: Session, images: NDArray[np.uint8]) -> None:
+    macs = [stage.macs for stage in timed.manifest.stages]
+    levels = timed.manifest.point("risk-5").thresholds
+    own: list[dict[str, Any]] = [
+        {},
+        *({"operating_point": point.name} for point in timed.manifest.operating_points),
+        # Limits that leave every exit change nothing.
+        {"max_exit": 2},
+        {"max_macs": macs[2]},
+        {"deadline_ms": 1e3},
+        {"operating_point": "risk-10", "max_exit": 2, "max_macs": 1e12, "deadline_ms": 1e3},
+    ]
+    capped: list[dict[str, Any]] = [
+        {"max_exit": 1},
+        {"max_exit": 0, "operating_point": "budget-80"},
+        {"max_macs": macs[2] - 1},
+        {"deadline_ms": 17},  # 10 images: 35 ms for all exits
+        {"thresholds": levels},  # even those of an operating point: given as numbers they have no certificate
+        {"max_exit": 2, "max_macs": macs[0]},
+    ]
+    for count in (0, 1, 10):  # whichever images there are, and wherever they would have left
+        for arguments in own:
+            assert timed.predict(images[:count], **arguments).capped is False
+        for arguments in capped:
+            if count == 10 or "deadline_ms" not in arguments:
+                assert timed.predict(images[:count], **arguments).capped is True
+
+
+def test_milliseconds_are_those_of_each_stage(
+    session: Session, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    run = StageRunner.run
+
+    def slow(self: StageRunner, index: int, x: NDArray[Any]) -> Any:
+        nonlocal now
+        now += (0.5, 0.25, 2.0)[index]
+        return run(self, index, x)
+
+    monkeypatch.setattr(StageRunner, "run", slow)
+    monkeypatch.setattr("erde.runtime.time.perf_counter", lambda: now)
+    assert session.predict(images[:5], operating_point="no-exit").milliseconds == (500.0, 250.0, 2000.0)
+    assert session.predict(images[:5], operating_point="no-exit", max_exit=1).milliseconds == (500.0, 250.0)
+    assert session.predict(images[:5], thresholds=[-1.0, None]).milliseconds == (500.0,)
+    assert session.predict(images[:0]).milliseconds == (500.0,)
+
+
+# ---------------------------------------------------------------- streams
+
+
+def joined(answers: list[Prediction], name: str) -> NDArray[Any]:
+    return np.concatenate([getattr(one, name) for one in answers])
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=batches, levels=st.tuples(thresholds, thresholds), batch_size=st.sampled_from([1, 2, 3, 7, 64]))
+def test_a_stream_is_answered_in_order(
+    session: Session,
+    images: NDArray[np.uint8],
+    rows: list[int],
+    levels: tuple[float | None, float | None],
+    batch_size: int,
+) -> None:
+    some = images[np.array(rows, dtype=int)]
+    answers = list(session.predict_stream(iter(some), batch_size=batch_size, thresholds=levels))
+    starts = range(0, len(some), batch_size)
+    expected = [session.predict(some[one : one + batch_size], thresholds=levels) for one in starts]
+    assert len(answers) == len(expected)
+    for answer, other in zip(answers, expected, strict=True):
+        for name in ("labels", "probabilities", "exits", "scores", "macs"):
+            assert np.array_equal(getattr(answer, name), getattr(other, name))
+        assert answer.capped
+
+
+def test_a_stream_takes_what_predict_takes(timed: Session, images: NDArray[np.uint8]) -> None:
+    assert list(timed.predict_stream([])) == []
+    # An array of images is a stream of images.
+    whole = list(timed.predict_stream(images[:70], operating_point="risk-10"))
+    assert [len(one.labels) for one in whole] == [32, 32, 6]
+    assert not any(one.capped for one in whole)
+    exits = timed.predict(images[:70], operating_point="risk-10").exits
+    assert joined(whole, "exits").tolist() == exits.tolist()
+    macs = timed.manifest.stages[0].macs
+    for limits, last in (({"max_exit": 1}, 1), ({"max_macs": macs}, 0), ({"deadline_ms": 12}, 1)):
+        answers = list(
+            timed.predict_stream(iter(images[:10]), batch_size=5, operating_point="no-exit", **limits)
+        )
+        assert joined(answers, "exits").tolist() == [last] * 10
+        assert all(one.capped for one in answers)
+
+
+def test_an_endless_stream_in_bounded_memory(session: Session, images: NDArray[np.uint8]) -> None:
+    taken, alive = 0, []
+
+    def endless() -> Iterator[NDArray[np.uint8]]:
+        nonlocal taken
+        for number in counting():
+            image = images[number % 200].copy()
+            alive.append(weakref.ref(image))
+            taken += 1
+            yield image
+
+    most = 0
+    answers = session.predict_stream(endless(), batch_size=7)
+    assert taken == 0
+    labels: list[int] = []
+    for number, answer in enumerate(islice(answers, 60), start=1):
+        assert taken == 7 * number
+        labels += answer.labels.tolist()
+        alive = [one for one in alive if one() is not None]
+        most = max(most, len(alive))
+    # The answers do not keep their images, and neither does the stream but for the one at hand.
+    assert most <= 2
+    assert labels == np.resize(session.predict(images).labels, 420).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+        ({"operating_point": "fast"}, "no operating point 'fast'"),
+        ({"thresholds": [0.5]}, "1 thresholds for 3 exits"),
+        ({"max_exit": 3}, "max_exit is 3"),
+        ({"max_macs": 1}, "max_macs is 1"),
+        ({"deadline_ms": 1}, "the first exit takes 16 ms for a batch of 32"),
+    ],
+)
+def test_a_stream_refuses_what_cannot_be_before_it_begins(
+    arguments: dict[str, Any], what: str, timed: Session
+) -> None:
+    def images() -> Iterator[NDArray[np.uint8]]:
+        raise AssertionError("an image was taken")
+        yield
+
+    with user_error(what):
+        timed.predict_stream(images(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (np.zeros((8, 8), np.uint8), r"got uint8 of shape \(8, 8\)"),
+        (np.zeros((1, 8, 8, 1), np.uint8), r"got uint8 of shape \(1, 8, 8, 1\)"),
+        (np.zeros((8, 8, 1), np.float32), r"got float32 of shape \(8, 8, 1\)"),
+        (None, "got object"),
+    ],
+)
+def test_a_stream_says_which_image_is_wrong(
+    wrong: Any, got: str, session: Session, images: NDArray[np.uint8]
+) -> None:
+    answers = session.predict_stream([*images[:5], wrong, *images[:5]], batch_size=2)
+    assert len(list(islice(answers, 2))) == 2
+    with user_error(rf"image 5 of the stream \(from 0\): expected uint8 of shape \(8, 8, 1\), {got}"):
+        next(answers)
+
+
 # ---------------------------------------------------------------- images
 
 
@@ -278,17 +552,32 @@ def test_classes(session: Session, digits: DataSplits) -> None:
 # ---------------------------------------------------------------- threads and imports
 
 
-def test_several_threads_share_a_session(session: Session, images: NDArray[np.uint8]) -> None:
-    parts = [images[start : start + 1 + start % 13] for start in range(0, 190, 5)]
-    serial = [session.predict(part, thresholds=[0.9, 0.9]) for part in parts]
+def test_several_threads_share_a_session(timed: Session, images: NDArray[np.uint8]) -> None:
+    settings: list[dict[str, Any]] = [
+        {"thresholds": [0.9, 0.9]},
+        *({"operating_point": point.name} for point in timed.manifest.operating_points),
+        {"operating_point": "no-exit", "max_exit": 1},
+        {"operating_point": "risk-10", "deadline_ms": 20},
+    ]
+    calls = [
+        (images[start : start + (0, 1, 2, 3, 7, 8, 12)[start % 7]], settings[(start // 5) % len(settings)])
+        for start in range(0, 190, 5)
+    ]
+
+    def answer(call: tuple[NDArray[np.uint8], dict[str, Any]]) -> Prediction:
+        return timed.predict(call[0], **call[1])
+
+    serial = [answer(call) for call in calls]
     assert len({exit for one in serial for exit in one.exits.tolist()}) == 3
+    assert {one.capped for one in serial} == {False, True}
+    # A session of its own, so that threads also meet where it reads the profile first.
+    timed._profile = None
     with ThreadPoolExecutor(6) as pool:
-        for _ in range(3):
-            answers = pool.map(lambda part: session.predict(part, thresholds=[0.9, 0.9]), parts)
-            for answer, expected in zip(answers, serial, strict=True):
-                assert np.array_equal(answer.probabilities, expected.probabilities)
-                assert np.array_equal(answer.exits, expected.exits)
-                assert np.array_equal(answer.scores, expected.scores)
+        for found in pool.map(lambda _: [answer(call) for call in calls], range(12)):
+            for one, expected in zip(found, serial, strict=True):
+                for name in ("labels", "probabilities", "exits", "scores", "macs"):
+                    assert np.array_equal(getattr(one, name), getattr(expected, name))
+                assert one.capped == expected.capped
 
 
 def test_the_runtime_loads_nothing_heavy(tiny_bundle: Path) -> None:

@@ -34,13 +34,14 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-Reference = Literal["final_exit", "no_exit_network", "teacher"]
+Reference = Literal["final_exit", "no_exit_network", "teacher", "given"]
 Guarantee = Literal["risk", "net_drop", "expected_risk"]
 
 _REFERENCE_IN_WORDS: dict[Reference, str] = {
     "final_exit": "the full network",
     "no_exit_network": "the network without exits",
     "teacher": "the teacher",
+    "given": "the given reference",
 }
 
 
@@ -49,7 +50,9 @@ class Certificate(_Model):
 
     Confidence is over the draw of the certify split; it holds for images drawn like that split's. Without a
     confidence the promise is about the risk's expectation over that draw. Of the certify ``images``, ``lost``
-    are those that the reference gets right and the early answer wrong, ``won`` the other way round.
+    are those that the reference gets right and the early answer wrong, ``won`` the other way round; ``risk`` is what
+    is promised about as it was seen (lost less won for a net drop), ``upper_bound`` the one-sided bound that these
+    counts give by themselves: it describes, the promise is ``max_risk``.
     """
 
     guarantee: Guarantee
@@ -159,10 +162,11 @@ class ReferenceSample(_Model):
 
 
 class Calibration(_Model):
-    """What calibration saw: exit rates and score histograms on tune, at the default point, and which splits.
+    """What calibration saw: exit rates and score histograms on certify, at the default point, and which splits.
 
-    Histograms have 20 equal bins over ``score_ranges``. ``choices`` is a hash of every setting; it tells a
-    repeated calibration from a second choice on the same certify images, which would void the certificates.
+    Histograms have 20 equal bins over ``score_ranges``; what lies beyond is in the outermost. ``choices`` is a
+    hash of the settings, the costs and the tune split; it tells a repeated calibration from a second choice on the
+    same certify images (or on images of the same ``sources``), which would void the certificates.
     """
 
     exit_rates: list[float]
@@ -172,6 +176,7 @@ class Calibration(_Model):
     certify_images: int
     tune_fingerprint: str
     certify_fingerprint: str
+    sources: list[str]
     choices: str
 
 

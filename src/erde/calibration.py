@@ -31,12 +31,13 @@ from erde.bundle import (
 )
 from erde.certificates import GUARANTEES, certify, images_needed, upper_bound
 from erde.errors import UserError, nearest
+from erde.files import make_folder
 from erde.harm import fit_harm, out_of_fold_scores
 from erde.policy import PAPER_RULE, Ensemble, ExitRule
 from erde.profile import PROFILE
 from erde.runtime import Session
 from erde.splits import CertifyLogits, CertifySplit, Labels, Logits, TuneLogits, TuneSplit
-from erde.thresholds import Cost, ScoredSplit, ThresholdPath, best_within_risk, search_path
+from erde.thresholds import Cost, ScoredSplit, ThresholdPath, best_within_risk, search_path, sweep
 
 SHARPNESS_GRID = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 # Scores are compared at these risks, whatever is promised.
@@ -55,7 +56,7 @@ class Settings:
 
     Args:
         max_risks: ε of the certified operating points; the first is the default one, and the score is chosen for it.
-        confidence: of the certificates; plays no part in ``guarantee="expected_risk"``.
+        confidence: of the certificates (``guarantee="expected_risk"`` has none) and of what is said of budgets.
         budgets: shares of the MACs of the network without exits; chosen on tune, not certified.
         latency_budgets: mean milliseconds per image on the profiled machine; likewise.
         reference: what early answers are held against.
@@ -89,12 +90,14 @@ class Settings:
             ("budget", self.budgets),
             ("latency budget", self.latency_budgets),
         ):
-            if len(set(values)) != len(values):
+            # Compared as operating points are named.
+            if len({f"{100 * value:g}" for value in values}) != len(values):
                 raise UserError(f"a {what} is given twice in {list(values)}: give each once")
         if not self.max_risks:
             raise UserError("calibration needs at least one target risk")
-        if not all(value > 0 for value in self.latency_budgets):
-            raise UserError(f"a latency budget must be above 0 ms, got {min(self.latency_budgets):g}")
+        for value in self.latency_budgets:
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(f"a latency budget must be a number of milliseconds above 0, got {value:g}")
         known = ["auto", *policy.SCORES]
         if self.score not in known:
             raise UserError(f"unknown score '{self.score}'{nearest(self.score, known)}")
@@ -102,18 +105,18 @@ class Settings:
             raise UserError(
                 f"unknown ensemble '{self.ensemble}': expected auto, {', '.join(policy.ENSEMBLES)}"
             )
-        if self.score == "energy" and self.ensemble not in ("auto", "none"):
-            raise UserError(
-                f"the score 'energy' reads raw logits, which the {self.ensemble} ensemble does not have: choose another score"
-            )
+        if self.score in ("energy", "patience", "harm") and self.ensemble not in ("auto", "none"):
+            why = "reads raw logits" if self.score == "energy" else "looks at earlier exits by itself"
+            raise UserError(f"the score '{self.score}' {why}: it has no {self.ensemble} ensemble")
         if self.guarantee not in GUARANTEES:
             raise UserError(f"unknown guarantee '{self.guarantee}': expected {', '.join(GUARANTEES)}")
-        if self.sharpness is not None and not self.sharpness > 0:
-            raise UserError(f"a sharpness must be above 0, got {self.sharpness:g}")
-
-    def choices(self) -> str:
-        """A hash of every setting: what a second calibration on the same certify split must not change."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        if self.guarantee == "expected_risk" and self.reference != "final_exit":
+            raise UserError(
+                f"the guarantee 'expected_risk' needs the reference 'final_exit', got '{self.reference}': it holds only where "
+                "no early exit loses nothing; ask for 'risk'"
+            )
+        if self.sharpness is not None and not 1e-3 <= self.sharpness <= 1e3:
+            raise UserError(f"a sharpness must lie between 0.001 and 1000, got {self.sharpness:g}")
 
     def rules(self) -> list[ExitRule]:
         """The exit rules to try, the learned one still without its parameters."""
@@ -129,7 +132,7 @@ class Settings:
                     continue  # an ensemble's log-probabilities have lost the scale that the energy reads
                 if name in policy.OWN_SCORES:
                     rules += [ExitRule(name, value, ensemble) for value in grid]
-                elif ensemble == "none" or self.score != "auto":
+                elif ensemble == "none":
                     # Patience and harm look at earlier exits by themselves.
                     rules.append(ExitRule(name, 1.0, ensemble))
         return rules
@@ -386,11 +389,32 @@ def _rows(split: Logits) -> NDArray[np.float32]:
     return np.ascontiguousarray(split.logits.transpose(1, 0, 2))
 
 
-def check_reuse(earlier: Calibration | None, certify_split: CertifyLogits, settings: Settings) -> None:
-    """:class:`UserError` where ``certify_split`` already certified other choices."""
-    if earlier is None or earlier.certify_fingerprint != certify_split.fingerprint():
+@dataclass(frozen=True)
+class Request:
+    """All that decides what a calibration gives, before certify is looked at.
+
+    ``sources`` are fingerprints of sets of images that both splits were drawn from, if there are any.
+    """
+
+    tune: TuneLogits
+    certify: CertifyLogits
+    cost: Cost
+    settings: Settings
+    sources: tuple[str, ...] = ()
+
+    def choices(self) -> str:
+        """A hash of it: what a second calibration on the same certify images must not change."""
+        value = [asdict(self.settings), asdict(self.cost), self.tune.fingerprint()]
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_reuse(earlier: Calibration | None, request: Request) -> None:
+    """:class:`UserError` where images that would certify ``request`` already certified other choices."""
+    if earlier is None or earlier.choices == request.choices():
         return
-    if earlier.choices != settings.choices():
+    if earlier.certify_fingerprint == request.certify.fingerprint() or set(earlier.sources) & set(
+        request.sources
+    ):
         raise UserError(
             "these certify images already certified other choices: trying again until the answer pleases voids the "
             "promise; give new certify images, or ask for all risks in one calibration"
@@ -405,14 +429,16 @@ def calibrate_logits(
     *,
     tune_reference_right: NDArray[np.bool_] | None = None,
     certify_reference_right: NDArray[np.bool_] | None = None,
+    sources: Sequence[str] = (),
 ) -> CalibratedPolicy:
     """Fit on tune, certify on certify: ``no-exit``, an operating point per certified risk, one per budget.
 
     The first of the risks is the default operating point where it could be certified, else ``no-exit``.
+    ``sources`` are kept in the result, so that a second choice on the same images can be told (:func:`check_reuse`).
     """
     settings = settings or Settings()
     check_splits(tune, certify_split)
-    asked = settings.choices()
+    asked = Request(tune, certify_split, cost, settings, tuple(sources)).choices()
     if len(cost.exit_macs) == 1:
         # Nothing to decide: one exit answers all. The paper's rule stands in for a score.
         settings = Settings(score=PAPER_RULE.score, sharpness=PAPER_RULE.sharpness)
@@ -437,16 +463,18 @@ def calibrate_logits(
         default=default,
         left_out=left_out,
         calibration=Calibration(
-            exit_rates=chosen.tune.measure(thresholds, cost).exit_rates,
+            # Of certify, on which nothing was fitted: what new images of the same kind would give.
+            exit_rates=certify_scored.measure(thresholds, cost).exit_rates,
             score_histograms=[
-                np.histogram(scores, bins=20, range=limits)[0].tolist()
-                for scores, limits in zip(chosen.tune.scores, ranges, strict=True)
+                np.histogram(np.clip(scores, *limits), bins=20, range=limits)[0].tolist()
+                for scores, limits in zip(certify_scored.scores, ranges, strict=True)
             ],
             score_ranges=ranges,
             tune_images=len(tune),
             certify_images=len(certify_split),
             tune_fingerprint=tune.fingerprint(),
             certify_fingerprint=certify_split.fingerprint(),
+            sources=list(sources),
             choices=asked,
         ),
         candidates=[
@@ -501,16 +529,23 @@ def _operating_points(
             points.append(point(point_name(max_risk), "risk", max_risk, index, certificate))
     for budget in settings.budgets:
         check_budget(budget, cost)
-        index = int(np.flatnonzero(path.macs <= budget * cost.no_exit_macs)[0])
+        index = _first_within(path.macs / cost.no_exit_macs, budget)
         note = f"a budget, met on tune; {_bound(certify_scored, path.thresholds[index], settings)}"
         points.append(point(f"budget-{budget * 100:g}", "budget", budget, index, note=note))
     for milliseconds in settings.latency_budgets:
         check_latency_budget(milliseconds, cost)
-        times = [chosen.tune.measure(thresholds, cost).milliseconds for thresholds in path.thresholds]
-        index = next(i for i, one in enumerate(times) if one is not None and one <= milliseconds)
+        times = sweep(chosen.tune, path.thresholds).milliseconds(cost)
+        assert times is not None
+        index = _first_within(times, milliseconds)
         note = f"a latency budget, met on tune; {_bound(certify_scored, path.thresholds[index], settings)}"
         points.append(point(f"latency-{milliseconds:g}ms", "latency", milliseconds, index, note=note))
     return points, left_out
+
+
+def _first_within(costs: NDArray[np.float64], limit: float) -> int:
+    """The most careful point of a path that costs at most ``limit``; the last one if only rounding is in the way."""
+    within = np.flatnonzero(costs <= limit)
+    return int(within[0]) if len(within) else len(costs) - 1
 
 
 def _left_out(max_risk: float, images: int, settings: Settings) -> LeftOut:
@@ -544,7 +579,7 @@ def _bound(certify_scored: ScoredSplit, thresholds: policy.Thresholds, settings:
 
 
 def _score_ranges(chosen: Choice) -> list[tuple[float, float]]:
-    """What the histograms of each exit's scores span: [0, 1], or what was seen where scores have no bounds."""
+    """What the histograms of each exit's scores span: [0, 1], or what tune had where scores have no bounds."""
     if chosen.rule.score not in ("energy", "patience"):
         return [(0.0, 1.0)] * len(chosen.tune.scores)
     return [
@@ -631,25 +666,27 @@ def calibrate(
         sharpness=sharpness,
         ensemble=ensemble,
     )
-    return calibrate_bundle(Session(path), data, settings, Path(out or path))
+    target = Path(out or path)
+    if target.exists() and not (target / bundle.MANIFEST).is_file():
+        raise UserError(f"{target} is there already and is no bundle: give another place for the new one")
+    return calibrate_bundle(Session(path), data, settings, target)
 
 
 def calibrate_bundle(
-    session: Session, data: _TuneAndCertify, settings: Settings, out: Path
+    session: Session, data: _TuneAndCertify, settings: Settings, out: Path, sources: Sequence[str] = ()
 ) -> CalibratedPolicy:
     """Calibrate the bundle of ``session`` and seal it into ``out``; see :func:`calibrate`."""
     manifest = session.manifest
     if len(manifest.stages) == 1:
         raise UserError("this bundle has one exit: there is nothing to calibrate")
+    # A profile that does not fit must not stand in the way of who asks for no milliseconds.
+    cost = session.cost(timed=bool(settings.latency_budgets))
+    tune = TuneLogits(session.all_logits(data.tune.images), data.tune.labels)
     certify_logits = CertifyLogits(session.all_logits(data.certify.images), data.certify.labels)
-    check_reuse(manifest.calibration, certify_logits, settings)
-    calibrated = calibrate_logits(
-        TuneLogits(session.all_logits(data.tune.images), data.tune.labels),
-        certify_logits,
-        session.cost(),
-        settings,
-    )
+    check_reuse(manifest.calibration, Request(tune, certify_logits, cost, settings, tuple(sources)))
+    calibrated = calibrate_logits(tune, certify_logits, cost, settings, sources=sources)
     profile = session.folder / PROFILE
+    make_folder(out.parent)
     bundle.write(
         out,
         apply(manifest, calibrated),

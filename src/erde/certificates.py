@@ -36,7 +36,7 @@ METHODS: dict[Guarantee, str] = {
 }
 ASSUMPTIONS = (
     "images in use are drawn like those of the certify split, which chose nothing else; "
-    "confidence is over the draw of that split; each operating point's promise stands by itself"
+    "the promise is over the draw of that split; each operating point's promise stands by itself"
 )
 # Bets as shares of the largest one that cannot lose everything; small ones for large splits.
 _BETS = np.geomspace(1e-3, 0.999, 60)
@@ -133,7 +133,8 @@ def upper_bound(
 def images_needed(max_risk: float, confidence: float, guarantee: Guarantee = "risk") -> int:
     """The least number of certify images, none of them lost, that certifies ``max_risk``."""
     if guarantee == "expected_risk":
-        return math.ceil(1 / max_risk) - 1
+        fewest = max(1, math.ceil(1 / max_risk) - 2)
+        return next(images for images in range(fewest, fewest + 4) if 1 / (images + 1) <= max_risk)
     if guarantee == "risk":
         return math.ceil(math.log(1 - confidence) / math.log1p(-max_risk))
     none = np.zeros(1, dtype=np.int64)

@@ -166,23 +166,29 @@ def calibrate(
         list[str] | None,
         typer.Option(help="To certify, such as 0.5%; repeat it for several, the default point first."),
     ] = None,
-    confidence: Annotated[str, typer.Option(help="Of the certificates.")] = "90%",
+    confidence: Annotated[str | None, typer.Option(help="Of the certificates; 90% without it.")] = None,
     budget: Annotated[list[str] | None, typer.Option(help="A share of the MACs, such as 70%.")] = None,
     latency_budget: Annotated[
         list[str] | None, typer.Option(help="Mean time per image, such as 2ms; needs a profile.json.")
     ] = None,
-    guarantee: Annotated[str, typer.Option(help="risk, net_drop or expected_risk.")] = "risk",
-    score: Annotated[str, typer.Option(help="auto, or one of erde list scores.")] = "auto",
+    guarantee: Annotated[
+        str | None, typer.Option(help="risk (the default), net_drop or expected_risk.")
+    ] = None,
+    score: Annotated[str | None, typer.Option(help="auto (the default), or one of erde list scores.")] = None,
     sharpness: Annotated[float | None, typer.Option(help="Of the score; chosen on tune without it.")] = None,
-    ensemble: Annotated[str, typer.Option(help="auto, none, arithmetic or geometric.")] = "auto",
-    tune_share: Annotated[str, typer.Option(help="Of the images, for tune; the rest certifies.")] = "50%",
+    ensemble: Annotated[
+        str | None, typer.Option(help="auto (the default), none, arithmetic or geometric.")
+    ] = None,
+    tune_share: Annotated[
+        str | None, typer.Option(help="Of the images, for tune, 50% without it; the rest certifies.")
+    ] = None,
     macs: Annotated[
         str | None, typer.Option(help="For logits: cumulative MACs per exit, such as 5.2e6,8.9e6,12.5e6.")
     ] = None,
     no_exit_macs: Annotated[
         float | None, typer.Option(help="For logits: MACs of the network without exits.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split into tune and certify.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the split into tune and certify.")] = None,
     as_json: Json = False,
 ) -> None:
     """Choose thresholds on one part of the images and certify them on the other.
@@ -193,6 +199,8 @@ def calibrate(
     given: dict[str, Any] = {
         "--data": data, "--max-risk": max_risk, "--budget": budget, "--latency-budget": latency_budget,
         "--sharpness": sharpness, "--macs": macs, "--no-exit-macs": no_exit_macs, "--out": out,
+        "--confidence": confidence, "--guarantee": guarantee, "--score": score, "--ensemble": ensemble,
+        "--tune-share": tune_share, "--seed": seed,
     }  # fmt: skip
     kind = _kind_of(target)
     if kind == "run":
@@ -203,18 +211,19 @@ def calibrate(
     from erde.recalibration import describe, recalibrate_bundle, settings_of
 
     settings = settings_of(
-        max_risks=max_risk, confidence=confidence, budgets=budget, latency_budgets=latency_budget,
-        guarantee=guarantee, score=score, sharpness=sharpness, ensemble=ensemble,
+        max_risks=max_risk, confidence=confidence or "90%", budgets=budget, latency_budgets=latency_budget,
+        guarantee=guarantee or "risk", score=score or "auto", sharpness=sharpness, ensemble=ensemble or "auto",
     )  # fmt: skip
-    share = _share(tune_share, "--tune-share")
+    share = _share(tune_share or "50%", "--tune-share")
     if kind == "bundle":
         if data is None:
             raise UserError(
                 f"{target} is a bundle: give labelled images with --data FOLDER, a sub-folder per class"
             )
         _refuse({key: given[key] for key in ("--macs", "--no-exit-macs")}, f"{target} knows its own MACs")
-        out = out or target.with_name(f"{target.name}-recalibrated")
-        calibrated = recalibrate_bundle(target, data, out, settings, share, seed)
+        resolved = target.resolve()
+        out = out or resolved.with_name(f"{resolved.name}-recalibrated")
+        calibrated = recalibrate_bundle(target, data, out, settings, share, seed or 0)
         print(f"bundle: {out}")
     else:
         from erde.logits_file import calibrate_file, default_policy_path
@@ -223,7 +232,7 @@ def calibrate(
         out = out or default_policy_path(target)
         per_exit = None if macs is None else _numbers(macs, "--macs")
         calibrated = calibrate_file(
-            target, settings, out, macs=per_exit, no_exit_macs=no_exit_macs, tune_share=share, seed=seed
+            target, settings, out, macs=per_exit, no_exit_macs=no_exit_macs, tune_share=share, seed=seed or 0
         )
         print(f"policy: {out}")
     for line in describe(calibrated):
@@ -258,17 +267,23 @@ def evaluate(
             _write_figures([target], target / "figures", formats)
         _show_results(target, as_json)
         return
+    if _kind_of(target) == "bundle":
+        raise UserError(
+            f"{target} is a bundle: erde evaluate takes its run, or saved logits; erde calibrate takes a bundle"
+        )
     _refuse({"--format": formats}, f"{target} holds logits, not a run")
     from erde.logits_file import default_policy_path, evaluate_file
 
     evaluated = evaluate_file(target, policy or default_policy_path(target), out)
     for point, measured in evaluated.measured():
-        promise = (
-            f"promised risk {point.target:.2%}" if point.certificate and point.target else "not certified"
-        )
+        what, share, promise = "risk", measured.risk, "not certified"
+        if point.certificate is not None:
+            promise = f"promised: at most {point.certificate.max_risk:.2%}"
+            if point.certificate.guarantee == "net_drop":
+                what, share = "net drop", measured.net_drop
         print(
             f"{point.name}: accuracy {measured.accuracy:.2%}, MACs saved {measured.macs_saved:.1%}, "
-            f"risk {measured.risk:.2%} ({promise})"
+            f"{what} {share:.2%} ({promise})"
         )
     _finish(as_json, evaluated.to_json())
 
@@ -454,11 +469,22 @@ def predict(
     ] = None,
     max_exit: Annotated[int | None, typer.Option(help="The last exit that may run.")] = None,
     max_macs: Annotated[float | None, typer.Option(help="The same, as MACs per image.")] = None,
+    deadline_ms: Annotated[
+        float | None,
+        typer.Option(help="The same, as milliseconds per batch, by the profile.json in the bundle's folder."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue what was stopped; without this, begun output is refused."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Classify image files with a bundle; needs the base install only."""
+    """Classify image files with a bundle; needs the base install only.
+
+    Images that cannot be read are skipped and listed at the end; the exit code is then 3.
+    """
     from erde.prediction import predict_files
 
     summary = predict_files(
@@ -468,12 +494,17 @@ def predict(
         operating_point=operating_point,
         max_exit=max_exit,
         max_macs=max_macs,
+        deadline_ms=deadline_ms,
         batch_size=batch_size,
         threads=threads,
+        resume=resume,
     )
     if out is not None:
-        print(f"{summary['images']:,} images: {out}")
+        skipped = f" ({summary['skipped']:,} skipped)" if summary["skipped"] else ""
+        print(f"{summary['images']:,} images{skipped}: {out}")
     _finish(as_json, summary)
+    if summary["skipped"]:
+        raise typer.Exit(3)
 
 
 @bundle_app.command("verify", epilog="Example: erde bundle verify runs/a/bundle")

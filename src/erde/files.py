@@ -25,7 +25,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        _explain_full_disk(error, path)
+        explain_full_disk(error, path)
         raise
     finally:
         beside.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         else:
             os.replace(beside, path)
     except OSError as error:
-        _explain_full_disk(error, path)
+        explain_full_disk(error, path)
         raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -85,7 +85,7 @@ def make_folder(path: Path) -> Path:
             f"cannot create the folder {path}: permission denied; choose a folder that you may write to"
         ) from error
     except OSError as error:
-        _explain_full_disk(error, path)
+        explain_full_disk(error, path)
         raise
     return path
 
@@ -103,7 +103,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
-def _explain_full_disk(error: OSError, path: Path) -> None:
+def explain_full_disk(error: OSError, path: Path) -> None:
+    """Turn an error about a full disk into a :class:`UserError`; do nothing about others."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise UserError(
             f"no space left on the disk while writing {path}: free some space, then continue with --resume"

@@ -40,22 +40,26 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class TuneAndCertify:
-    """Labelled images in two parts, and how many files were left out as copies of others."""
+    """Labelled images in two parts, how many files were left out as copies, and a hash of the whole set."""
 
     tune: TuneSplit
     certify: CertifySplit
     copies: int
+    fingerprint: str
 
 
 def halves(labels: Labels, tune_share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of a stratified random split in two: per class ``tune_share`` of the images, one at least."""
+    """Rows of a stratified random split in two: per class ``tune_share`` of the images, one at least for each part.
+
+    A class with one image gives it to the first part.
+    """
     if not 0 < tune_share < 1:
         raise UserError(f"the tune share must lie between 0 and 1 (0 % and 100 %), got {tune_share:g}")
     generator = np.random.default_rng(seed)
     tune, certify = [], []
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
-        size = max(1, round(tune_share * len(rows)))
+        size = max(1, min(len(rows) - 1, round(tune_share * len(rows))))
         tune.append(rows[:size])
         certify.append(rows[size:])
     return np.sort(np.concatenate(tune)), np.sort(np.concatenate(certify))
@@ -98,21 +102,22 @@ def load_tune_and_certify(
             seen[digest] = path
             paths.append(path)
             labels.append(classes.index(one.name))
-    missing = [name for index, name in enumerate(classes) if index not in labels]
-    if missing:
-        raise UserError(
-            f"no image of class '{missing[0]}' below {folder}: calibration needs images of every class"
-        )
     all_labels = np.asarray(labels, dtype=np.int64)
+    for index, name in enumerate(classes):
+        count = int((all_labels == index).sum())
+        if count < 2:
+            raise UserError(
+                f"{count} image{'' if count == 1 else 's'} of class '{name}' below {folder}: calibration needs two or more "
+                "of every class, to tune and to certify"
+            )
     tune, certify = halves(all_labels, tune_share, seed)
-    if not len(certify):
-        raise UserError(
-            f"{len(paths)} images below {folder} are too few to split: one of each class is no certify split"
-        )
 
     def files(rows: NDArray[np.int64]) -> ImageFiles:
         return ImageFiles(tuple(paths[row] for row in rows), shape)
 
     return TuneAndCertify(
-        TuneSplit(files(tune), all_labels[tune]), CertifySplit(files(certify), all_labels[certify]), copies
+        TuneSplit(files(tune), all_labels[tune]),
+        CertifySplit(files(certify), all_labels[certify]),
+        copies,
+        hashlib.sha256(b"".join(sorted(seen))).hexdigest(),
     )

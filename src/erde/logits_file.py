@@ -8,6 +8,7 @@ final exit is right. docs/formats.md has an example.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zipfile
 import zlib
@@ -21,10 +22,18 @@ from numpy.typing import NDArray
 
 from erde import evaluation
 from erde.bundle import Measured, OperatingPoint
-from erde.calibration import CalibratedPolicy, Settings, calibrate_logits, check_logits, check_reuse
+from erde.calibration import (
+    CalibratedPolicy,
+    Request,
+    Settings,
+    calibrate_logits,
+    check_logits,
+    check_reuse,
+)
 from erde.errors import UserError
 from erde.files import make_folder, write_json
 from erde.labelled_images import halves
+from erde.policy import ENSEMBLES, SCORES
 from erde.results import ExitMeasures
 from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits
 from erde.thresholds import Cost
@@ -54,8 +63,13 @@ class LogitsFile:
         self.path = path
         try:
             # No pickle: an array of objects is refused by numpy itself.
-            with np.load(path, allow_pickle=False) as arrays:
-                self.arrays = {name: arrays[name] for name in arrays.files}
+            loaded = np.load(path, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            with loaded:
+                self.arrays = {name: loaded[name] for name in loaded.files}
+            if not all(isinstance(one, np.ndarray) for one in self.arrays.values()):
+                raise ValueError("a member that is no array")
         except FileNotFoundError as error:
             raise UserError(
                 f"no file at {path}: expected an .npz of logits (see erde calibrate --help)"
@@ -96,7 +110,9 @@ class LogitsFile:
                     f"{self.path}: {_key(name, 'reference_right')} is {right.dtype} of shape {right.shape}: expected "
                     f"bool ({len(labels)},)"
                 )
-        saved = Saved(Logits(logits.astype(np.float32, copy=False), labels.astype(np.int64)), right)
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, which is refused below
+            logits = logits.astype(np.float32, copy=False)
+        saved = Saved(Logits(logits, labels.astype(np.int64)), right)
         check_logits(saved.logits, name or "file's")
         return saved
 
@@ -115,19 +131,26 @@ class LogitsFile:
 
     def cost(self, exits: int, macs: Sequence[float] | None, no_exit_macs: float | None) -> Cost:
         """What exits cost: as given, else as the file says."""
-        given = np.asarray(macs) if macs else self.arrays.get("exit_macs")
+        given = np.asarray(macs) if macs is not None else self.arrays.get("exit_macs")
         if given is None:
             raise UserError(
                 f"{self.path} has no exit_macs: give the cumulative MACs of the {exits} exits with --macs"
             )
-        if given.shape != (exits,) or not bool((np.diff(given, prepend=0) > 0).all()):
+        whole = np.asarray(
+            no_exit_macs if no_exit_macs is not None else self.arrays.get("no_exit_macs", given[-1:])
+        )
+        whole = whole.reshape(-1)
+        for what, one, size in (("exit MACs", given, exits), ("no_exit_macs", whole, 1)):
+            if one.shape != (size,) or one.dtype.kind not in "iuf" or not bool(np.isfinite(one).all()):
+                raise UserError(f"{what} must be {size} number{'s' if size > 1 else ''}, got {one.tolist()}")
+        counts = [round(float(one)) for one in given]
+        if counts[0] < 1 or sorted(set(counts)) != counts:
             raise UserError(
-                f"exit MACs must be {exits} rising numbers above 0, one per exit, got {given.tolist()}"
+                f"exit MACs must rise from exit to exit and be 1 or more, as counts and not as shares, got {given.tolist()}"
             )
-        whole = no_exit_macs or float(self.arrays.get("no_exit_macs", given[-1]))
-        if not whole > 0:
-            raise UserError(f"no_exit_macs must be above 0, got {whole:g}")
-        return Cost(tuple(int(one) for one in given), int(whole))
+        if not whole[0] >= 1:
+            raise UserError(f"no_exit_macs must be 1 or more, got {whole[0]:g}")
+        return Cost(tuple(counts), round(float(whole[0])))
 
     def _array(self, key: str) -> NDArray[Any]:
         if key not in self.arrays:
@@ -161,16 +184,26 @@ def calibrate_file(
     opened = LogitsFile(path)
     tune, certify, sources = opened.tune_and_certify(tune_share, seed)
     certify_logits = _as(CertifyLogits, certify)
-    if out.exists():
-        check_reuse(read_policy(out).policy.calibration, certify_logits, settings)
     cost = opened.cost(len(tune.logits.logits), macs, no_exit_macs)
+    if tune.reference_right is not None:
+        settings = dataclasses.replace(settings, reference="given")
+    tune_logits = _as(TuneLogits, tune)
+    if out.exists():
+        try:
+            earlier = read_policy(out).policy.calibration
+        except UserError as error:
+            raise UserError(
+                f"{out} is there and is no policy of this erde: remove it, or give another --out"
+            ) from error
+        check_reuse(earlier, Request(tune_logits, certify_logits, cost, settings, tuple(sources)))
     calibrated = calibrate_logits(
-        _as(TuneLogits, tune),
+        tune_logits,
         certify_logits,
         cost,
         settings,
         tune_reference_right=tune.reference_right,
         certify_reference_right=certify.reference_right,
+        sources=sources,
     )
     make_folder(out.parent)
     write_json(
@@ -179,7 +212,7 @@ def calibrate_file(
             "format_version": FORMAT_VERSION,
             "exit_macs": list(cost.exit_macs),
             "no_exit_macs": cost.no_exit_macs,
-            "sources": sources,
+            "classes": tune_logits.logits.shape[-1],
             **calibrated.to_json(),
         },
     )
@@ -188,11 +221,38 @@ def calibrate_file(
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """A policy file: the policy, what its exits cost, and fingerprints of the logits that it comes from."""
+    """A policy file: the policy, what its exits cost, and for how many classes it is."""
 
     policy: CalibratedPolicy
     cost: Cost
-    sources: list[str]
+    classes: int
+
+    def check(self) -> None:
+        """``ValueError`` where the parts do not fit one another."""
+        one, exits = self.policy, len(self.cost.exit_macs)
+        vectors = (
+            [point.thresholds for point in one.points]
+            + list(one.path.thresholds)
+            + list(one.paper_path.thresholds)
+        )
+        harm = one.rule.harm
+        fits = (
+            exits >= 2
+            and all(
+                type(macs) is int and macs >= 1 for macs in (*self.cost.exit_macs, self.cost.no_exit_macs)
+            )
+            and type(self.classes) is int
+            and len(one.temperatures) == exits
+            and all(len(vector) == exits - 1 for vector in vectors)
+            and one.default in [point.name for point in one.points]
+            and one.rule.score in SCORES
+            and one.rule.ensemble in ENSEMBLES
+            and (harm is not None) == (one.rule.score == "harm")
+            and len(harm or ()) in (0, exits - 1)
+            and all(len(part.class_weights) == self.classes for part in harm or ())
+        )
+        if not fits:
+            raise ValueError("its parts do not fit one another")
 
 
 def read_policy(path: Path) -> SavedPolicy:
@@ -202,14 +262,16 @@ def read_policy(path: Path) -> SavedPolicy:
         if value.pop("format_version") != FORMAT_VERSION:
             raise ValueError("another format version")
         cost = Cost(tuple(value.pop("exit_macs")), value.pop("no_exit_macs"))
-        sources = list(value.pop("sources"))
-        return SavedPolicy(CalibratedPolicy.from_json(value), cost, sources)
+        classes = value.pop("classes")
+        saved = SavedPolicy(CalibratedPolicy.from_json(value), cost, classes)
+        saved.check()
     except OSError as error:
         raise UserError(f"no policy at {path}: erde calibrate LOGITS.npz writes one") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a policy that erde calibrate LOGITS.npz wrote: calibrate again"
         ) from error
+    return saved
 
 
 @dataclass(frozen=True)
@@ -238,12 +300,21 @@ def evaluate_file(path: Path, policy_path: Path, out: Path | None = None) -> Eva
     opened = LogitsFile(path)
     saved = opened.split("test" if opened.has("test") else "")
     exits = len(cost.exit_macs)
-    if len(saved.logits.logits) != exits:
+    found = (len(saved.logits.logits), saved.logits.logits.shape[-1])
+    if found != (exits, read.classes):
         raise UserError(
-            f"{path} has logits of {len(saved.logits.logits)} exits, the policy {policy_path} is for {exits}"
+            f"{path} has logits of {found[0]} exits and {found[1]} classes, the policy {policy_path} is for {exits} exits and "
+            f"{read.classes} classes"
         )
     test = _as(TestLogits, saved)
-    if test.fingerprint() in read.sources:
+    references = {one.certificate.reference for one in calibrated.points if one.certificate is not None}
+    if ("given" in references) != (saved.reference_right is not None) and references:
+        raise UserError(
+            f"{policy_path} was certified against {'a given reference' if 'given' in references else 'the final exit'}, and "
+            f"{path} {'has no' if 'given' in references else 'gives another:'} reference_right of the test images: risks "
+            "would not mean the same"
+        )
+    if test.fingerprint() in read.policy.calibration.sources:
         raise UserError(
             f"{path} holds the logits that {policy_path} was calibrated on: evaluate on others, as test_logits"
         )

@@ -8,6 +8,7 @@ Every file appears in one step, so a run that was killed at any moment continues
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 
 from erde import calibration, checkpoint, environment, progress, run_evaluation, run_folder
 from erde.backbones import build_backbone
-from erde.calibration import Settings, check_reuse
+from erde.bundle import read as read_bundle
+from erde.bundle import stages_hash
+from erde.calibration import Request, Settings, check_reuse
 from erde.config import Config, DistillationConfig, NetworkConfig, load_config
 from erde.cost import network_cost
 from erde.data import DataSplits, load_splits
@@ -31,6 +34,7 @@ from erde.exits import EarlyExitNetwork, attach_exits
 from erde.export import STAGES, ExportedStages, export_plain, export_stages
 from erde.files import check_folder, make_folder, replacing_file, sweep_leftovers, write_json, write_text
 from erde.losses import LOSSES
+from erde.profile import PROFILE, Profile
 from erde.report import write_report
 from erde.results import Results
 from erde.run_evaluation import TEACHER
@@ -293,9 +297,19 @@ class Run:
         return ExportedStages.read(folder)
 
     def cost(self, arm: str) -> Cost:
-        """What the exits of an arm cost."""
+        """What the exits of an arm cost; with milliseconds where the run's bundle was profiled."""
         cost = self.stages(arm).cost
-        return Cost(cost.macs, cost.no_exit_macs)
+        milliseconds = None
+        if arm == self.config.export.arm and self.profile.is_file():
+            manifest = read_bundle(self.profile.parent)
+            profile = Profile.read(self.profile, stages_hash(manifest), len(cost.macs))
+            milliseconds = profile.exit_milliseconds()
+        return Cost(cost.macs, cost.no_exit_macs, milliseconds)
+
+    @property
+    def profile(self) -> Path:
+        """Where ``Session.profile()`` leaves the times of the run's bundle."""
+        return self.folder / "bundle" / PROFILE
 
     def _write_logits(self, arm: str) -> None:
         folder = self.arm_folder(arm)
@@ -337,14 +351,17 @@ class Run:
         for arm in self.arms:
             tune, certify, _ = run_folder.read_logits(self.folder, arm)
             path = self.arm_folder(arm) / run_folder.POLICY
+            # Milliseconds may come and go with a profile; they choose nothing here.
+            cost = dataclasses.replace(self.cost(arm), exit_milliseconds=None)
             with contextlib.suppress(run_folder.UnreadablePolicyError):
                 # One that this version cannot read is as good as none: it is written anew.
                 if path.exists():
-                    check_reuse(run_folder.read_policy(self.folder, arm).calibration, certify, settings)
+                    request = Request(tune, certify, cost, settings)
+                    check_reuse(run_folder.read_policy(self.folder, arm).calibration, request)
             calibrated = calibration.calibrate_logits(
                 tune,
                 certify,
-                self.cost(arm),
+                cost,
                 settings,
                 tune_reference_right=tune_right,
                 certify_reference_right=certify_right,

@@ -248,6 +248,12 @@ def in_band(scores: Array, thresholds: Thresholds, band: float = BAND) -> NDArra
     return near
 
 
+def near_tie(logits: NDArray[Any], band: float = BAND) -> NDArray[np.bool_]:
+    """Images (N,) whose two largest logits of some exit, (E, N, K), lie within ``band``: their label may tip over."""
+    top = np.partition(logits, -2, axis=-1)[..., -2:]
+    return np.asarray((top[..., 1] - top[..., 0] <= band).any(axis=0))
+
+
 def take_exit(values: NDArray[Any], exits: NDArray[np.int64]) -> NDArray[Any]:
     """From ``values`` (E, N, ...) the row of the exit that answers each image: (N, ...)."""
     return np.asarray(values[exits, np.arange(len(exits))])

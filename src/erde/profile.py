@@ -32,6 +32,8 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _positive(self) -> Profile:
+        if 1 not in self.milliseconds:
+            raise ValueError("batch size 1 is missing")
         if any(size < 1 or not all(one > 0 for one in times) for size, times in self.milliseconds.items()):
             raise ValueError("batch sizes and milliseconds must be above 0")
         return self

@@ -66,7 +66,7 @@ def recalibrate_bundle(
     images = load_tune_and_certify(data, session.classes, session.manifest.input_shape, tune_share, seed)
     copies = f"; {images.copies:,} copies left out" if images.copies else ""
     progress.say(f"data: {len(images.tune):,} images to tune, {len(images.certify):,} to certify{copies}")
-    return calibrate_bundle(session, images, settings, out)
+    return calibrate_bundle(session, images, settings, out, [images.fingerprint])
 
 
 def describe(calibrated: CalibratedPolicy) -> Iterator[str]:

@@ -127,21 +127,26 @@ def _seal_bundle(run: Run, arm: str, calibrated: CalibratedPolicy, measured: Arm
         stages, name=f"{run.config.name}-{arm}", classes=run.data.classes, provenance=provenance
     )
     manifest = calibration.apply(manifest, calibrated, measured.operating_points)
-    return bundle.write(run.folder / "bundle", manifest, run.stages(arm).paths(stages))
+    # The stages stay, so do the times of this machine.
+    kept = [run.profile] if run.profile.is_file() else []
+    return bundle.write(run.folder / "bundle", manifest, run.stages(arm).paths(stages), beside_seal=kept)
 
 
 def _check_agreement(run: Run, arm: str, calibrated: CalibratedPolicy) -> Agreement:
     """The runtime and torch against the evaluation: label and exit of every test image."""
     session = Session(run.folder / "bundle", threads=run.threads)
     split, rule = run.data.test, calibrated.rule
-    answers, scores = rule.apply(run_folder.read_logits(run.folder, arm)[2].logits)
+    logits = run_folder.read_logits(run.folder, arm)[2].logits
+    answers, scores = rule.apply(logits)
+    # Where two classes tie, the label may tip over, and with it a score that looks at labels.
+    ties = policy.near_tie(logits)
     torch_answers, torch_scores = rule.apply(_torch_logits(run, arm, split))
     runtime_off = torch_off = 0
     near = np.zeros(len(split), dtype=np.bool_)
     for point in calibrated.points:
         exits = policy.decide(scores, point.thresholds)
         labels = policy.take_exit(answers, exits).argmax(axis=-1)
-        band = policy.in_band(scores, point.thresholds)
+        band = policy.in_band(scores, point.thresholds) | ties
         near |= band
         found = [session.predict(images, operating_point=point.name) for images in split.batches(256)]
         runtime_same = (np.concatenate([one.exits for one in found]) == exits) & (

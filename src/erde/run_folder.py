@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -35,12 +37,15 @@ def read_logits(run: Path, arm: str) -> tuple[TuneLogits, CertifyLogits, TestLog
     path = arm_folder(run, arm) / LOGITS
     if not path.exists():
         raise UserError(f"arm '{arm}' of {run} has no logits yet: run erde export first")
-    with np.load(path, allow_pickle=False) as arrays:
-        return (
-            TuneLogits(arrays["tune_logits"], arrays["tune_labels"]),
-            CertifyLogits(arrays["certify_logits"], arrays["certify_labels"]),
-            TestLogits(arrays["test_logits"], arrays["test_labels"]),
-        )
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return (
+                TuneLogits(arrays["tune_logits"], arrays["tune_labels"]),
+                CertifyLogits(arrays["certify_logits"], arrays["certify_labels"]),
+                TestLogits(arrays["test_logits"], arrays["test_labels"]),
+            )
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged: remove it and run erde export again") from error
 
 
 def read_policy(run: Path, arm: str) -> CalibratedPolicy:
@@ -76,7 +81,11 @@ def compare_runs(runs: Sequence[Path], results: Mapping[str, Results]) -> list[C
 
     Arms are called ``run/arm``. Runs without their logits (a lone ``results.json``) take no part.
     """
-    folders = {name: run for name, run in zip(results, runs, strict=True) if run.is_dir()}
+    folders = {
+        name: run
+        for name, run in zip(results, runs, strict=True)
+        if (arm_folder(run, results[name].exported_arm) / LOGITS).is_file()
+    }
     found = []
     for first, second in combinations(folders, 2):
         one, other = results[first], results[second]

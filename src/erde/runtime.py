@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from erde import bundle, policy
 from erde.errors import UserError
+from erde.monitor import Monitor
 from erde.profile import PROFILE, Profile
 from erde.splits import ImageSource
 from erde.thresholds import Cost
@@ -74,6 +75,15 @@ class Prediction:
 
     ``probabilities`` (N, K) are the tempered softmax of the exit that answered; ``scores`` (N,) what that
     exit decided on; ``macs`` (N,) what was computed, heads included.
+
+    ``capped`` is a matter of what was asked, not of the images: True if thresholds were given, or if a limit
+    (``max_exit``, ``max_macs``, ``deadline_ms``) left the final exit out. Then no certificate speaks of these
+    answers. Otherwise each is what the operating point alone decides, and its certificate, if it has one, does.
+
+    ``milliseconds`` are measured: one number per stage that ran, for the whole batch, decision included.
+
+    ``first_scores`` (N,) are the scores of exit 0, wherever the image left; ``operating_point`` is the one that
+    decided, None where thresholds were given.
     """
 
     labels: NDArray[np.int64]
@@ -81,10 +91,14 @@ class Prediction:
     exits: NDArray[np.int64]
     scores: NDArray[np.float64]
     macs: NDArray[np.int64]
+    capped: bool
+    milliseconds: tuple[float, ...]
+    first_scores: NDArray[np.float64]
+    operating_point: str | None
 
 
 class Session:
-    """A bundle, verified and ready to answer.
+    """A bundle, verified and ready to answer; several threads may share one.
 
     Args:
         path: the bundle's folder.
@@ -106,6 +120,7 @@ class Session:
             [folder / stage.file for stage in self.manifest.stages], threads, providers
         )
         self._macs = np.asarray([stage.macs for stage in self.manifest.stages], dtype=np.int64)
+        self._profile: Profile | None = None  # read when first asked for
         self._check_reference_sample(folder)
 
     @property
@@ -120,13 +135,11 @@ class Session:
             raise UserError(f"expected images of shape (N, {expected}), got {tuple(images.shape)}")
         return self._stages.all_logits(images)
 
-    def cost(self) -> Cost:
-        """MACs per exit, and milliseconds where the bundle's folder has a profile of the machine."""
-        profile = self.folder / PROFILE
+    def cost(self, timed: bool = True) -> Cost:
+        """MACs per exit, and milliseconds where ``timed`` and the bundle's folder has a profile of the machine."""
         milliseconds = None
-        if profile.is_file():
-            stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
-            milliseconds = Profile.read(profile, stages, exits).exit_milliseconds()
+        if timed and (self.folder / PROFILE).is_file():
+            milliseconds = self._read_profile().exit_milliseconds()
         return Cost(tuple(self._macs.tolist()), self.manifest.no_exit_macs, milliseconds)
 
     def profile(
@@ -161,7 +174,13 @@ class Session:
             milliseconds={size: (1e3 * np.median(rows, axis=0)).tolist() for size, rows in times.items()},
         )
         profile.write(Path(path) if path is not None else self.folder / PROFILE)
+        self._profile = None
         return profile
+
+    def _read_profile(self) -> Profile:
+        """The profile in the bundle's folder; :class:`UserError` without one."""
+        stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
+        return Profile.read(self.folder / PROFILE, stages, exits)
 
     def _time_stages(self, images: NDArray[np.uint8]) -> list[float]:
         """Seconds of each stage with its decision, for a batch that stays whole to the end."""
@@ -186,55 +205,145 @@ class Session:
         thresholds: policy.Thresholds | None = None,
         max_exit: int | None = None,
         max_macs: float | None = None,
+        deadline_ms: float | None = None,
     ) -> Prediction:
         """Answer uint8 images (N, H, W, C), N = 0 included; a stage runs only for images still undecided.
+
+        With several limits the tightest counts. See :class:`Prediction` for what ``capped`` says of them.
 
         Args:
             operating_point: by name; the bundle's default without it.
             thresholds: E-1 numbers or None, instead of an operating point; not certified.
             max_exit: the last exit that may run; it answers whatever is left. Not certified.
             max_macs: the same as a limit on MACs per image.
+            deadline_ms: the same in milliseconds for the whole batch, as if no image left early, by the
+                ``profile.json`` in the bundle's folder: the times of the least profiled batch size that holds
+                N images, or those of the largest one, scaled up. A plan, not a guard: no stage is interrupted.
 
         Raises:
-            UserError: images of a wrong shape or type, an unknown operating point, an impossible limit.
+            UserError: images of a wrong shape or type, an unknown operating point, an impossible limit, a
+                deadline without a profile.
         """
         images = self._check_images(images)
         last = self._last_exit(max_exit, max_macs)
+        if deadline_ms is not None:
+            last = min(last, self._last_exit_within(deadline_ms, len(images)))
         chosen = self._thresholds(operating_point, thresholds)
+        name = self.manifest.point(operating_point).name if thresholds is None else None
+        return self._answer(images, chosen, last, name is None or last < len(self._stages) - 1, name)
+
+    def monitor(self, *, false_alarm: float = 0.01) -> Monitor:
+        """A drift watch for this session's answers; ``false_alarm`` bounds its whole life."""
+        return Monitor(self.manifest, false_alarm=false_alarm)
+
+    def predict_stream(
+        self,
+        images: Iterable[NDArray[np.uint8]],
+        *,
+        batch_size: int = 32,
+        operating_point: str | None = None,
+        thresholds: policy.Thresholds | None = None,
+        max_exit: int | None = None,
+        max_macs: float | None = None,
+        deadline_ms: float | None = None,
+    ) -> Iterator[Prediction]:
+        """Answer any number of single uint8 images (H, W, C), in order: a Prediction for every ``batch_size``.
+
+        The last one has what is left over. ``images`` may be endless: no image is taken before its batch is
+        asked for, and one batch is held at a time. The other arguments, for each batch, and the errors are
+        those of :meth:`predict`; all but those about images, and a deadline for a smaller last batch, come at
+        once, before any image is taken.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, expected 1 or more")
+        self._last_exit(max_exit, max_macs)
+        self._thresholds(operating_point, thresholds)
+        if deadline_ms is not None:
+            self._last_exit_within(deadline_ms, batch_size)
+        return (
+            self.predict(
+                batch,
+                operating_point=operating_point,
+                thresholds=thresholds,
+                max_exit=max_exit,
+                max_macs=max_macs,
+                deadline_ms=deadline_ms,
+            )
+            for batch in self._batches(images, batch_size)
+        )
+
+    def _batches(self, images: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[np.uint8]]:
+        """Batches (up to ``size``, H, W, C) of single images. All lie in one memory: use each before the next."""
+        shape = self.manifest.input_shape
+        batch = np.empty((size, *shape), dtype=np.uint8)
+        filled = 0
+        for number, image in enumerate(images):
+            image = np.asarray(image)
+            if image.shape != shape or image.dtype != np.uint8:
+                raise UserError(
+                    f"image {number} of the stream (from 0): expected uint8 of shape "
+                    f"({', '.join(map(str, shape))}), got {image.dtype} of shape {image.shape}"
+                )
+            batch[filled] = image
+            filled += 1
+            if filled == size:
+                yield batch
+                filled = 0
+        if filled:
+            yield batch[:filled]
+
+    def _answer(
+        self,
+        images: NDArray[np.uint8],
+        thresholds: policy.Thresholds,
+        last: int,
+        capped: bool,
+        operating_point: str | None,
+    ) -> Prediction:
+        """Stages 0 to ``last`` on checked images; at ``last`` all that are left have to answer."""
         count, classes = len(images), len(self.manifest.classes)
         exits = np.full(count, last, dtype=np.int64)
         logits = np.zeros((count, classes))
-        scores = np.zeros(count)
+        scores = first_scores = np.zeros(count)
         waiting = np.arange(count)  # rows of the images that are still undecided
         x: NDArray[Any] = images
         so_far: list[NDArray[Any]] = []  # their logits at every exit they passed, where the rule looks back
         final = len(self._stages) - 1
+        clock = [time.perf_counter()]
         for index in range(last + 1):
             features, stage_logits = self._stages.run(index, x)
             so_far = [*so_far, stage_logits] if self.rule.looks_back else [stage_logits]
             answer = self.rule.answer(so_far, index == final)
             stage_scores = self.rule.decide_on(so_far, answer, index == final)
+            if index == 0:
+                first_scores = stage_scores
             done = (
                 np.ones(len(waiting), dtype=np.bool_)
                 if index == last
-                else policy.leaves(stage_scores, chosen[index])
+                else policy.leaves(stage_scores, thresholds[index])
             )
             rows = waiting[done]
             exits[rows] = index
             logits[rows] = answer[done]
             scores[rows] = stage_scores[done]
             waiting = waiting[~done]
+            if len(waiting):
+                assert features is not None
+                x = features[~done] if len(rows) else features
+                so_far = [one[~done] for one in so_far] if len(rows) else so_far
+            clock.append(time.perf_counter())
             if not len(waiting):
                 break
-            assert features is not None
-            x = features[~done] if len(rows) else features
-            so_far = [one[~done] for one in so_far] if len(rows) else so_far
         return Prediction(
             labels=logits.argmax(axis=-1),
             probabilities=policy.answer_probabilities(logits, exits, self.manifest.temperatures),
             exits=exits,
             scores=scores,
             macs=self._macs[exits],
+            capped=capped,
+            milliseconds=tuple((1e3 * np.diff(clock)).tolist()),
+            first_scores=first_scores,
+            operating_point=operating_point,
         )
 
     def _check_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -260,6 +369,20 @@ class Session:
                     f"max_macs is {max_macs:,.0f}, the first exit already takes {self._macs[0]:,}"
                 )
             last = min(last, affordable)
+        return last
+
+    def _last_exit_within(self, deadline_ms: float, count: int) -> int:
+        """The furthest exit that a batch of ``count`` images reaches in time, by the profile."""
+        profile = self._profile = self._profile or self._read_profile()
+        count = max(1, count)
+        size = min((one for one in profile.milliseconds if one >= count), default=max(profile.milliseconds))
+        times = np.cumsum(profile.milliseconds[size]) * max(1.0, count / size)
+        last = int((times <= deadline_ms).sum()) - 1
+        if last < 0:
+            raise UserError(
+                f"deadline_ms is {deadline_ms:g}, by {self.folder / PROFILE} the first exit takes {times[0]:.3g} ms "
+                f"for a batch of {count}: allow more time, or give fewer images at once"
+            )
         return last
 
     def _thresholds(self, name: str | None, thresholds: policy.Thresholds | None) -> policy.Thresholds:

@@ -231,7 +231,8 @@ def _threshold_grid(scores: NDArray[np.float64]) -> list[float]:
     midpoints = midpoints[(midpoints < distinct[:-1]) & (midpoints > distinct[1:])]
     kept = np.unique(np.linspace(0, len(midpoints) - 1, min(GRID_LEVELS - 1, len(midpoints))).astype(int))
     lowest = float(distinct[-1])
-    below_all = lowest - max(1e-6, abs(lowest) * 1e-6)
+    # Farther than the last bits of a float can move a score.
+    below_all = lowest - max(10 * policy.BAND, abs(lowest) * 1e-4)
     return [*(float(value) for value in midpoints[kept]), below_all]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from erde import policy
 from erde.bundle import read
@@ -162,3 +164,20 @@ def test_a_second_run_into_the_same_folder_is_refused_and_resume_of_a_finished_o
     assert "continue it with --resume" in err
     erde("run", *TINY, "--out", str(folder), "--resume")
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_a_profiled_bundle_gives_milliseconds(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_run[0], tmp_path / "run"))
+    times = Session(folder / "bundle", threads=1).profile(rounds=3).exit_milliseconds()
+    erde("evaluate", str(folder))
+    arm = Results.read(folder / "results.json").arms["erde"]
+    assert arm.curve.milliseconds is not None
+    # From all at the final exit to all at the first.
+    assert arm.curve.milliseconds[0] == pytest.approx(times[-1])
+    assert arm.curve.milliseconds[-1] == pytest.approx(times[0])
+    test = arm.default_point().test
+    assert test is not None
+    assert test.milliseconds == pytest.approx(np.dot(test.exit_rates, times))
+    # The profile outlives the new seal.
+    assert Session(folder / "bundle").cost().exit_milliseconds == times
+    assert "milliseconds" in (folder / "report.html").read_text(encoding="utf-8")
