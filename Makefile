@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 
 test: lint
 	@# Whole files to each process: fixtures of a file are made once.
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15 --cov --cov-report=term
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -54,7 +54,7 @@ def hand_made_policy(
         left_out=[],
         calibration=Calibration(
             exit_rates=[], score_histograms=[], score_ranges=[], tune_images=600, certify_images=600,
-            tune_fingerprint="", certify_fingerprint="", choices="",
+            tune_fingerprint="", certify_fingerprint="", choices="", sources=[],
         ),
         candidates=[],
         paper_path=search_path(ScoredSplit.of(tune, PAPER_RULE, None), cost),
