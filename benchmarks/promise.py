@@ -25,11 +25,12 @@ from scipy.stats import binom, binomtest
 
 from erde import policy
 from erde.bundle import Guarantee
-from erde.calibration import Settings, calibrate_logits, choose_score
+from erde.calibration import calibrate_logits, choose_score
 from erde.certificates import PathCounts, walk
 from erde.files import write_json
 from erde.logits_file import LogitsFile
 from erde.policy import ExitRule
+from erde.settings import Settings
 from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits
 from erde.thresholds import Cost, ScoredSplit, ThresholdPath, search_path
 

@@ -9,20 +9,17 @@ import pytest
 
 from erde import policy
 from erde.calibration import (
-    LADDER,
     MOST_FRAGILE,
-    SHARPNESS_GRID,
     CalibratedPolicy,
-    Request,
-    Settings,
     calibrate_logits,
-    check_reuse,
     choose_score,
     fit_temperatures,
     point_name,
 )
+from erde.calibration_checks import Request, check_reuse
 from erde.errors import UserError
 from erde.policy import PAPER_RULE, ExitRule
+from erde.settings import LADDER, SHARPNESS_GRID, Settings
 from erde.splits import CertifyLogits, TuneLogits
 from erde.thresholds import Cost, ScoredSplit, best_within_risk, search_path
 from tests.conftest import user_error

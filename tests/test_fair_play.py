@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erde.calibration import CalibratedPolicy, Settings, calibrate_logits
+from erde.calibration import CalibratedPolicy, calibrate_logits
 from erde.config import load_config, shipped_recipes
 from erde.evaluation import measure_curve, measure_points
+from erde.settings import Settings
 from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits
 from erde.thresholds import Cost, ScoredSplit
 
@@ -102,7 +103,7 @@ def test_compared_arms_share_all_but_the_loss() -> None:
 @pytest.mark.slow
 def test_a_split_cannot_stand_in_for_another(tmp_path: Path) -> None:
     lines = [
-        "from erde.calibration import Settings, calibrate_logits, choose_score, fit_temperatures",
+        "from erde.calibration import calibrate_logits, choose_score, fit_temperatures",
         "from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits",
         "from erde.thresholds import Cost",
         "def check(train: Logits, tune: TuneLogits, certify: CertifyLogits, test: TestLogits, cost: Cost) -> None:",

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erde.calibration import Settings, calibrate_logits
+from erde.calibration import calibrate_logits
 from erde.logits_file import LogitsFile, calibrate_file, default_policy_path, evaluate_file, read_policy
+from erde.settings import Settings
 from erde.splits import CertifyLogits, TestLogits, TuneLogits
 from erde.thresholds import Cost, ScoredSplit
 from tests.conftest import user_error

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from erde import monitor as module
 from erde.bundle import Calibration, Manifest
-from erde.calibration import CalibratedPolicy, Settings, calibrate_logits
+from erde.calibration import CalibratedPolicy, calibrate_logits
 from erde.data import DataSplits
 from erde.logits_file import LogitsFile
 from erde.monitor import BLOCK, Monitor, cut_p_values
 from erde.policy import decide, take_exit
 from erde.runtime import Prediction, Session
+from erde.settings import Settings
 from erde.splits import CertifyLogits, TuneLogits
 from erde.thresholds import Cost
 from tests.conftest import user_error

@@ -13,10 +13,10 @@ import promise
 import pytest
 from promise import Population, Violations, merge, violation_rates
 
-from erde.calibration import Settings
 from erde.certificates import PathCounts, count_along
 from erde.logits_file import LogitsFile
 from erde.policy import PAPER_RULE, ExitRule
+from erde.settings import Settings
 from erde.splits import CertifyLogits, Logits
 from erde.thresholds import Cost, ScoredSplit
 

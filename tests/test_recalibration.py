@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from erde import bundle, cli, profile
-from erde.calibration import Settings
 from erde.data import DataSplits
 from erde.labelled_images import ImageFiles, halves, load_tune_and_certify
 from erde.recalibration import (
@@ -21,6 +20,7 @@ from erde.recalibration import (
     settings_of,
 )
 from erde.runtime import Session
+from erde.settings import Settings
 from tests.conftest import save_by_class, user_error
 
 CLASSES = [str(digit) for digit in range(10)]

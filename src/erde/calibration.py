@@ -6,8 +6,6 @@ certificates.py, along a path of thresholds that was fixed before. Terms as in d
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,116 +24,24 @@ from erde.bundle import (
     LeftOut,
     Manifest,
     OperatingPoint,
-    Reference,
     ScoreCandidate,
 )
-from erde.certificates import GUARANTEES, certify, images_needed, upper_bound
-from erde.errors import UserError, nearest
+from erde.calibration_checks import Request, check_budget, check_latency_budget, check_reuse, check_splits
+from erde.certificates import certify, images_needed, upper_bound
+from erde.errors import UserError
 from erde.files import make_folder
 from erde.harm import fit_harm, out_of_fold_scores
 from erde.policy import PAPER_RULE, Ensemble, ExitRule
 from erde.profile import PROFILE
 from erde.runtime import Session
-from erde.splits import CertifyLogits, CertifySplit, Labels, Logits, TuneLogits, TuneSplit
+from erde.settings import LADDER, Settings
+from erde.splits import CertifyLogits, CertifySplit, TuneLogits, TuneSplit
 from erde.thresholds import Cost, ScoredSplit, ThresholdPath, best_within_risk, search_path, sweep
 
-SHARPNESS_GRID = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 # Scores are compared at these risks, whatever is promised.
 COMPARED_RISKS = (0.005, 0.01, 0.02)
-# ε of the certified operating points, the default one first.
-LADDER = (0.01, 0.0025, 0.005, 0.02, 0.03, 0.05)
 # A score with more tune images than this on the edge of its thresholds is chosen only for want of another.
 MOST_FRAGILE = 0.001
-# Rows that tune and certify have in common: above this share it is no coincidence of equal images.
-MOST_OVERLAP = 0.01
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is promised, and how the policy is chosen.
-
-    Args:
-        max_risks: ε of the certified operating points; the first is the default one, and the score is chosen for it.
-        confidence: of the certificates (``guarantee="expected_risk"`` has none) and of what is said of budgets.
-        budgets: shares of the MACs of the network without exits; chosen on tune, not certified.
-        latency_budgets: mean milliseconds per image on the profiled machine; likewise.
-        reference: what early answers are held against.
-        guarantee: see certificates.py.
-        score: one of policy.SCORES, or "auto": what saves most MACs on tune at the first of ``max_risks``.
-        sharpness: of the score; None chooses it likewise.
-        ensemble: one of policy.ENSEMBLES; "auto" tries all with ``score="auto"`` and none with a named score.
-    """
-
-    max_risks: tuple[float, ...] = LADDER
-    confidence: float = 0.9
-    budgets: tuple[float, ...] = ()
-    latency_budgets: tuple[float, ...] = ()
-    reference: Reference = "final_exit"
-    guarantee: Guarantee = "risk"
-    score: str = "auto"
-    sharpness: float | None = None
-    ensemble: Literal["auto"] | Ensemble = "auto"
-
-    def __post_init__(self) -> None:
-        for what, values in (
-            ("target risk", self.max_risks),
-            ("confidence", (self.confidence,)),
-            ("budget", self.budgets),
-        ):
-            for value in values:
-                if not 0 < value < 1:
-                    raise UserError(f"a {what} must lie between 0 and 1 (0 % and 100 %), got {value:g}")
-        for what, values in (
-            ("target risk", self.max_risks),
-            ("budget", self.budgets),
-            ("latency budget", self.latency_budgets),
-        ):
-            # Compared as operating points are named.
-            if len({f"{100 * value:g}" for value in values}) != len(values):
-                raise UserError(f"a {what} is given twice in {list(values)}: give each once")
-        if not self.max_risks:
-            raise UserError("calibration needs at least one target risk")
-        for value in self.latency_budgets:
-            if not (value > 0 and math.isfinite(value)):
-                raise UserError(f"a latency budget must be a number of milliseconds above 0, got {value:g}")
-        known = ["auto", *policy.SCORES]
-        if self.score not in known:
-            raise UserError(f"unknown score '{self.score}'{nearest(self.score, known)}")
-        if self.ensemble not in ("auto", *policy.ENSEMBLES):
-            raise UserError(
-                f"unknown ensemble '{self.ensemble}': expected auto, {', '.join(policy.ENSEMBLES)}"
-            )
-        if self.score in ("energy", "patience", "harm") and self.ensemble not in ("auto", "none"):
-            why = "reads raw logits" if self.score == "energy" else "looks at earlier exits by itself"
-            raise UserError(f"the score '{self.score}' {why}: it has no {self.ensemble} ensemble")
-        if self.guarantee not in GUARANTEES:
-            raise UserError(f"unknown guarantee '{self.guarantee}': expected {', '.join(GUARANTEES)}")
-        if self.guarantee == "expected_risk" and self.reference != "final_exit":
-            raise UserError(
-                f"the guarantee 'expected_risk' needs the reference 'final_exit', got '{self.reference}': it holds only where "
-                "no early exit loses nothing; ask for 'risk'"
-            )
-        if self.sharpness is not None and not 1e-3 <= self.sharpness <= 1e3:
-            raise UserError(f"a sharpness must lie between 0.001 and 1000, got {self.sharpness:g}")
-
-    def rules(self) -> list[ExitRule]:
-        """The exit rules to try, the learned one still without its parameters."""
-        names = policy.SCORES if self.score == "auto" else (self.score,)
-        ensembles: tuple[Ensemble, ...] = ("none",) if self.ensemble == "auto" else (self.ensemble,)
-        if self.ensemble == "auto" and self.score == "auto":
-            ensembles = ("none", "arithmetic", "geometric")
-        grid = SHARPNESS_GRID if self.sharpness is None else (self.sharpness,)
-        rules = []
-        for ensemble in ensembles:
-            for name in names:
-                if name == "energy" and ensemble != "none":
-                    continue  # an ensemble's log-probabilities have lost the scale that the energy reads
-                if name in policy.OWN_SCORES:
-                    rules += [ExitRule(name, value, ensemble) for value in grid]
-                elif ensemble == "none":
-                    # Patience and harm look at earlier exits by themselves.
-                    rules.append(ExitRule(name, 1.0, ensemble))
-        return rules
 
 
 def fit_temperatures(tune: TuneLogits) -> list[float]:
@@ -308,117 +214,9 @@ class CalibratedPolicy:
         )
 
 
-def check_budget(budget: float, cost: Cost) -> None:
-    """:class:`UserError` where not even leaving at the first exit keeps within ``budget``, a share of the MACs."""
-    least = cost.exit_macs[0] / cost.no_exit_macs
-    if least > budget:
-        raise UserError(
-            f"a budget of {budget * 100:g} % of the MACs cannot be met: leaving at the first exit takes {least * 100:.0f} %; "
-            "give a larger budget or an earlier exit"
-        )
-
-
-def check_latency_budget(milliseconds: float, cost: Cost) -> None:
-    """:class:`UserError` where the machine was not profiled, or the first exit alone takes longer."""
-    if cost.exit_milliseconds is None:
-        raise UserError(
-            f"a latency budget of {milliseconds:g} ms needs a profile of the machine: "
-            "Session(bundle).profile('profile.json') writes one"
-        )
-    if cost.exit_milliseconds[0] > milliseconds:
-        raise UserError(
-            f"a latency budget of {milliseconds:g} ms cannot be met: the first exit alone takes "
-            f"{cost.exit_milliseconds[0]:.3g} ms on the profiled machine; give a larger budget or an earlier exit"
-        )
-
-
 def point_name(max_risk: float) -> str:
     """``risk-1`` for 0.01: the name of a certified operating point, in per cent."""
     return f"risk-{max_risk * 100:g}"
-
-
-def check_logits(split: Logits, name: str) -> None:
-    """:class:`UserError` where logits are not numbers or a label is not a class."""
-    if len(split) == 0:
-        raise UserError(f"the {name} split holds no images")
-    bad = np.argwhere(~np.isfinite(split.logits))
-    if len(bad):
-        exit_index, image, _ = bad[0]
-        raise UserError(
-            f"the {name} logits hold {len(bad):,} values that are NaN or infinite (first: exit {exit_index}, "
-            f"image {image}): a network that gives these cannot be calibrated"
-        )
-    classes = split.logits.shape[-1]
-    if split.labels.min() < 0 or split.labels.max() >= classes:
-        raise UserError(
-            f"the {name} labels run from {split.labels.min()} to {split.labels.max()}, but there are {classes} classes "
-            f"(0 to {classes - 1})"
-        )
-
-
-def check_classes(tune_labels: Labels, classes: int) -> None:
-    """:class:`UserError` where a class has no image in tune."""
-    missing = np.flatnonzero(np.bincount(tune_labels, minlength=classes) == 0)
-    if len(missing):
-        raise UserError(
-            f"{len(missing)} of {classes} classes have no image in tune (first: class {missing[0]}): "
-            "thresholds would be blind to them; give tune images of every class"
-        )
-
-
-def check_splits(tune: TuneLogits, certify_split: CertifyLogits) -> None:
-    """:class:`UserError` where the two splits cannot give an honest certificate."""
-    check_logits(tune, "tune")
-    check_logits(certify_split, "certify")
-    if tune.logits[:, :0].shape != certify_split.logits[:, :0].shape:
-        raise UserError(
-            f"tune logits are of shape {tune.logits.shape} and certify logits of {certify_split.logits.shape}: "
-            "both must have the same exits and classes, (E, N, K)"
-        )
-    check_classes(tune.labels, tune.logits.shape[-1])
-    seen = {row.tobytes() for row in _rows(tune)}
-    common = sum(row.tobytes() in seen for row in _rows(certify_split))
-    if common > MOST_OVERLAP * len(certify_split):
-        raise UserError(
-            f"tune and certify overlap: {common:,} of {len(certify_split):,} certify images are in tune too; "
-            "a certificate needs images that chose nothing"
-        )
-
-
-def _rows(split: Logits) -> NDArray[np.float32]:
-    return np.ascontiguousarray(split.logits.transpose(1, 0, 2))
-
-
-@dataclass(frozen=True)
-class Request:
-    """All that decides what a calibration gives, before certify is looked at.
-
-    ``sources`` are fingerprints of sets of images that both splits were drawn from, if there are any.
-    """
-
-    tune: TuneLogits
-    certify: CertifyLogits
-    cost: Cost
-    settings: Settings
-    sources: tuple[str, ...] = ()
-
-    def choices(self) -> str:
-        """A hash of it: what a second calibration on the same certify images must not change."""
-        value = [asdict(self.settings), asdict(self.cost), self.tune.fingerprint()]
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def check_reuse(earlier: Calibration | None, request: Request) -> None:
-    """:class:`UserError` where images that would certify ``request`` already certified other choices."""
-    if earlier is None or earlier.choices == request.choices():
-        return
-    if earlier.certify_fingerprint == request.certify.fingerprint() or set(earlier.sources) & set(
-        request.sources
-    ):
-        raise UserError(
-            "these certify images already certified other choices: trying again until the answer pleases voids the "
-            "promise; give new certify images, or ask for all risks in one calibration"
-        )
 
 
 def calibrate_logits(

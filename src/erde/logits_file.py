@@ -22,19 +22,14 @@ from numpy.typing import NDArray
 
 from erde import evaluation
 from erde.bundle import Measured, OperatingPoint
-from erde.calibration import (
-    CalibratedPolicy,
-    Request,
-    Settings,
-    calibrate_logits,
-    check_logits,
-    check_reuse,
-)
+from erde.calibration import CalibratedPolicy, calibrate_logits
+from erde.calibration_checks import Request, check_logits, check_reuse
 from erde.errors import UserError
 from erde.files import make_folder, write_json
 from erde.labelled_images import halves
 from erde.policy import ENSEMBLES, SCORES
 from erde.results import ExitMeasures
+from erde.settings import Settings
 from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits
 from erde.thresholds import Cost
 

@@ -25,7 +25,7 @@ from erde import calibration, checkpoint, environment, progress, run_evaluation,
 from erde.backbones import build_backbone
 from erde.bundle import read as read_bundle
 from erde.bundle import stages_hash
-from erde.calibration import Request, Settings, check_reuse
+from erde.calibration_checks import Request, check_budget, check_classes, check_reuse
 from erde.config import Config, DistillationConfig, NetworkConfig, load_config
 from erde.cost import network_cost
 from erde.data import DataSplits, load_splits
@@ -39,6 +39,7 @@ from erde.report import write_report
 from erde.results import Results
 from erde.run_evaluation import TEACHER
 from erde.runtime import StageRunner
+from erde.settings import Settings
 from erde.thresholds import Cost
 from erde.training import FINAL, Job, build_criterion, choose_device, train_network
 
@@ -197,7 +198,7 @@ class Run:
 
     def check(self) -> None:
         """Build every job of the recipe once: what does not fit together is said before anything is written."""
-        calibration.check_classes(self.data.tune.labels, len(self.data.classes))
+        check_classes(self.data.tune.labels, len(self.data.classes))
         teacher = self.new_network(TEACHER) if self.needs_teacher else None
         if self.config.teacher.disjoint and self.config.data.train_subset is None:
             raise UserError(
@@ -210,7 +211,7 @@ class Run:
             cost = network_cost(network, self.data.input_size)
             if len(cost.macs) > 1:
                 for budget in self.config.calibration.budgets:
-                    calibration.check_budget(budget, Cost(cost.macs, cost.no_exit_macs))
+                    check_budget(budget, Cost(cost.macs, cost.no_exit_macs))
 
     def _job(self, arm: str, network: EarlyExitNetwork, teacher: EarlyExitNetwork | None) -> Job:
         config = self.config

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from erde import progress
-from erde.calibration import LADDER, CalibratedPolicy, Settings, calibrate_bundle
+from erde.calibration import CalibratedPolicy, calibrate_bundle
 from erde.errors import UserError
 from erde.files import check_folder
 from erde.labelled_images import load_tune_and_certify
 from erde.runtime import Session
+from erde.settings import LADDER, Settings
 
 
 def parse_share(text: str, option: str) -> float:
