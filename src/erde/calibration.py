@@ -27,7 +27,7 @@ from erde.bundle import (
     ScoreCandidate,
 )
 from erde.calibration_checks import Request, check_budget, check_latency_budget, check_reuse, check_splits
-from erde.certificates import certify, images_needed, upper_bound
+from erde.certificates import certify_counts, count_along, images_needed, upper_bound
 from erde.errors import UserError
 from erde.files import make_folder
 from erde.harm import fit_harm, out_of_fold_scores
@@ -317,9 +317,10 @@ def _operating_points(
     left_out: list[LeftOut] = []
     if len(cost.exit_macs) == 1:
         return points, left_out
+    counts = count_along(path, certify_scored)
     for max_risk in settings.max_risks:
-        index, certificate = certify(
-            path, certify_scored, max_risk, settings.confidence, settings.reference, settings.guarantee
+        index, certificate = certify_counts(
+            counts, max_risk, settings.confidence, settings.reference, settings.guarantee
         )
         if certificate is None:
             left_out.append(_left_out(max_risk, len(certify_scored), settings))

@@ -160,7 +160,17 @@ def certify(
 
     ``(0, None)`` where not even the first point passes.
     """
-    counts = count_along(path, certify_split)
+    return certify_counts(count_along(path, certify_split), max_risk, confidence, reference, guarantee)
+
+
+def certify_counts(
+    counts: PathCounts,
+    max_risk: float,
+    confidence: float,
+    reference: Reference,
+    guarantee: Guarantee = "risk",
+) -> tuple[int, Certificate | None]:
+    """:func:`certify` for counts that are there already: they are the same for every risk."""
     accepted = walk(counts, max_risk, confidence, guarantee)
     if accepted < 0:
         return 0, None

@@ -208,13 +208,13 @@ def calibrate(
         _existing(target).calibrate()
         _next_step(target, "calibrate", "erde evaluate", as_json)
         return
-    from erde.recalibration import describe, recalibrate_bundle, settings_of
+    from erde.recalibration import describe, parse_share, recalibrate_bundle, settings_of
 
     settings = settings_of(
         max_risks=max_risk, confidence=confidence or "90%", budgets=budget, latency_budgets=latency_budget,
         guarantee=guarantee or "risk", score=score or "auto", sharpness=sharpness, ensemble=ensemble or "auto",
     )  # fmt: skip
-    share = _share(tune_share or "50%", "--tune-share")
+    share = parse_share(tune_share or "50%", "--tune-share")
     if kind == "bundle":
         if data is None:
             raise UserError(
@@ -339,12 +339,6 @@ def _refuse(given: dict[str, Any], why: str) -> None:
     for option, value in given.items():
         if value is not None:
             raise UserError(f"{option} does not apply: {why}")
-
-
-def _share(text: str, option: str) -> float:
-    from erde.recalibration import parse_share
-
-    return parse_share(text, option)
 
 
 def _numbers(text: str, option: str) -> list[float]:

@@ -25,7 +25,6 @@ from erde.report_html import (
     Html,
     Row,
     accuracy,
-    between,
     details,
     flat,
     join,
@@ -38,7 +37,7 @@ from erde.report_html import (
     table,
     tag,
 )
-from erde.report_sections import comparison_table, promised_on, rule_in_words
+from erde.report_sections import area_cell, comparison_table, promised_on, rule_in_words
 from erde.results import Arm, Comparison, Curve, Results
 
 SCRIPTS = ("common.js", "compare.js")
@@ -207,23 +206,14 @@ def _arm_cells(arm: Arm) -> list[str]:
     certified = tag("small", "certified" if point.certificate else "not certified")
     test, several = point.test, len(arm.exits) > 1
 
-    def area(value: float | None, bounds: tuple[float, float] | None) -> str:
-        if value is None:
-            return NONE
-        return (
-            points_of(value, 2)
-            if bounds is None
-            else join(points_of(value, 2), tag("small", between(bounds, 2)))
-        )
-
     paper = arm.paper_curve if several else None
     return [
         join(point.name, certified), rule_in_words(arm) if several else NONE,
         NONE if test is None else accuracy(test.accuracy, test.accuracy_interval),
         accuracy(final.accuracy, final.accuracy_interval), NONE if test is None else millions(test.macs),
         NONE if test is None else points_of(test.macs_saved), NONE if test is None else points_of(test.risk, 2),
-        area(arm.curve.area, arm.curve.area_interval) if several else NONE,
-        NONE if paper is None else area(paper.area, paper.area_interval),
+        area_cell(arm.curve.area, arm.curve.area_interval) if several else NONE,
+        NONE if paper is None else area_cell(paper.area, paper.area_interval),
     ]  # fmt: skip
 
 

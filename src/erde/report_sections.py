@@ -112,6 +112,15 @@ def arms(results: Results) -> Html:
     return table(caption, columns, [(None, rows)], text={0, 1, 2, 3, 7})
 
 
+def area_cell(area: float | None, bounds: tuple[float, float] | None) -> str:
+    """An area under a curve with its interval, as far as they are known."""
+    if area is None:
+        return NONE
+    return (
+        points_of(area, 2) if bounds is None else join(points_of(area, 2), tag("small", between(bounds, 2)))
+    )
+
+
 def areas(results: Results) -> Html:
     """Areas under the curves of the chosen score and of the paper's rule, and the oracle."""
     columns = (
@@ -119,21 +128,12 @@ def areas(results: Results) -> Html:
         "oracle:\nMACs saved (%)",
     )  # fmt: skip
 
-    def area(value: float | None, bounds: tuple[float, float] | None) -> str:
-        if value is None:
-            return NONE
-        return (
-            points_of(value, 2)
-            if bounds is None
-            else join(points_of(value, 2), tag("small", between(bounds, 2)))
-        )
-
     rows = []
     for index, name, arm in several(results):
         paper = arm.paper_curve
         cells = [
-            join(dot(index), name), rule_in_words(arm), area(arm.curve.area, arm.curve.area_interval),
-            NONE if paper is None else area(paper.area, paper.area_interval),
+            join(dot(index), name), rule_in_words(arm), area_cell(arm.curve.area, arm.curve.area_interval),
+            NONE if paper is None else area_cell(paper.area, paper.area_interval),
             points_of(arm.oracle.accuracy), points_of(1 - arm.oracle.macs / arm.no_exit_macs),
         ]  # fmt: skip
         rows.append((cells, name == results.exported_arm))

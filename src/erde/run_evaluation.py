@@ -14,9 +14,9 @@ from erde.calibration import CalibratedPolicy
 from erde.comparison import compare_arms
 from erde.evidence import ArmInput, Evidence
 from erde.export import build_manifest
-from erde.results import Agreement, Arm, DataInfo, Epoch, ExitCost, Results, SplitInfo
+from erde.results import Agreement, Arm, DataInfo, EntropyHistograms, Epoch, ExitCost, Results, SplitInfo
 from erde.runtime import Session
-from erde.splits import Images, TestSplit
+from erde.splits import Images, TestLogits, TestSplit
 
 if TYPE_CHECKING:
     from erde.pipeline import Run
@@ -26,11 +26,10 @@ TEACHER = "teacher"
 
 def evaluate(run: Run) -> Results:
     """Measure every arm, seal the bundle of the exported one, and check that runtime and torch agree with it."""
-    policies = {arm: run_folder.read_policy(run.folder, arm) for arm in run.arms}
-    arms = {arm: _arm(run, arm, policies[arm]) for arm in run.arms}
-    exported = run.config.export.arm
-    seal = _seal_bundle(run, exported, policies[exported], arms[exported])
     inputs = arm_inputs(run)
+    arms = {arm: _arm(run, arm, inputs) for arm in run.arms}
+    exported = run.config.export.arm
+    seal = _seal_bundle(run, exported, inputs[exported].policy, arms[exported])
     return Results(
         name=run.config.name,
         seed=run.config.seed,
@@ -39,7 +38,7 @@ def evaluate(run: Run) -> Results:
         data=_data_info(run),
         arms=arms,
         comparisons=compare_arms({arm: (one.test, one.policy, one.cost) for arm, one in inputs.items()}),
-        agreement=_check_agreement(run, exported, policies[exported]),
+        agreement=_check_agreement(run, exported, inputs[exported]),
         bundle_seal=seal,
         environment=json.loads((run.folder / "environment.json").read_text(encoding="utf-8")),
         timings=_timings(run),
@@ -65,10 +64,10 @@ def gather_evidence(run: Run) -> Evidence:
     return evidence.collect(arm_inputs(run), run.config.export.arm, run.data.test.images)
 
 
-def _arm(run: Run, arm: str, calibrated: CalibratedPolicy) -> Arm:
-    test = run_folder.read_logits(run.folder, arm)[2]
-    _, _, right = run.reference_right()
-    cost, exported = run.cost(arm), run.stages(arm).cost
+def _arm(run: Run, arm: str, inputs: dict[str, ArmInput]) -> Arm:
+    mine = inputs[arm]
+    test, calibrated, cost, right = mine.test, mine.policy, mine.cost, mine.reference_right
+    exported = run.stages(arm).cost
     network_config = run.network_config(arm)
     history = [Epoch(**one) for one in json.loads((run.arm_folder(arm) / "history.json").read_text("utf-8"))]
     wrong = history[-1].parts.get("teacher_wrong")
@@ -101,17 +100,15 @@ def _arm(run: Run, arm: str, calibrated: CalibratedPolicy) -> Arm:
         oracle=evaluation.oracle(test, calibrated, cost),
         classes=evaluation.measure_classes(test, calibrated),
         teacher_wrong=wrong if isinstance(wrong, list) else None,
-        entropies=_entropies(run, arm),
+        entropies=_entropies(test, inputs.get(TEACHER)),
         history=history,
     )
 
 
-def _entropies(run: Run, arm: str) -> Any:
-    if not run.needs_teacher:
+def _entropies(test: TestLogits, teacher: ArmInput | None) -> EntropyHistograms | None:
+    if teacher is None:
         return None
-    teacher = run_folder.read_logits(run.folder, TEACHER)[2]
-    test = run_folder.read_logits(run.folder, arm)[2]
-    return evaluation.entropies(test, teacher.logits[-1].argmax(axis=-1) == teacher.labels)
+    return evaluation.entropies(test, teacher.test.logits[-1].argmax(axis=-1) == teacher.test.labels)
 
 
 def _seal_bundle(run: Run, arm: str, calibrated: CalibratedPolicy, measured: Arm) -> str:
@@ -132,11 +129,11 @@ def _seal_bundle(run: Run, arm: str, calibrated: CalibratedPolicy, measured: Arm
     return bundle.write(run.folder / "bundle", manifest, run.stages(arm).paths(stages), beside_seal=kept)
 
 
-def _check_agreement(run: Run, arm: str, calibrated: CalibratedPolicy) -> Agreement:
+def _check_agreement(run: Run, arm: str, measured: ArmInput) -> Agreement:
     """The runtime and torch against the evaluation: label and exit of every test image."""
     session = Session(run.folder / "bundle", threads=run.threads)
-    split, rule = run.data.test, calibrated.rule
-    logits = run_folder.read_logits(run.folder, arm)[2].logits
+    split, calibrated, logits = run.data.test, measured.policy, measured.test.logits
+    rule = calibrated.rule
     answers, scores = rule.apply(logits)
     # Where two classes tie, the label may tip over, and with it a score that looks at labels.
     ties = policy.near_tie(logits)
