@@ -255,6 +255,14 @@ needs_browser = pytest.mark.skipif(
 )
 
 
+# The page's clock runs ahead of its frames on a busy machine: what a frame brings is waited for, not timed.
+UNTIL = """
+function until(ready, then, tries = 100) {
+  if (ready() || tries === 0) then(); else setTimeout(() => until(ready, then, tries - 1), 50);
+}
+"""
+
+
 def browse(tmp_path: Path, source: str, *more: str, fragment: str = "", then: str = "") -> str:
     """The page's DOM after its scripts ran, and then ``then``; errors are noted on its root element."""
     note = "window.onerror = (m) => { document.documentElement.dataset.failed = m; };"
@@ -263,7 +271,7 @@ def browse(tmp_path: Path, source: str, *more: str, fragment: str = "", then: st
         "document.addEventListener('securitypolicyviolation', (e) => window.onerror(e.violatedDirective));"
     )
     # What a test does on the page comes after the figures are there.
-    act = f"setTimeout(() => {{ {then} }}, 1500);" if then else ""
+    act = f"{UNTIL}setTimeout(() => {{ {then} }}, 1500);" if then else ""
     page = tmp_path / "page.html"
     before, end, after = source.replace("<title>", f"<script>{note}</script><title>", 1).rpartition("</body>")
     page.write_text(f"{before}<script>{act}</script>{end}{after}", encoding="utf-8")

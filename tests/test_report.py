@@ -487,10 +487,11 @@ def test_moving_the_slider_counts_anew_and_tells_it_once(
         f"  range.value = String({last} - point);"
         "  range.dispatchEvent(new Event('input'));"
         "}"
-        "setTimeout(() => {"
-        "  const root = document.documentElement, ring = document.getElementById('plot-tradeoff').data.slice(-1)[0];"
-        "  root.dataset.told = told.length + ': ' + told.join('|');"
-        "  root.dataset.ring = ring.x[0] + ' ' + ring.y[0]; }, 1200);"
+        "const ring = () => document.getElementById('plot-tradeoff').data.slice(-1)[0];"
+        "const at = 1e-6 * Number(document.getElementById('explore').dataset.macs);"
+        "until(() => Math.abs(ring().x[0] - at) < 1e-9 && told.length > 0, () => {"
+        "  document.documentElement.dataset.told = told.length + ': ' + told.join('|');"
+        "  document.documentElement.dataset.ring = ring().x[0] + ' ' + ring().y[0]; });"
     )
     dom = browse(tmp_path, render(results, evidence), then=move)
     expected = expected_at("erde", 63)

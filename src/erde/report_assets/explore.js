@@ -154,11 +154,11 @@ erde.explore = (function () {
     parts.copy.dataset.text = "[" + texts.join(", ") + "]";
   }
 
-  let frame = 0;
+  // At most sixty times a second, and always the last. A timer, since a page that is not painted gets no frames.
+  let moving = null;
   function mark(found) {
     state.marker = found;
-    cancelAnimationFrame(frame);
-    frame = requestAnimationFrame(() => { if (erde.moveMarker) erde.moveMarker(); });
+    moving = moving || setTimeout(() => { moving = null; if (erde.moveMarker) erde.moveMarker(); }, 16);
   }
 
   // ---------------------------------------------------------------- choices
