@@ -60,7 +60,7 @@ def prediction(scores: Array, exits: NDArray[np.int64], point: str | None = "ris
     count = len(exits)
     return Prediction(
         labels=np.zeros(count, dtype=np.int64),
-        probabilities=np.full((count, 10), 0.1),
+        logits=np.zeros((count, 10)),
         exits=exits,
         scores=np.zeros(count),
         macs=np.asarray(MACS)[exits],
@@ -68,6 +68,7 @@ def prediction(scores: Array, exits: NDArray[np.int64], point: str | None = "ris
         milliseconds=(),
         first_scores=scores,
         operating_point=point,
+        temperatures=np.ones(3),
     )
 
 
@@ -517,7 +518,7 @@ def test_answers_of_another_bundle() -> None:
     monitor = Monitor(manifest(calibration(*draw(np.random.default_rng(0), 500))))
     good = prediction(*draw(np.random.default_rng(1), 30))
     for change, what in [
-        ({"probabilities": np.zeros((30, 7))}, "these answers have 7 classes, the bundle of this monitor 10"),
+        ({"logits": np.zeros((30, 7))}, "these answers have 7 classes, the bundle of this monitor 10"),
         ({"macs": good.macs + 1}, "these answers are of another bundle"),
         ({"exits": good.exits + 1}, "these answers are of another bundle"),
         ({"first_scores": np.zeros(3)}, "first scores for 30 answers: expected"),

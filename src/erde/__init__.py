@@ -5,6 +5,7 @@ The names below load what they need when first used, so that ``import erde`` sta
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from erde.pipeline import run as run
     from erde.training import distill as distill
     from erde.training import train as train
+
+# ONNX Runtime 1.29 and later would keep a file below the home folder and report its use to its makers. It looks at
+# this when it is imported; whoever sets it to 0 is asked.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = version("erde")
 

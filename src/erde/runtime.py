@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +20,18 @@ from erde.errors import UserError
 from erde.monitor import Monitor
 from erde.profile import PROFILE, Profile
 from erde.splits import ImageSource
+from erde.stages import Providers, StageRunner
 from erde.thresholds import Cost
-
-Providers = Sequence[str | tuple[str, dict[str, Any]]]
-
-
-class StageRunner:
-    """The ONNX stages of one network in ONNX Runtime."""
-
-    def __init__(
-        self, paths: Sequence[Path], threads: int | None = None, providers: Providers | None = None
-    ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.inter_op_num_threads = 1
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self._sessions = []
-        for path in paths:
-            try:
-                session = onnxruntime.InferenceSession(
-                    str(path), options, providers=list(providers or ["CPUExecutionProvider"])
-                )
-            except Exception as error:  # ONNX Runtime raises types of its own for each kind of bad model
-                raise UserError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
-            self._sessions.append(session)
-        self._inputs = [session.get_inputs()[0].name for session in self._sessions]
-
-    def __len__(self) -> int:
-        return len(self._sessions)
-
-    def run(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
-        """Stage ``index`` on a batch: its feature map (None for the last stage) and its raw logits (B, K)."""
-        outputs = self._sessions[index].run(None, {self._inputs[index]: x})
-        if index == len(self._sessions) - 1:
-            return None, outputs[0]
-        return outputs[0], outputs[1]
-
-    def all_logits(self, images: ImageSource, batch_size: int = 256) -> NDArray[np.float32]:
-        """Raw logits (E, N, K) of every exit for uint8 images (N, H, W, C); nothing leaves early."""
-        parts = []
-        for start in range(0, max(1, len(images)), batch_size):  # once for no images: shapes stay right
-            x: NDArray[Any] | None = images[start : start + batch_size]
-            rows = []
-            for index in range(len(self)):
-                assert x is not None
-                x, logits = self.run(index, x)
-                rows.append(logits)
-            parts.append(np.stack(rows))
-        return np.concatenate(parts, axis=1)
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Answers for N images, in the order given.
 
-    ``probabilities`` (N, K) are the tempered softmax of the exit that answered; ``scores`` (N,) what that
-    exit decided on; ``macs`` (N,) what was computed, heads included.
+    ``logits`` (N, K) are those of the exit that answered (for an ensemble score: the ensemble's), ``probabilities``
+    (N, K) their softmax at that exit's temperature, computed when first asked for; ``scores`` (N,) what that
+    exit decided on; ``macs`` (N,) what was computed, heads included: up to the exit that answered, or further for
+    an image that was carried along with its batch because that was quicker (:meth:`Session.profile`).
 
     ``capped`` is a matter of what was asked, not of the images: True if thresholds were given, or if a limit
     (``max_exit``, ``max_macs``, ``deadline_ms``) left the final exit out. Then no certificate speaks of these
@@ -87,7 +44,7 @@ class Prediction:
     """
 
     labels: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
+    logits: NDArray[np.float64]
     exits: NDArray[np.int64]
     scores: NDArray[np.float64]
     macs: NDArray[np.int64]
@@ -95,6 +52,12 @@ class Prediction:
     milliseconds: tuple[float, ...]
     first_scores: NDArray[np.float64]
     operating_point: str | None
+    temperatures: NDArray[np.float64]  # (E,), of the bundle's exits
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float64]:
+        """The tempered softmax (N, K) of the exit that answered."""
+        return policy.answer_probabilities(self.logits, self.exits, self.temperatures)
 
 
 class Session:
@@ -104,23 +67,30 @@ class Session:
         path: the bundle's folder.
         threads: of ONNX Runtime; None leaves the choice to it.
         providers: ONNX Runtime's execution providers; the CPU by default.
+        spinning: whether idle threads of ONNX Runtime wait actively; False leaves the cores to others.
 
     Raises:
         UserError: whatever is wrong with the bundle, in one line, before any graph is loaded.
     """
 
     def __init__(
-        self, path: str | Path, *, threads: int | None = None, providers: Providers | None = None
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        providers: Providers | None = None,
+        spinning: bool = True,
     ) -> None:
         folder = self.folder = Path(path)
         self.manifest = bundle.read(folder)
         self.rule = self.manifest.rule()
         self._threads = threads
         self._stages = StageRunner(
-            [folder / stage.file for stage in self.manifest.stages], threads, providers
+            [folder / stage.file for stage in self.manifest.stages], threads, providers, spinning
         )
         self._macs = np.asarray([stage.macs for stage in self.manifest.stages], dtype=np.int64)
-        self._profile: Profile | None = None  # read when first asked for
+        self._temperatures = np.asarray(self.manifest.temperatures)
+        self._profile = self._profile_at_hand()
         self._check_reference_sample(folder)
 
     @property
@@ -139,7 +109,7 @@ class Session:
         """MACs per exit, and milliseconds where ``timed`` and the bundle's folder has a profile of the machine."""
         milliseconds = None
         if timed and (self.folder / PROFILE).is_file():
-            milliseconds = self._read_profile().exit_milliseconds()
+            milliseconds = self._profile_on_disk().exit_milliseconds()
         return Cost(tuple(self._macs.tolist()), self.manifest.no_exit_macs, milliseconds)
 
     def profile(
@@ -147,7 +117,7 @@ class Session:
         path: str | Path | None = None,
         *,
         images: NDArray[np.uint8] | None = None,
-        batch_sizes: Sequence[int] = (1, 8, 32),
+        batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
         rounds: int = 30,
     ) -> Profile:
         """Time every stage on this machine, and write ``profile.json`` (into the bundle's folder by default).
@@ -155,47 +125,82 @@ class Session:
         Batch sizes and stages take turns within each round, so that a busy moment hits all alike; the median
         of ``rounds`` counts. ``images``: uint8 (N, H, W, C), drawn from with replacement; the bundle's own
         reference sample without them.
+
+        With its profile a session knows when taking the images that are done out of a batch costs more than
+        carrying them along to the next exit; without one they are always taken out.
         """
+        if not batch_sizes or min(batch_sizes) != 1 or rounds < 1:
+            raise UserError(
+                f"batch sizes {', '.join(map(str, batch_sizes))} and {rounds} rounds: expected 1 among the sizes, "
+                "no smaller one, and a round or more"
+            )
         if images is None:
             images = self.manifest.reference_sample.decode(self.manifest.input_shape)
         images = self._check_images(images)
         generator = np.random.default_rng(0)
         times: dict[int, list[list[float]]] = {size: [] for size in batch_sizes}
+        gathering: list[list[float]] = []
         for turn in range(rounds + 2):
             for size in batch_sizes:
-                seconds = self._time_stages(images[generator.integers(0, len(images), size)])
+                seconds, per_row = self._time_stages(images[generator.integers(0, len(images), size)])
                 if turn >= 2:  # the first calls allocate
                     times[size].append(seconds)
+                    gathering += [per_row] if size == max(batch_sizes) else []
         profile = Profile(
             stages=bundle.stages_hash(self.manifest),
             machine=f"{platform.system()} {platform.machine()}, onnxruntime {onnxruntime.__version__}",
             threads=self._threads,
             rounds=rounds,
             milliseconds={size: (1e3 * np.median(rows, axis=0)).tolist() for size, rows in times.items()},
+            gather_milliseconds=(1e3 * np.median(gathering, axis=0)).tolist(),
         )
         profile.write(Path(path) if path is not None else self.folder / PROFILE)
-        self._profile = None
+        self._profile = self._profile_at_hand()
         return profile
 
-    def _read_profile(self) -> Profile:
+    def _profile_on_disk(self) -> Profile:
         """The profile in the bundle's folder; :class:`UserError` without one."""
         stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
         return Profile.read(self.folder / PROFILE, stages, exits)
 
-    def _time_stages(self, images: NDArray[np.uint8]) -> list[float]:
-        """Seconds of each stage with its decision, for a batch that stays whole to the end."""
+    def _read_profile(self) -> Profile:
+        """The same, if it is of this session's threads."""
+        profile = self._profile_on_disk()
+        if profile.threads != self._threads:
+            raise UserError(
+                f"{self.folder / PROFILE} was measured with threads={profile.threads}, this session has "
+                f"threads={self._threads}: open it with the same number, or measure again with "
+                "Session(bundle, threads=...).profile()"
+            )
+        return profile
+
+    def _profile_at_hand(self) -> Profile | None:
+        """The profile if there is one for this session: what merely gains by one does without."""
+        try:
+            return self._read_profile()
+        except UserError:
+            return None
+
+    def _time_stages(self, images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
+        """For a batch that stays whole to the end: seconds of each stage with its decision, and of taking one
+        image over to each next stage."""
         x: NDArray[Any] | None = images
         so_far: list[NDArray[Any]] = []
-        seconds = []
+        seconds, per_row = [], []
+        every = np.arange(len(images))
         for index in range(len(self._stages)):
             assert x is not None
             final = index == len(self._stages) - 1
             started = time.perf_counter()
-            x, logits = self._stages.run(index, x)
+            x, logits = self._stages.run_bound(index, x)
             so_far = [*so_far, logits]
             self.rule.decide_on(so_far, self.rule.answer(so_far, final), final)
             seconds.append(time.perf_counter() - started)
-        return seconds
+            if x is not None:
+                started = time.perf_counter()
+                self._stages.gather(index + 1, x, every)
+                per_row.append((time.perf_counter() - started) / len(images))
+        return seconds, per_row
 
     def predict(
         self,
@@ -301,50 +306,101 @@ class Session:
         operating_point: str | None,
     ) -> Prediction:
         """Stages 0 to ``last`` on checked images; at ``last`` all that are left have to answer."""
-        count, classes = len(images), len(self.manifest.classes)
-        exits = np.full(count, last, dtype=np.int64)
-        logits = np.zeros((count, classes))
-        scores = first_scores = np.zeros(count)
-        waiting = np.arange(count)  # rows of the images that are still undecided
+        # What left together: rows of ``images``, their exit, logits and scores.
+        parts: list[tuple[NDArray[np.intp], int, NDArray[Any], NDArray[np.float64]]] = []
+        carried: list[tuple[NDArray[np.intp], int]] = []  # rows that a stage computed although they were done
+        present = np.arange(len(images))  # rows in the batch
+        undecided: NDArray[np.bool_] | None = None  # which of them are; None for all
+        first_scores = np.zeros(0)
         x: NDArray[Any] = images
         so_far: list[NDArray[Any]] = []  # their logits at every exit they passed, where the rule looks back
         final = len(self._stages) - 1
         clock = [time.perf_counter()]
         for index in range(last + 1):
-            features, stage_logits = self._stages.run(index, x)
+            features, stage_logits = self._stages.run_bound(index, x)
             so_far = [*so_far, stage_logits] if self.rule.looks_back else [stage_logits]
-            answer = self.rule.answer(so_far, index == final)
-            stage_scores = self.rule.decide_on(so_far, answer, index == final)
-            if index == 0:
-                first_scores = stage_scores
-            done = (
-                np.ones(len(waiting), dtype=np.bool_)
-                if index == last
-                else policy.leaves(stage_scores, thresholds[index])
-            )
-            rows = waiting[done]
-            exits[rows] = index
-            logits[rows] = answer[done]
-            scores[rows] = stage_scores[done]
-            waiting = waiting[~done]
-            if len(waiting):
+            left = len(present)
+            if undecided is not None:
+                carried.append((present[~undecided], index))
+                left = int(np.count_nonzero(undecided))
+            threshold = thresholds[index] if index < last else None
+            if index in (0, last) or threshold is not None:  # nobody asks for the score of a disabled exit
+                answer = self.rule.answer(so_far, index == final)
+                scores = self.rule.decide_on(so_far, answer, index == final)
+                if index == 0:
+                    first_scores = scores
+                if index == last:
+                    done = undecided
+                else:
+                    done = policy.leaves(scores, threshold)
+                    done = done if undecided is None else done & undecided
+                leaving = left if done is None else int(np.count_nonzero(done))
+                if done is None or leaving == len(present):
+                    parts.append((present, index, answer, scores))
+                elif leaving:
+                    parts.append((present[done], index, answer[done], scores[done]))
+                    undecided = ~done if undecided is None else undecided & ~done
+                left -= leaving
+            if left:
                 assert features is not None
-                x = features[~done] if len(rows) else features
-                so_far = [one[~done] for one in so_far] if len(rows) else so_far
+                x = features
+                if undecided is not None and self._pays_to_gather(index, len(present), left):
+                    keep = np.flatnonzero(undecided)
+                    x = self._stages.gather(index + 1, features, keep)
+                    so_far = [one[keep] for one in so_far]
+                    present, undecided = present[keep], None
             clock.append(time.perf_counter())
-            if not len(waiting):
+            if not left:
                 break
+        return self._prediction(parts, carried, len(images), first_scores, capped, operating_point, clock)
+
+    def _prediction(
+        self,
+        parts: list[tuple[NDArray[np.intp], int, NDArray[Any], NDArray[np.float64]]],
+        carried: list[tuple[NDArray[np.intp], int]],
+        count: int,
+        first_scores: NDArray[np.float64],
+        capped: bool,
+        operating_point: str | None,
+        clock: list[float],
+    ) -> Prediction:
+        if len(parts) == 1:  # all left together, as a single image does
+            _, exit, answer, scores = parts[0]
+            exits, logits = np.full(count, exit, dtype=np.int64), answer.astype(np.float64)
+        else:
+            exits = np.zeros(count, dtype=np.int64)
+            logits, scores = np.zeros((count, len(self.manifest.classes))), np.zeros(count)
+            for rows, exit, answer, of_rows in parts:
+                exits[rows], logits[rows], scores[rows] = exit, answer, of_rows
+        reached = exits
+        if carried:
+            reached = exits.copy()
+            for rows, index in carried:
+                reached[rows] = index
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"the stages of bundle {self.folder} give logits that are not finite for these images: export it again"
+            )
         return Prediction(
             labels=logits.argmax(axis=-1),
-            probabilities=policy.answer_probabilities(logits, exits, self.manifest.temperatures),
+            logits=logits,
             exits=exits,
             scores=scores,
-            macs=self._macs[exits],
+            macs=self._macs[reached],
             capped=capped,
-            milliseconds=tuple((1e3 * np.diff(clock)).tolist()),
+            milliseconds=tuple(1e3 * (after - before) for before, after in itertools.pairwise(clock)),
             first_scores=first_scores,
             operating_point=operating_point,
+            temperatures=self._temperatures,
         )
+
+    def _pays_to_gather(self, index: int, present: int, left: int) -> bool:
+        """Whether the next stage is quicker on the ``left`` undecided images of ``present`` behind exit ``index``."""
+        if self._profile is None:
+            return True
+        saved = self._profile.stage_milliseconds(index + 1, present)
+        saved -= self._profile.stage_milliseconds(index + 1, left)
+        return saved > left * self._profile.gather_milliseconds[index]
 
     def _check_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         images = np.asarray(images)
@@ -373,7 +429,7 @@ class Session:
 
     def _last_exit_within(self, deadline_ms: float, count: int) -> int:
         """The furthest exit that a batch of ``count`` images reaches in time, by the profile."""
-        profile = self._profile = self._profile or self._read_profile()
+        profile = self._profile or self._read_profile()
         count = max(1, count)
         size = min((one for one in profile.milliseconds if one >= count), default=max(profile.milliseconds))
         times = np.cumsum(profile.milliseconds[size]) * max(1.0, count / size)
@@ -404,7 +460,7 @@ class Session:
             logits = self._stages.all_logits(images)
         except Exception as error:  # a stage that does not take what the last one gives, and the like
             raise UserError(
-                f"bundle {folder}: its stages do not run: {str(error).splitlines()[0]}"
+                f"bundle {folder}: its stages do not run: {bundle.in_one_line(str(error))}"
             ) from error
         expected = np.asarray(sample.logits)
         if logits.shape != expected.shape or not np.abs(logits - expected).max() <= sample.tolerance:
