@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from erde.errors import UserError, nearest
 from erde.files import replacing_folder, write_json, write_text
+from erde.graph_files import check_graph_file
 from erde.policy import SCORES, Ensemble, ExitRule, HarmParameters, harm_feature_count
 
 FORMAT_VERSION = 2
@@ -28,12 +29,22 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 # No honest manifest comes near this; a larger one is refused before it is parsed.
 MAX_MANIFEST_BYTES = 64 * 2**20
+# An ONNX graph is a protobuf message, which cannot be larger; a larger file is refused before it is hashed.
+MAX_FILE_BYTES = 2 * 2**30 - 1
+MAX_ERROR = 500
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+# Whole numbers that are kept in arrays of int64.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+# What logits are divided by; calibration stays well within.
+Divisor = Annotated[float, Field(ge=1e-3, le=1e3)]
+Side = Annotated[int, Field(ge=1, lt=2**31)]
+
+Precision = Literal["fp32", "int8"]
 Reference = Literal["final_exit", "no_exit_network", "teacher", "given"]
 Guarantee = Literal["risk", "net_drop", "expected_risk"]
 
@@ -139,8 +150,8 @@ class Stage(_Model):
 
     file: str
     exit_name: str
-    macs: int
-    parameters: int
+    macs: Count
+    parameters: Count
 
 
 class ReferenceSample(_Model):
@@ -169,15 +180,24 @@ class Calibration(_Model):
     same certify images (or on images of the same ``sources``), which would void the certificates.
     """
 
-    exit_rates: list[float]
-    score_histograms: list[list[int]]
+    exit_rates: list[Annotated[float, Field(ge=0, le=1)]]
+    score_histograms: list[list[Count]]
     score_ranges: list[tuple[float, float]]
-    tune_images: int
-    certify_images: int
+    tune_images: Count
+    certify_images: Count
     tune_fingerprint: str
     certify_fingerprint: str
     sources: list[str]
     choices: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Calibration:
+        if len(self.score_histograms) != len(self.score_ranges):
+            raise ValueError(f"{len(self.score_histograms)} histograms with {len(self.score_ranges)} ranges")
+        for low, high in self.score_ranges:
+            if not (low <= high and math.isfinite(high - low)):
+                raise ValueError(f"scores cannot range from {low:g} to {high:g}")
+        return self
 
 
 class Manifest(_Model):
@@ -186,20 +206,20 @@ class Manifest(_Model):
     format_version: int
     name: str
     classes: list[str] = Field(min_length=2)
-    input_shape: tuple[int, int, int]  # H, W, C
+    input_shape: tuple[Side, Side, Side]  # H, W, C
     mean: list[float]
     std: list[float]
     resize: Literal["shorter side, then centre crop; bilinear"]
-    precision: Literal["fp32"]
+    precision: Precision
     opset: int
     stages: list[Stage] = Field(min_length=1)
-    no_exit_macs: int
-    no_exit_parameters: int
+    no_exit_macs: Count
+    no_exit_parameters: Count
     score: str
-    sharpness: float = Field(gt=0)
+    sharpness: Divisor
     ensemble: Ensemble
     score_parameters: list[HarmParameters] | None
-    temperatures: list[Annotated[float, Field(gt=0)]]
+    temperatures: list[Divisor]
     operating_points: list[OperatingPoint] = Field(min_length=1)
     default_operating_point: str
     left_out: list[LeftOut]
@@ -296,9 +316,9 @@ def seal(folder: Path, manifest: Manifest) -> str:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a bundle whose format, seal and checksums were verified.
+    """The manifest of a bundle whose format, seal, checksums and kinds of graph were verified.
 
-    Nothing but JSON is parsed and no path outside ``folder`` is opened before that.
+    Nothing but JSON is parsed, no graph is loaded and no path outside ``folder`` is opened before that.
 
     Raises:
         UserError: whatever is wrong with the bundle, in one line.
@@ -309,7 +329,7 @@ def read(folder: Path) -> Manifest:
     version = value.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"bundle {folder} has format version {version!r}, this erde reads {FORMAT_VERSION}: "
+            f"bundle {folder} has format version {in_one_line(repr(version))}, this erde reads {FORMAT_VERSION}: "
             "install the erde that wrote it, or export it again"
         )
     try:
@@ -322,11 +342,20 @@ def read(folder: Path) -> Manifest:
         manifest = Manifest.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {first['msg']}") from error
+        where = in_one_line(".".join(str(part) for part in first["loc"])) or "manifest"
+        what = in_one_line(first["msg"])
+        raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {what}") from error
     for name, expected in manifest.files.items():
         _verify_file(folder, name, expected)
+    for stage in manifest.stages:
+        check_graph_file(folder / stage.file)
     return manifest
+
+
+def in_one_line(text: str) -> str:
+    """``text`` that somebody else wrote, fit for an error message: no line breaks, no control characters, not long."""
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[: MAX_ERROR + 1])
+    return line if len(line) <= MAX_ERROR else f"{line[:MAX_ERROR]}..."
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -356,11 +385,14 @@ def _exact_float(text: str) -> float:
 
 def _verify_file(folder: Path, name: str, expected: str) -> None:
     # Plain names only: no separators, no "..", so that a manifest cannot point outside its folder.
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise UserError(f"bundle {folder}: the file name {name!r} is not allowed in a bundle")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+        name = in_one_line(repr(name))
+        raise UserError(f"bundle {folder}: the file name {name} is not allowed in a bundle")
     path = folder / name
     if path.is_symlink() or not path.is_file():
         raise UserError(f"bundle {folder}: {name} is missing: copy the bundle again")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"bundle {folder}: {name} is larger than {MAX_FILE_BYTES:,} bytes")
     if file_hash(path) != expected:
         raise UserError(
             f"bundle {folder}: {name} does not match its checksum: it was changed or damaged; "
@@ -389,7 +421,7 @@ def model_card(manifest: Manifest) -> str:
         f"# {manifest.name}",
         "",
         f"An image classifier with {len(manifest.stages)} exits, {len(manifest.classes)} classes, for images of "
-        f"{height}x{width} pixels and {channels} channel{'s' if channels > 1 else ''} ({manifest.precision}).",
+        f"{height}x{width} pixels and {channels} channel{'s' if channels > 1 else ''} ({_precision_in_words(manifest)}).",
         "",
         "| exit | name | MACs (cumulative, heads included) | parameters |",
         "|---|---|---|---|",
@@ -439,10 +471,51 @@ def model_card(manifest: Manifest) -> str:
         "answer.labels, answer.probabilities, answer.exits",
         "```",
         "",
-        "The promise holds for images drawn like those it was certified on; for others, calibrate again.",
+        "## Data and limits",
+        "",
+        *_data_in_words(manifest),
+        "- A promise holds for images drawn like those it was certified on, and for the operating points above as they are: "
+        "other thresholds, a cap on exits or a deadline have none. For other images: `erde calibrate BUNDLE --data FOLDER`.",
+        "- `session.monitor()` says, without labels, when images are no longer like those.",
+        "- MACs are counts. What they are worth in time depends on the machine: `erde bench BUNDLE` measures it.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _data_in_words(manifest: Manifest) -> list[str]:
+    # Provenance is free: another program may seal a bundle that says nothing of it.
+    recipe, splits = manifest.provenance.get("recipe"), manifest.provenance.get("splits")
+    lines = []
+    name = recipe.get("data", {}).get("name") if isinstance(recipe, dict) else None
+    if isinstance(name, str) and isinstance(splits, dict):
+        sizes = ", ".join(
+            f"{split} {one['size']:,}"
+            for split, one in splits.items()
+            if isinstance(one, dict) and isinstance(one.get("size"), int)
+        )
+        lines.append(
+            f"- Data set `{in_one_line(name)}`; images: {sizes}. Recipe, versions and fingerprints: `manifest.json`."
+        )
+    if manifest.calibration is not None:
+        seen = manifest.calibration
+        lines.append(
+            f"- Thresholds were chosen on {seen.tune_images:,} images and certified on {seen.certify_images:,} others."
+        )
+    return lines
+
+
+def _precision_in_words(manifest: Manifest) -> str:
+    if manifest.precision == "fp32":
+        return "fp32"
+    quantisation = manifest.provenance.get("quantisation")
+    # Provenance is free: another program may seal a bundle that says nothing of it.
+    kept = quantisation.get("kept_in_float") if isinstance(quantisation, dict) else None
+    if kept is None:
+        return manifest.precision
+    layers = {"first": "the first convolution", "last": "the linear layers of the heads"}
+    said = " and ".join(layers.get(one, str(one)) for one in kept)
+    return f"{manifest.precision}, logits in float{f'; {said} kept in float' if said else ''}"
 
 
 def differences(first: Manifest, second: Manifest) -> dict[str, tuple[Any, Any]]:
