@@ -230,6 +230,10 @@ def test_wrong_type_or_range(recipe: Path, override: str, start: str, got: str) 
         ("arms.erde.loss=3", "arms.erde.loss: a loss needs a name, got 3; for example {name: erde}"),
         ("calibration.score=entropi", "calibration.score: unknown score 'entropi' (did you mean 'entropy'?)"),
         ("export.arm=erd", "export.arm is 'erd', which is no arm (did you mean 'erde'?)"),
+        ("export.precisions=[int8]", "export: precisions must hold fp32: int8 is made from it"),
+        ("export.precisions=[]", "export: precisions must hold fp32: int8 is made from it"),
+        ("export.precisions=[fp32, int8, int8]", "export: each of precisions once"),
+        ("export.precisions=[fp32, int4]", "export.precisions.1: expected 'fp32' or 'int8', got 'int4'"),
         ("train.backbone_epochs=61", "train: backbone_epochs (61) exceeds epochs (60)"),
         ("teacher.train.backbone_epochs=61", "teacher.train: backbone_epochs (61) exceeds epochs (60)"),
     ],
@@ -245,6 +249,18 @@ def test_arm_names_are_folder_names(tmp_path: Path, name: str) -> None:
         tmp_path / "r.yaml", yaml.safe_dump({"arms": {name: {"loss": "ce"}}, "export": {"arm": name}})
     )
     assert "cannot name an arm" in refusal(path)
+
+
+def test_the_name_of_the_arm_in_int8_is_taken(recipe: Path) -> None:
+    both = "export.precisions=[int8, fp32]"
+    assert load_config(recipe).export.int8_arm is None
+    assert load_config(recipe, [both]).export.int8_arm == "erde-int8"
+    taken = "arms.erde-int8.loss=ce"
+    assert refusal(recipe, both, taken).startswith(
+        "'erde-int8' cannot name an arm: with export.precisions int8"
+    )
+    assert "erde-int8" in load_config(recipe, [taken]).arms
+    assert "erde-int8" in load_config(recipe, [both, taken, "export.arm=kd"]).arms
 
 
 @pytest.mark.parametrize("override", ["train.epochs", "=3", ""])

@@ -166,10 +166,26 @@ class ArmConfig(Frozen):
 
 
 class ExportConfig(Frozen):
-    """Which arm becomes the bundle."""
+    """Which arm becomes the bundle, and in which precisions."""
 
     arm: str = "erde"
     opset: Annotated[int, Field(ge=18, le=23)] = 18
+    precisions: list[Literal["fp32", "int8"]] = Field(
+        ["fp32"], description="int8 beside fp32: the arm in int8 too, as an arm and a bundle of its own"
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> ExportConfig:
+        if len(set(self.precisions)) != len(self.precisions):
+            raise ValueError("each of precisions once")
+        if "fp32" not in self.precisions:
+            raise ValueError("precisions must hold fp32: int8 is made from it")
+        return self
+
+    @property
+    def int8_arm(self) -> str | None:
+        """The name of ``arm`` in int8, where that is asked for."""
+        return f"{self.arm}-int8" if "int8" in self.precisions else None
 
 
 class CalibrationConfig(Frozen):
@@ -230,6 +246,11 @@ class Config(Frozen):
                 raise UserError(
                     f"'{arm}' cannot name an arm: letters, digits, '-', '_' and '.', and not 'teacher'"
                 )
+        if self.export.int8_arm in self.arms:
+            raise UserError(
+                f"'{self.export.int8_arm}' cannot name an arm: with export.precisions int8 it is what "
+                f"'{self.export.arm}' is called in int8"
+            )
         networks = {"teacher": self.teacher, "student": self.student}
         networks |= {f"arms.{arm}.student": self.student_of(arm) for arm in self.arms}
         for where, network in networks.items():

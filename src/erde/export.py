@@ -1,8 +1,9 @@
-"""Networks to ONNX: one file per stage with the preprocessing in the first, or one plain graph."""
+"""Networks to ONNX: one file per stage with the preprocessing in the first, or one plain graph; float or int8."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -10,7 +11,8 @@ import shutil
 import sys
 import types
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,21 @@ from torch import Tensor, nn
 from erde import __version__, bundle
 from erde.cost import NetworkCost, network_cost
 from erde.data import DataSplits
-from erde.errors import UserError
+from erde.errors import UserError, nearest
 from erde.exits import EarlyExitNetwork
 from erde.files import make_folder, replacing_file, replacing_folder, write_json
-from erde.runtime import StageRunner
+from erde.quantisation import Quantisation, quantise, quantise_stages, range_images
+from erde.splits import TrainSplit, TuneSplit
+from erde.stages import StageRunner
 
 STAGES = "stages.json"
-PARITY_BATCHES = (0, 1, 2, 7)
+PRECISIONS = ("fp32", "int8")
+PARITY_BATCHES = (0, 1, 2, 7, 32)
 # float32 kernels of two libraries differ in the last bits; relative to the largest logit.
 PARITY_TOLERANCE = 1e-4
+# Of int8 stages on another machine: a last bit that differs may tip a rounding. Switching off every optimisation
+# of ONNX Runtime, which computes in float then, moves logits by 0.3 % of the largest; rounding itself, by 3 % and more.
+INT8_TOLERANCE = 0.02
 REFERENCE_IMAGES = 2
 
 
@@ -45,6 +53,12 @@ class ExportedStages:
     input_shape: tuple[int, int, int]  # H, W, C
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    quantisation: Quantisation | None = None  # of int8 stages
+
+    @property
+    def precision(self) -> bundle.Precision:
+        """What the stages compute in."""
+        return "fp32" if self.quantisation is None else "int8"
 
     @classmethod
     def read(cls, folder: Path) -> ExportedStages:
@@ -52,6 +66,7 @@ class ExportedStages:
         value = json.loads((folder / STAGES).read_text(encoding="utf-8"))
         cost = value["cost"]
         height, width, channels = value["input_shape"]
+        quantisation = value.get("quantisation")
         return cls(
             files=tuple(value["files"]),
             cost=NetworkCost(
@@ -65,6 +80,7 @@ class ExportedStages:
             input_shape=(height, width, channels),
             mean=tuple(value["mean"]),
             std=tuple(value["std"]),
+            quantisation=None if quantisation is None else Quantisation.from_json(quantisation),
         )
 
     def paths(self, folder: Path) -> list[Path]:
@@ -80,11 +96,31 @@ class _Preprocess(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.tensor([1 / (255 * value) for value in std]))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]))
+        column = (-1, 1, 1)
+        self.register_buffer("scale", torch.tensor([1 / (255 * value) for value in std]).reshape(column))
+        shift = [-m / s for m, s in zip(mean, std, strict=True)]
+        self.register_buffer("shift", torch.tensor(shift).reshape(column))
 
     def forward(self, images: Tensor) -> Tensor:
-        return (images.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
+        # Channels first: a factor per plane is many times faster than one per neighbouring number.
+        return images.permute(0, 3, 1, 2).to(torch.float32) * self.scale + self.shift
+
+
+class _WholeMapAverage(nn.Module):
+    """``AdaptiveAvgPool2d(1)`` as a pooling of fixed size, which ONNX Runtime keeps in its blocked layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, x.shape[-2:])
+
+
+def _for_export(network: EarlyExitNetwork) -> EarlyExitNetwork:
+    """A copy whose modules export to plain graphs; the numbers are the same."""
+    network = copy.deepcopy(network).to("cpu").eval()
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size in (1, (1, 1)):
+                setattr(module, name, _WholeMapAverage())
+    return network
 
 
 class _Stage(nn.Module):
@@ -123,7 +159,7 @@ def export_stages(
     Raises:
         UserError: where ONNX Runtime and torch disagree at any exit; then nothing is written.
     """
-    network = network.to("cpu").eval()
+    network = _for_export(network)
     height, width, channels = input_shape
     preprocess = _Preprocess(mean, std)
     exits = len(network.stages)
@@ -148,6 +184,33 @@ def export_stages(
     return exported
 
 
+def export_int8_stages(
+    source: Path, folder: Path, train: TrainSplit, tune: TuneSplit, seed: int = 0
+) -> ExportedStages:
+    """Write the float stages in the folder ``source`` in int8 to ``folder``, in one step.
+
+    Ranges come from train images; how much stays in float is decided on tune. See quantisation.py.
+
+    Raises:
+        UserError: where shapes are wrong, or an image's logits depend on its batch; then nothing is written.
+    """
+    exported = ExportedStages.read(source)
+    with replacing_folder(folder) as beside:
+        quantisation = quantise_stages(exported.paths(source), beside, train, tune, seed)
+        exported = replace(exported, quantisation=quantisation)
+        _check_batches(exported, beside)
+        write_json(beside / STAGES, asdict(exported))
+    return exported
+
+
+def export_int8_plain(
+    source: Path, path: Path, train: TrainSplit, kept_in_float: Sequence[str], seed: int = 0
+) -> None:
+    """Write the plain float graph ``source`` in int8 to ``path``, with the ranges and choices of the stages."""
+    make_folder(path.parent)
+    quantise(source, path, range_images(train, seed), kept_in_float)
+
+
 def export_plain(
     network: EarlyExitNetwork,
     input_shape: tuple[int, int, int],
@@ -158,7 +221,7 @@ def export_plain(
 ) -> None:
     """Write the network without exits as one ordinary ONNX file: uint8 ``images`` to raw ``logits``."""
     preprocess = _Preprocess(mean, std)
-    module = _Plain(preprocess, network.to("cpu").eval()).eval()
+    module = _Plain(preprocess, _for_export(network)).eval()
     make_folder(path.parent)
     with replacing_file(path) as beside:
         _export_graph(module, _random_images(2, input_shape), beside, ["images"], ["logits"], opset)
@@ -231,18 +294,31 @@ def _check_parity(
             _check_equal(logits, expected[index], name, batch)
 
 
-def _check_equal(found: NDArray[Any], expected: NDArray[Any], exit_name: str, batch: int) -> None:
+def _check_batches(exported: ExportedStages, folder: Path) -> None:
+    """Shapes, and the same logits for an image whatever its batch."""
+    runner = StageRunner(exported.paths(folder), threads=1)
+    images = _random_images(max(PARITY_BATCHES), exported.input_shape).numpy()
+    alone = runner.all_logits(images, batch_size=1)
+    for batch in PARITY_BATCHES:
+        together = runner.all_logits(images[:batch])
+        for index, name in enumerate(exported.cost.exit_names):
+            _check_equal(together[index], alone[index, :batch], name, batch, "itself for single images")
+
+
+def _check_equal(
+    found: NDArray[Any], expected: NDArray[Any], exit_name: str, batch: int, other: str = "torch"
+) -> None:
     if found.shape != expected.shape:
         raise UserError(
-            f"the exported network gives shape {found.shape} at exit '{exit_name}' for a batch of {batch}, torch gives "
-            f"{expected.shape}: nothing was written"
+            f"the exported network gives shape {found.shape} at exit '{exit_name}' for a batch of {batch}, "
+            f"{other} gives {expected.shape}: nothing was written"
         )
     if not expected.size:
         return
     difference = float(np.abs(found - expected).max())
     if not difference <= PARITY_TOLERANCE * max(1.0, float(np.abs(expected).max())):
         raise UserError(
-            f"the exported network differs from torch by {difference:.2g} at exit '{exit_name}' for a batch of {batch}: "
+            f"the exported network differs from {other} by {difference:.2g} at exit '{exit_name}' for a batch of {batch}: "
             "nothing was written; please report it with the recipe"
         )
 
@@ -253,6 +329,9 @@ def build_manifest(
     """The manifest of exported stages before calibration: no image exits early."""
     exported = ExportedStages.read(stages_folder)
     cost = exported.cost
+    if exported.quantisation is not None:
+        provenance = {**provenance, "quantisation": json.loads(json.dumps(asdict(exported.quantisation)))}
+    tolerance = PARITY_TOLERANCE if exported.precision == "fp32" else INT8_TOLERANCE
     images = _random_images(REFERENCE_IMAGES, exported.input_shape).numpy()
     logits = StageRunner(exported.paths(stages_folder), threads=1).all_logits(images)
     return bundle.Manifest(
@@ -263,7 +342,7 @@ def build_manifest(
         mean=list(exported.mean),
         std=list(exported.std),
         resize="shorter side, then centre crop; bilinear",
-        precision="fp32",
+        precision=exported.precision,
         opset=exported.opset,
         stages=[
             bundle.Stage(file=file, exit_name=exit_name, macs=macs, parameters=parameters)
@@ -295,7 +374,7 @@ def build_manifest(
             images=bundle.ReferenceSample.encode(images),
             count=len(images),
             logits=logits.astype(float).tolist(),
-            tolerance=PARITY_TOLERANCE * max(1.0, float(np.abs(logits).max())),
+            tolerance=tolerance * max(1.0, float(np.abs(logits).max())),
         ),
         provenance=provenance,
         files={file: bundle.file_hash(stages_folder / file) for file in exported.files},
@@ -303,24 +382,37 @@ def build_manifest(
 
 
 def export(
-    network: EarlyExitNetwork, data: DataSplits, path: str | Path, *, name: str = "network", opset: int = 18
+    network: EarlyExitNetwork,
+    data: DataSplits,
+    path: str | Path,
+    *,
+    name: str = "network",
+    opset: int = 18,
+    precision: str = "fp32",
 ) -> Path:
     """Write ``network`` as a sealed bundle that is not calibrated yet; :func:`erde.calibrate` comes next.
 
-    ``data`` gives the classes, the image shape and the normalisation; no image is looked at.
+    ``data`` gives the classes, the image shape and the normalisation; for ``precision="int8"`` also train images,
+    for ranges, and tune images, which decide how much stays in float. With ``"fp32"`` no image is looked at.
     """
     folder = Path(path)
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision '{precision}'{nearest(precision, PRECISIONS)}")
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another path, or remove it first")
     make_folder(folder.parent)
-    stages = folder.with_name(f".{folder.name}.stages.partial")
+    floats, int8 = (folder.with_name(f".{folder.name}.{one}.partial") for one in PRECISIONS)
     try:
-        exported = export_stages(network, data.image_shape, data.mean, data.std, stages, opset)
+        stages = floats
+        exported = export_stages(network, data.image_shape, data.mean, data.std, floats, opset)
+        if precision == "int8":
+            stages, exported = int8, export_int8_stages(floats, int8, data.train, data.tune)
         provenance = {"erde": __version__, "torch": torch.__version__}
         manifest = build_manifest(stages, name=name, classes=data.classes, provenance=provenance)
         bundle.write(folder, manifest, exported.paths(stages))
     finally:
-        shutil.rmtree(stages, ignore_errors=True)
+        for leftover in (floats, int8):
+            shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 

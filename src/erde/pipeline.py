@@ -31,15 +31,22 @@ from erde.cost import network_cost
 from erde.data import DataSplits, load_splits
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork, attach_exits
-from erde.export import STAGES, ExportedStages, export_plain, export_stages
+from erde.export import (
+    STAGES,
+    ExportedStages,
+    export_int8_plain,
+    export_int8_stages,
+    export_plain,
+    export_stages,
+)
 from erde.files import check_folder, make_folder, replacing_file, sweep_leftovers, write_json, write_text
 from erde.losses import LOSSES
 from erde.profile import PROFILE, Profile
 from erde.report import write_report
 from erde.results import Results
 from erde.run_evaluation import TEACHER
-from erde.runtime import StageRunner
 from erde.settings import Settings
+from erde.stages import StageRunner
 from erde.thresholds import Cost
 from erde.training import FINAL, Job, build_criterion, choose_device, train_network
 
@@ -143,8 +150,25 @@ class Run:
 
     @property
     def arms(self) -> list[str]:
-        """All arms, the teacher first."""
+        """All arms that are trained, the teacher first."""
         return [*([TEACHER] if self.needs_teacher else []), *self.config.arms]
+
+    @property
+    def measured_arms(self) -> list[str]:
+        """All arms with logits of their own: the exported one in int8, if it is asked for, stands behind itself in float."""
+        int8, exported = self.config.export.int8_arm, self.config.export.arm
+        found = []
+        for arm in self.arms:
+            found += [arm, int8] if arm == exported and int8 is not None else [arm]
+        return found
+
+    def trained_as(self, arm: str) -> str:
+        """The arm whose training made ``arm``: another one for int8 only."""
+        return self.config.export.arm if arm == self.config.export.int8_arm else arm
+
+    def bundle_folder(self, arm: str) -> Path:
+        """Where the bundle of the exported arm lies, in float or int8."""
+        return self.folder / ("bundle-int8" if arm == self.config.export.int8_arm else "bundle")
 
     def arm_folder(self, arm: str) -> Path:
         """``arms/<arm>``."""
@@ -152,7 +176,7 @@ class Run:
 
     def network_config(self, arm: str) -> NetworkConfig:
         """The network of an arm."""
-        return self.config.teacher if arm == TEACHER else self.config.student_of(arm)
+        return self.config.teacher if arm == TEACHER else self.config.student_of(self.trained_as(arm))
 
     def new_network(self, arm: str) -> EarlyExitNetwork:
         """A fresh network: arms with the same architecture start from the same weights."""
@@ -262,7 +286,7 @@ class Run:
         progress.say(f"{arm}: trained, loss {final:.4f}, {outcome.images_per_second:,.0f} images/s")
 
     def export(self) -> None:
-        """Write every arm's stages and its logits on tune, certify and test; and the plain baselines."""
+        """Write every arm's stages and its logits on tune, certify and test; and the plain baselines; int8 last."""
         for arm in self.arms:
             folder = self.arm_folder(arm)
             if not (folder / "stages" / STAGES).exists():
@@ -283,6 +307,25 @@ class Run:
             path = self.folder / "baselines" / f"{name}.onnx"
             if (is_plain or arm == self.config.export.arm) and not path.exists():
                 self.export_plain(arm, path)
+        if self.config.export.int8_arm is not None:
+            self._export_int8(self.config.export.int8_arm)
+
+    def _export_int8(self, arm: str) -> None:
+        """The exported arm's stages, logits and plain baseline in int8, with ranges from what students are trained on."""
+        folder, source = make_folder(self.arm_folder(arm)), self.arm_folder(self.config.export.arm)
+        train, seed = self.data.train_share(self.config.data.train_subset), self.config.seed
+        if not (folder / "stages" / STAGES).exists():
+            progress.say(f"{arm}: quantise")
+            export_int8_stages(source / "stages", folder / "stages", train, self.data.tune, seed)
+        quantisation = self.stages(arm).quantisation
+        assert quantisation is not None
+        if not (folder / run_folder.LOGITS).exists():
+            self.log.write("quantised", arm=arm, **dataclasses.asdict(quantisation))
+            self._write_logits(arm)
+        baselines = self.folder / "baselines"
+        path = baselines / "no-exit-int8.onnx"
+        if not path.exists():
+            export_int8_plain(baselines / "no-exit.onnx", path, train, quantisation.kept_in_float, seed)
 
     def export_plain(self, arm: str, path: Path) -> None:
         """An arm's network without exits as one ordinary ONNX file."""
@@ -298,19 +341,19 @@ class Run:
         return ExportedStages.read(folder)
 
     def cost(self, arm: str) -> Cost:
-        """What the exits of an arm cost; with milliseconds where the run's bundle was profiled."""
+        """What the exits of an arm cost; with milliseconds where its bundle was profiled."""
         cost = self.stages(arm).cost
         milliseconds = None
-        if arm == self.config.export.arm and self.profile.is_file():
-            manifest = read_bundle(self.profile.parent)
-            profile = Profile.read(self.profile, stages_hash(manifest), len(cost.macs))
+        path = self.profile(arm)
+        if self.trained_as(arm) == self.config.export.arm and path.is_file():
+            manifest = read_bundle(path.parent)
+            profile = Profile.read(path, stages_hash(manifest), len(cost.macs))
             milliseconds = profile.exit_milliseconds()
         return Cost(cost.macs, cost.no_exit_macs, milliseconds)
 
-    @property
-    def profile(self) -> Path:
-        """Where ``Session.profile()`` leaves the times of the run's bundle."""
-        return self.folder / "bundle" / PROFILE
+    def profile(self, arm: str) -> Path:
+        """Where ``Session.profile()`` leaves the times of an exported arm's bundle."""
+        return self.bundle_folder(arm) / PROFILE
 
     def _write_logits(self, arm: str) -> None:
         folder = self.arm_folder(arm)
@@ -349,7 +392,7 @@ class Run:
             sharpness=config.sharpness,
             ensemble=config.ensemble,
         )
-        for arm in self.arms:
+        for arm in self.measured_arms:
             tune, certify, _ = run_folder.read_logits(self.folder, arm)
             path = self.arm_folder(arm) / run_folder.POLICY
             # Milliseconds may come and go with a profile; they choose nothing here.
@@ -370,7 +413,7 @@ class Run:
             write_json(path, calibrated.to_json())
 
     def evaluate(self, again: bool = False) -> None:
-        """Measure every arm on test, seal the bundle, check the runtime against it all, write results and report.
+        """Measure every arm on test, seal the bundles, check the runtime against it all, write results and report.
 
         What is there already stays, unless ``again`` asks for it anew.
         """

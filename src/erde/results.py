@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from erde.bundle import LeftOut, OperatingPoint, ScoreCandidate
+from erde.bundle import LeftOut, OperatingPoint, Precision, ScoreCandidate
 from erde.errors import UserError
 from erde.files import write_json
 from erde.policy import Ensemble
@@ -148,9 +148,10 @@ class Epoch(_Model):
 
 
 class Arm(_Model):
-    """One trained network of the run."""
+    """One trained network of the run, or the exported one in int8: its training is then that of the float one."""
 
     role: Literal["teacher", "student", "fixed"]
+    precision: Precision = "fp32"
     loss: str
     backbone: str
     head: str
@@ -198,19 +199,43 @@ class DataInfo(_Model):
     splits: dict[str, SplitInfo]
 
 
-class Agreement(_Model):
-    """The torch-free runtime, and torch, against the evaluation: label and exit of every test image.
+class RuntimeAgreement(_Model):
+    """The torch-free runtime against the evaluation: label and exit of every test image.
 
-    ``disagreements`` (of the runtime) and ``torch_disagreements`` count answers outside the band, over all
-    operating points; ``band`` counts images that lie in it at any of them.
+    ``disagreements`` counts answers outside the band, over all operating points; ``band`` counts images that lie
+    in it at any of them.
     """
 
     images: int
     operating_points: list[str]
     disagreements: int
-    torch_disagreements: int
     band: int
     band_width: float
+
+
+class Agreement(RuntimeAgreement):
+    """The same, and torch against the evaluation: ``torch_disagreements``."""
+
+    torch_disagreements: int
+
+
+class Quantised(_Model):
+    """The exported arm in int8: its own arm and bundle, and what rounding cost on tune, per exit.
+
+    ``kept_in_float`` names layers ("first", "last"); ``label_agreement`` is the share of tune images with the label
+    that the same exit gives in float; bytes are of all stages together.
+    """
+
+    arm: str
+    bundle_seal: str
+    agreement: RuntimeAgreement
+    kept_in_float: list[str]
+    tune_images: int
+    fp32_tune_accuracy: list[float]
+    tune_accuracy: list[float]
+    label_agreement: list[float]
+    fp32_bytes: int
+    bytes: int
 
 
 class Results(_Model):
@@ -226,6 +251,7 @@ class Results(_Model):
     comparisons: list[Comparison]
     agreement: Agreement
     bundle_seal: str
+    quantised: Quantised | None = None
     environment: dict[str, Any]
     timings: dict[str, Any]
 

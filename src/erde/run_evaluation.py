@@ -1,8 +1,9 @@
-"""The last phase of a run: measure every arm on test, seal the bundle, hold runtime and torch against it."""
+"""The last phase of a run: measure every arm on test, seal the bundles, hold runtime and torch against it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,18 @@ from erde.calibration import CalibratedPolicy
 from erde.comparison import compare_arms
 from erde.evidence import ArmInput, Evidence
 from erde.export import build_manifest
-from erde.results import Agreement, Arm, DataInfo, EntropyHistograms, Epoch, ExitCost, Results, SplitInfo
+from erde.results import (
+    Agreement,
+    Arm,
+    DataInfo,
+    EntropyHistograms,
+    Epoch,
+    ExitCost,
+    Quantised,
+    Results,
+    RuntimeAgreement,
+    SplitInfo,
+)
 from erde.runtime import Session
 from erde.splits import Images, TestLogits, TestSplit
 
@@ -25,10 +37,10 @@ TEACHER = "teacher"
 
 
 def evaluate(run: Run) -> Results:
-    """Measure every arm, seal the bundle of the exported one, and check that runtime and torch agree with it."""
+    """Measure every arm, seal the bundles of the exported one, and check that runtime and torch agree with them."""
     inputs = arm_inputs(run)
-    arms = {arm: _arm(run, arm, inputs) for arm in run.arms}
-    exported = run.config.export.arm
+    arms = {arm: _arm(run, arm, inputs) for arm in run.measured_arms}
+    exported, int8 = run.config.export.arm, run.config.export.int8_arm
     seal = _seal_bundle(run, exported, inputs[exported].policy, arms[exported])
     return Results(
         name=run.config.name,
@@ -40,6 +52,7 @@ def evaluate(run: Run) -> Results:
         comparisons=compare_arms({arm: (one.test, one.policy, one.cost) for arm, one in inputs.items()}),
         agreement=_check_agreement(run, exported, inputs[exported]),
         bundle_seal=seal,
+        quantised=None if int8 is None else _quantised(run, int8, inputs[int8], arms[int8]),
         environment=json.loads((run.folder / "environment.json").read_text(encoding="utf-8")),
         timings=_timings(run),
     )
@@ -55,7 +68,7 @@ def arm_inputs(run: Run) -> dict[str, ArmInput]:
             run.cost(arm),
             right,
         )
-        for arm in run.arms
+        for arm in run.measured_arms
     }
 
 
@@ -67,14 +80,17 @@ def gather_evidence(run: Run) -> Evidence:
 def _arm(run: Run, arm: str, inputs: dict[str, ArmInput]) -> Arm:
     mine = inputs[arm]
     test, calibrated, cost, right = mine.test, mine.policy, mine.cost, mine.reference_right
-    exported = run.stages(arm).cost
-    network_config = run.network_config(arm)
-    history = [Epoch(**one) for one in json.loads((run.arm_folder(arm) / "history.json").read_text("utf-8"))]
+    stages = run.stages(arm)
+    exported = stages.cost
+    network_config, trained_as = run.network_config(arm), run.trained_as(arm)
+    history_file = run.arm_folder(trained_as) / "history.json"
+    history = [Epoch(**one) for one in json.loads(history_file.read_text("utf-8"))]
     wrong = history[-1].parts.get("teacher_wrong")
     plain = len(exported.macs) == 1
     return Arm(
         role="teacher" if arm == TEACHER else "fixed" if plain else "student",
-        loss="ce" if arm == TEACHER else run.config.arms[arm].loss.name,
+        precision=stages.precision,
+        loss="ce" if arm == TEACHER else run.config.arms[trained_as].loss.name,
         backbone=network_config.backbone,
         head="none" if plain else network_config.head,
         parameters=exported.parameters[-1],
@@ -125,44 +141,77 @@ def _seal_bundle(run: Run, arm: str, calibrated: CalibratedPolicy, measured: Arm
     )
     manifest = calibration.apply(manifest, calibrated, measured.operating_points)
     # The stages stay, so do the times of this machine.
-    kept = [run.profile] if run.profile.is_file() else []
-    return bundle.write(run.folder / "bundle", manifest, run.stages(arm).paths(stages), beside_seal=kept)
+    profile = run.profile(arm)
+    kept = [profile] if profile.is_file() else []
+    return bundle.write(run.bundle_folder(arm), manifest, run.stages(arm).paths(stages), beside_seal=kept)
+
+
+def _quantised(run: Run, arm: str, inputs: ArmInput, measured: Arm) -> Quantised:
+    """Seal the bundle in int8 and hold the runtime against its evaluation; torch has no such network."""
+    quantisation = run.stages(arm).quantisation
+    assert quantisation is not None
+    taken = quantisation.taken
+    return Quantised(
+        arm=arm,
+        bundle_seal=_seal_bundle(run, arm, inputs.policy, measured),
+        agreement=_check_runtime(run, arm, inputs),
+        kept_in_float=list(quantisation.kept_in_float),
+        tune_images=quantisation.tune_images,
+        fp32_tune_accuracy=list(quantisation.fp32_accuracy),
+        tune_accuracy=list(taken.accuracy),
+        label_agreement=list(taken.agreement),
+        fp32_bytes=quantisation.fp32_bytes,
+        bytes=quantisation.bytes,
+    )
 
 
 def _check_agreement(run: Run, arm: str, measured: ArmInput) -> Agreement:
     """The runtime and torch against the evaluation: label and exit of every test image."""
-    session = Session(run.folder / "bundle", threads=run.threads)
-    split, calibrated, logits = run.data.test, measured.policy, measured.test.logits
-    rule = calibrated.rule
-    answers, scores = rule.apply(logits)
-    # Where two classes tie, the label may tip over, and with it a score that looks at labels.
-    ties = policy.near_tie(logits)
-    torch_answers, torch_scores = rule.apply(_torch_logits(run, arm, split))
-    runtime_off = torch_off = 0
+    rule = measured.policy.rule
+    torch_answers, torch_scores = rule.apply(_torch_logits(run, arm, run.data.test))
+    torch_off = 0
+    for thresholds, exits, labels, band in _evaluated(measured):
+        torch_exits = policy.decide(torch_scores, thresholds)
+        torch_labels = policy.take_exit(torch_answers, torch_exits).argmax(axis=-1)
+        torch_off += int((((torch_exits != exits) | (torch_labels != labels)) & ~band).sum())
+    runtime = _check_runtime(run, arm, measured)
+    return Agreement(**runtime.model_dump(), torch_disagreements=torch_off)
+
+
+def _check_runtime(run: Run, arm: str, measured: ArmInput) -> RuntimeAgreement:
+    """The runtime against the evaluation: label and exit of every test image."""
+    session = Session(run.bundle_folder(arm), threads=run.threads)
+    split, points = run.data.test, measured.policy.points
+    disagreements = 0
     near = np.zeros(len(split), dtype=np.bool_)
-    for point in calibrated.points:
-        exits = policy.decide(scores, point.thresholds)
-        labels = policy.take_exit(answers, exits).argmax(axis=-1)
-        band = policy.in_band(scores, point.thresholds) | ties
+    for point, (_, exits, labels, band) in zip(points, _evaluated(measured), strict=True):
         near |= band
         found = [session.predict(images, operating_point=point.name) for images in split.batches(256)]
-        runtime_same = (np.concatenate([one.exits for one in found]) == exits) & (
+        same = (np.concatenate([one.exits for one in found]) == exits) & (
             np.concatenate([one.labels for one in found]) == labels
         )
-        torch_exits = policy.decide(torch_scores, point.thresholds)
-        torch_same = (torch_exits == exits) & (
-            policy.take_exit(torch_answers, torch_exits).argmax(axis=-1) == labels
-        )
-        runtime_off += int((~runtime_same & ~band).sum())
-        torch_off += int((~torch_same & ~band).sum())
-    return Agreement(
+        disagreements += int((~same & ~band).sum())
+    return RuntimeAgreement(
         images=len(split),
-        operating_points=[point.name for point in calibrated.points],
-        disagreements=runtime_off,
-        torch_disagreements=torch_off,
+        operating_points=[point.name for point in points],
+        disagreements=disagreements,
         band=int(near.sum()),
         band_width=policy.BAND,
     )
+
+
+_Evaluated = tuple[policy.Thresholds, NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+
+def _evaluated(measured: ArmInput) -> Iterator[_Evaluated]:
+    """Per operating point: thresholds, and per test image its exit, its label, and whether it is too near to compare."""
+    answers, scores = measured.policy.rule.apply(measured.test.logits)
+    # Where two classes tie, the label may tip over, and with it a score that looks at labels.
+    ties = policy.near_tie(measured.test.logits)
+    for point in measured.policy.points:
+        exits = policy.decide(scores, point.thresholds)
+        labels = policy.take_exit(answers, exits).argmax(axis=-1)
+        yield point.thresholds, exits, labels, policy.in_band(scores, point.thresholds) | ties
 
 
 def _torch_logits(run: Run, arm: str, split: TestSplit) -> NDArray[np.float32]:

@@ -37,9 +37,12 @@ AIMED: dict[str, Moment] = {
     "while a student's checkpoint is written": partial_below("arms/kd/checkpoints/.*.partial"),
     "while stages are exported": partial_below("arms/erde/.stages.*.partial/stage_1.onnx"),
     "in export, between two arms": partial_below("arms/ce/stages/stages.json"),
+    "while stages are quantised": partial_below("arms/erde-int8/.stages.*.partial/stage_1.onnx"),
+    "in export, between int8 stages and their logits": partial_below("arms/erde-int8/stages/stages.json"),
     "in calibration": in_phase("calibrate"),
     "in evaluation": in_phase("evaluate"),
     "while the bundle is sealed": partial_below(".bundle.*.partial"),
+    "while the bundle in int8 is sealed": partial_below(".bundle-int8.*.partial"),
 }
 
 

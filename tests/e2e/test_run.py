@@ -30,7 +30,11 @@ def test_run_leaves_exactly_the_documented_files(tiny_run: tuple[Path, str]) -> 
         "bundle/README.md",
         *(f"bundle/stage_{index}.onnx" for index in range(3)),
     }
-    expected |= {f"baselines/{name}.onnx" for name in ("no-exit", "fixed-small", "fixed-tiny")}
+    expected |= {name.replace("bundle/", "bundle-int8/") for name in expected}
+    baselines = ("no-exit", "no-exit-int8", "fixed-small", "fixed-tiny")
+    expected |= {f"baselines/{name}.onnx" for name in baselines}
+    stages = [f"stages/{name}" for name in ("stages.json", *(f"stage_{index}.onnx" for index in range(3)))]
+    expected |= {f"arms/erde-int8/{name}" for name in ("logits.npz", "policy.json", *stages)}
     for arm in ARMS:
         stages = range(1) if arm.startswith("fixed") else range(3)
         files = ["history.json", "timing.json", "logits.npz", "policy.json", "checkpoints/final.safetensors"]
@@ -45,7 +49,7 @@ def test_output_ends_with_a_table_and_one_json_line(tiny_run: tuple[Path, str]) 
     summary = json.loads(lines[-1])
     results = Results.read(folder / "results.json")
     assert summary["arms"]["erde"]["exit_accuracy"] == [one.accuracy for one in results.arms["erde"].exits]
-    for arm in ARMS:
+    for arm in (*ARMS, "erde-int8"):
         assert any(line.startswith("│") and f" {arm} " in line for line in lines), arm
     assert any(line.startswith(f"report: {folder}") for line in lines)
 
@@ -93,10 +97,51 @@ def test_runtime_agrees_with_the_evaluation_image_by_image(tiny_run: tuple[Path,
         assert abs(answer.macs.mean() - point.test.macs) <= 0.01 * point.test.macs
 
 
+def test_int8_is_calibrated_on_its_own_logits_and_agrees_with_its_runtime(tiny_run: tuple[Path, str]) -> None:
+    folder, _ = tiny_run
+    results = Results.read(folder / "results.json")
+    found, arm, float_arm = results.quantised, results.arms["erde-int8"], results.arms["erde"]
+    assert found is not None
+    assert (found.arm, arm.precision, float_arm.precision) == ("erde-int8", "int8", "fp32")
+    assert (arm.role, arm.loss, arm.cost, arm.history) == (
+        "student",
+        "erde",
+        float_arm.cost,
+        float_arm.history,
+    )
+    assert found.agreement.images == 360
+    assert found.agreement.disagreements == 0
+    assert found.bytes < 0.6 * found.fp32_bytes
+    assert list(results.arms)[:3] == ["teacher", "erde", "erde-int8"]
+    # Once more from its files.
+    session = Session(folder / "bundle-int8", threads=1)
+    manifest = session.manifest
+    assert (manifest.precision, manifest.provenance["arm"]) == ("int8", "erde-int8")
+    data = load_splits(load_config(folder / "config.yaml").data, 0)
+    logits = {}
+    for name in ("erde", "erde-int8"):
+        with np.load(folder / f"arms/{name}/logits.npz") as arrays:
+            logits[name] = arrays["test_logits"]
+    assert np.array_equal(session.all_logits(data.test.images), logits["erde-int8"])
+    assert 0 < np.abs(logits["erde-int8"] - logits["erde"]).max() < 0.3 * np.abs(logits["erde"]).max()
+    float_manifest = read(folder / "bundle")
+    assert manifest.temperatures != float_manifest.temperatures
+    assert manifest.temperatures == [one.temperature for one in arm.exits]
+    assert manifest.calibration is not None
+    assert float_manifest.calibration is not None
+    assert manifest.calibration.certify_fingerprint != float_manifest.calibration.certify_fingerprint
+    assert read(folder / "bundle-int8") == manifest
+    seal = json.loads((folder / "bundle-int8/manifest.json").read_text(encoding="utf-8"))["seal"]
+    assert seal == found.bundle_seal != results.bundle_seal
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    (line,) = [one for one in log if one["event"] == "quantised"]
+    assert (line["arm"], line["kept_in_float"]) == ("erde-int8", found.kept_in_float)
+
+
 def test_arms_saw_the_same_students_and_shared_settings(tiny_run: tuple[Path, str]) -> None:
     results = Results.read(tiny_run[0] / "results.json")
     costs = {name: arm.cost for name, arm in results.arms.items() if arm.role == "student"}
-    assert costs["erde"] == costs["kd"] == costs["ce"]
+    assert costs["erde"] == costs["erde-int8"] == costs["kd"] == costs["ce"]
     rates = {name: [entry.learning_rate for entry in arm.history] for name, arm in results.arms.items()}
     assert rates["erde"] == rates["kd"] == rates["ce"] == rates["fixed-small"] == rates["fixed-tiny"]
 
