@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +117,45 @@ def test_a_bug_of_our_own_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "argv", ["erde", "list", "losses"])
     with pytest.raises(KeyError, match="ours"):
         cli.main()
+
+
+# ---------------------------------------------------------------- bundles
+
+
+def test_a_profile_from_the_command_line(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--threads", "1", "--batch-sizes", "1,3", "--rounds", "2", "--json")
+    code, out, _ = run(monkeypatch, capsys, "bundle", "profile", str(bundle_copy), *arguments)
+    assert code == 0
+    written = json.loads((bundle_copy / "profile.json").read_text())
+    assert json.loads(out.splitlines()[-1]) == written
+    assert (written["threads"], written["rounds"], set(written["milliseconds"])) == (1, 2, {"1", "3"})
+    assert len(written["gather_milliseconds"]) == 2
+    assert all(one > 0 for times in written["milliseconds"].values() for one in times)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("bundle", "profile", "BUNDLE", "--batch-sizes", "8"), "batch sizes 8 and 30 rounds: expected 1 among"),
+        (("bundle", "profile", "BUNDLE", "--batch-sizes", "1,0"), "batch sizes 0, 1 and 30 rounds"),
+        (("bench", "BUNDLE", "--out", "bench.csv"), "--out is bench.csv, expected a name that ends in .json"),
+        (("bench", "BUNDLE", "--batch-sizes", "1;8"), "--batch-sizes is '1;8', expected whole numbers such as 1,8,32"),
+        (("bench", "BUNDLE", "--threads", ""), "--threads is ''"),
+        (("bench", "BUNDLE"), "names no data set: give --data FOLDER"),
+        (("bench", "nowhere"), "no bundle at nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_of_bundle_commands(
+    arguments: tuple[str, ...],
+    what: str,
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [str(tiny_bundle) if one == "BUNDLE" else one for one in arguments]
+    code, _, err = run(monkeypatch, capsys, *given)
+    assert code == 2
+    assert what in err
+    assert err.count("\n") == 1

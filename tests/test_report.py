@@ -14,7 +14,7 @@ import pytest
 
 from erde.evidence import ArmInput, Evidence, collect
 from erde.report import render, write_report
-from erde.results import Results, SplitInfo
+from erde.results import Quantised, Results, RuntimeAgreement, SplitInfo
 from erde.splits import TestLogits
 from erde.thresholds import Cost, ScoredSplit, sweep
 from tests.hand_made import hand_made_policy
@@ -135,6 +135,22 @@ def test_agreement_is_stated_both_ways() -> None:
     broken = make_results().agreement.model_copy(update={"disagreements": 7})
     text = Page(render(make_results(agreement=broken))).text
     assert "The torch-free runtime disagreed with this evaluation on 7 of 20,000 answers" in text
+
+
+def test_agreement_of_the_bundle_in_int8(results: Results, evidence: Evidence) -> None:
+    found = RuntimeAgreement(
+        images=10_000, operating_points=["no-exit", "early"], disagreements=3, band=4, band_width=1e-5
+    )
+    quantised = Quantised(
+        arm="erde-int8", bundle_seal="", agreement=found, kept_in_float=["first"], tune_images=1,
+        fp32_tune_accuracy=[], tune_accuracy=[], label_agreement=[], fp32_bytes=2, bytes=1,
+    )  # fmt: skip
+    text = Page(render(results.model_copy(update={"quantised": quantised}), evidence)).text
+    assert (
+        "The bundle in int8, by its own thresholds, disagreed with this evaluation on 3 of 20,000 answers"
+        in text
+    )
+    assert "The torch-free runtime agreed" in text
 
 
 HOSTILE = '</script><script>document.documentElement.dataset.broken="yes"</script><img src=x onerror=boom()><b>bold</b>&"\''

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from erde import cli_bundles
+from erde.cli_common import Json, finish
 from erde.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from erde.results import Results
+    from erde.results import Results, RuntimeAgreement
 
 # typer brings its own copy of click, or uses the real one: either way this is the base of usage errors.
 ClickException: type[Any] = next(
@@ -28,10 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-bundle_app = typer.Typer(no_args_is_help=True, help="Verify, describe and compare bundles.")
-app.add_typer(bundle_app, name="bundle")
 
-Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable JSON object as the last line.")]
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, such as train.epochs=30.")
@@ -77,11 +75,6 @@ def main() -> None:
 def _fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-def _finish(as_json: bool, value: dict[str, Any]) -> None:
-    if as_json:
-        print(json.dumps(value))
 
 
 # ---------------------------------------------------------------- the chain
@@ -148,7 +141,7 @@ def export(
         raise UserError(f"no arm '{arm}' in this run{nearest(arm, run.arms)}")
     run.export_plain(arm, plain)
     print(f"{arm} without early exits: {plain} (input: uint8 images (N, H, W, C); output: logits)")
-    _finish(as_json, {"arm": arm, "path": str(plain)})
+    finish(as_json, {"arm": arm, "path": str(plain)})
 
 
 @app.command(epilog="Example: erde calibrate runs/a/bundle --data photos/ --max-risk 0.5% --confidence 95%")
@@ -237,7 +230,7 @@ def calibrate(
         print(f"policy: {out}")
     for line in describe(calibrated):
         print(line)
-    _finish(as_json, {"out": str(out), **calibrated.summary()})
+    finish(as_json, {"out": str(out), **calibrated.summary()})
 
 
 @app.command(epilog="Example: erde evaluate runs/a --json")
@@ -285,7 +278,7 @@ def evaluate(
             f"{point.name}: accuracy {measured.accuracy:.2%}, MACs saved {measured.macs_saved:.1%}, "
             f"{what} {share:.2%} ({promise})"
         )
-    _finish(as_json, evaluated.to_json())
+    finish(as_json, evaluated.to_json())
 
 
 @app.command(epilog="Example: erde compare runs/a runs/b --out comparison.html")
@@ -310,7 +303,7 @@ def compare(
     print(f"{len(runs)} runs, {len(comparisons)} paired comparisons between them: {out}")
     if formats is not None:
         _write_figures(runs, out.with_suffix(""), formats)
-    _finish(as_json, {"out": str(out), "runs": list(results), "comparisons": len(comparisons)})
+    finish(as_json, {"out": str(out), "runs": list(results), "comparisons": len(comparisons)})
 
 
 def _write_figures(runs: list[Path], folder: Path, formats: str) -> None:
@@ -366,7 +359,7 @@ def _existing(folder: Path) -> Any:
 
 def _next_step(folder: Path, phase: str, following: str, as_json: bool) -> None:
     print(f"{phase}: done. Next: {following} {folder}")
-    _finish(as_json, {"run": str(folder), "phase": phase})
+    finish(as_json, {"run": str(folder), "phase": phase})
 
 
 def _show_results(folder: Path, as_json: bool) -> None:
@@ -374,8 +367,14 @@ def _show_results(folder: Path, as_json: bool) -> None:
 
     results = Results.read(folder / "results.json")
     _print_results(results)
-    print(f"bundle: {folder / 'bundle'}\nreport: {folder / 'report.html'}")
-    _finish(as_json, _summary(results, folder))
+    print(f"bundle: {folder / 'bundle'}")
+    if results.quantised is not None:
+        quantised = results.quantised
+        print(
+            f"bundle in int8: {folder / 'bundle-int8'} ({quantised.bytes / quantised.fp32_bytes:.0%} of the size)"
+        )
+    print(f"report: {folder / 'report.html'}")
+    finish(as_json, _summary(results, folder))
 
 
 def _print_results(results: Results) -> None:
@@ -413,19 +412,27 @@ def _print_results(results: Results) -> None:
         table.add_row(*row)
     # Piped output has no width of its own: let the table take what it needs.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    point = results.arms[results.exported_arm].default_point()
-    promise = (
-        point.certificate.sentence() if point.certificate else "nothing is promised, no image leaves early"
-    )
-    print(f"{results.exported_arm}: {promise}")
-    for left_out in results.arms[results.exported_arm].left_out:
-        print(f"{results.exported_arm}, {left_out.name} left out: {left_out.note}")
-    agreement = results.agreement
+    sealed: list[tuple[str, RuntimeAgreement]] = [(results.exported_arm, results.agreement)]
+    if results.quantised is not None:
+        sealed.append((results.quantised.arm, results.quantised.agreement))
+    for name, agreement in sealed:
+        _print_promise(results, name)
+        print(
+            f"{name}, runtime against evaluation: {agreement.disagreements} disagreements in {agreement.images:,} images "
+            f"at {len(agreement.operating_points)} operating points ({agreement.band} images within "
+            f"{agreement.band_width:g} of a threshold)"
+        )
+    print(f"{results.exported_arm}, torch against evaluation: {results.agreement.torch_disagreements}")
+
+
+def _print_promise(results: Results, name: str) -> None:
+    arm = results.arms[name]
+    certificate = arm.default_point().certificate
     print(
-        f"runtime against evaluation: {agreement.disagreements} disagreements in {agreement.images:,} images at "
-        f"{len(agreement.operating_points)} operating points ({agreement.band} images within "
-        f"{agreement.band_width:g} of a threshold); torch against evaluation: {agreement.torch_disagreements}"
+        f"{name}: {certificate.sentence() if certificate else 'nothing is promised, no image leaves early'}"
     )
+    for left_out in arm.left_out:
+        print(f"{name}, {left_out.name} left out: {left_out.note}")
 
 
 def _summary(results: Results, folder: Path) -> dict[str, Any]:
@@ -445,103 +452,15 @@ def _summary(results: Results, folder: Path) -> dict[str, Any]:
         "arms": arms,
         "agreement": results.agreement.model_dump(),
         "bundle_seal": results.bundle_seal,
+        "quantised": results.quantised.model_dump() if results.quantised else None,
     }
 
 
 # ---------------------------------------------------------------- bundles
 
-
-@app.command(epilog="Example: erde predict runs/a/bundle photos/ --out answers.csv")
-def predict(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders that are searched for them.")],
-    out: Annotated[
-        Path | None, typer.Option(help="A .csv or .jsonl file; without it JSON lines go to the terminal.")
-    ] = None,
-    operating_point: Annotated[
-        str | None, typer.Option(help="By name; the bundle's default without it.")
-    ] = None,
-    max_exit: Annotated[int | None, typer.Option(help="The last exit that may run.")] = None,
-    max_macs: Annotated[float | None, typer.Option(help="The same, as MACs per image.")] = None,
-    deadline_ms: Annotated[
-        float | None,
-        typer.Option(help="The same, as milliseconds per batch, by the profile.json in the bundle's folder."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue what was stopped; without this, begun output is refused."),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Classify image files with a bundle; needs the base install only.
-
-    Images that cannot be read are skipped and listed at the end; the exit code is then 3.
-    """
-    from erde.prediction import predict_files
-
-    summary = predict_files(
-        bundle,
-        images,
-        out,
-        operating_point=operating_point,
-        max_exit=max_exit,
-        max_macs=max_macs,
-        deadline_ms=deadline_ms,
-        batch_size=batch_size,
-        threads=threads,
-        resume=resume,
-    )
-    if out is not None:
-        skipped = f" ({summary['skipped']:,} skipped)" if summary["skipped"] else ""
-        print(f"{summary['images']:,} images{skipped}: {out}")
-    _finish(as_json, summary)
-    if summary["skipped"]:
-        raise typer.Exit(3)
-
-
-@bundle_app.command("verify", epilog="Example: erde bundle verify runs/a/bundle")
-def bundle_verify(bundle: Path, as_json: Json = False) -> None:
-    """Check the seal, every checksum, and that the stages give the logits of the reference sample."""
-    from erde.bundle import canonical_hash
-    from erde.runtime import Session
-
-    session = Session(bundle)
-    seal = canonical_hash(session.manifest.model_dump(mode="json"))
-    print(f"{bundle}: intact, {len(session.manifest.stages)} stages run here as sealed ({seal[:12]})")
-    _finish(as_json, {"bundle": str(bundle), "seal": seal})
-
-
-@bundle_app.command("info", epilog="Example: erde bundle info runs/a/bundle")
-def bundle_info(bundle: Path, as_json: Json = False) -> None:
-    """Describe a bundle: exits, costs, operating points, promises."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from erde.bundle import model_card, read
-
-    manifest = read(bundle)
-    Console(width=None if sys.stdout.isatty() else 120).print(Markdown(model_card(manifest)))
-    _finish(as_json, manifest.model_dump(mode="json", exclude={"reference_sample"}))
-
-
-@bundle_app.command("diff", epilog="Example: erde bundle diff runs/a/bundle runs/b/bundle")
-def bundle_diff(first: Path, second: Path, as_json: Json = False) -> None:
-    """List the fields in which two bundles differ."""
-    from erde.bundle import differences, read
-
-    found = differences(read(first), read(second))
-    for key, (before, after) in found.items():
-        print(f"{key}: {_short(before)} -> {_short(after)}")
-    if not found:
-        print("the bundles are the same")
-    _finish(as_json, {"differences": len(found)})
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+app.command(epilog="Example: erde predict runs/a/bundle photos/ --out answers.csv")(cli_bundles.predict)
+app.command(epilog="Example: erde bench runs/a/bundle --out bench.json")(cli_bundles.bench)
+app.add_typer(cli_bundles.bundle_app, name="bundle")
 
 
 # ---------------------------------------------------------------- what there is
@@ -586,7 +505,7 @@ def cost(
         )
     table.add_row("", "no exits", f"{found.no_exit_macs:,}", "100.0%", f"{found.no_exit_parameters:,}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-    _finish(as_json, {name: getattr(found, name) for name in found.__dataclass_fields__})
+    finish(as_json, {name: getattr(found, name) for name in found.__dataclass_fields__})
 
 
 def _list_recipes() -> dict[str, str]:
@@ -649,7 +568,7 @@ def list_names(
     width = max(len(name) for name in found)
     for name, summary in found.items():
         print(f"{name:{width}}  {summary}".rstrip())
-    _finish(as_json, found)
+    finish(as_json, found)
 
 
 if __name__ == "__main__":

@@ -419,6 +419,7 @@ def _figure_data(runs: Mapping[str, Results], groups: Sequence[SeedGroup]) -> di
             }
             series += [one] if lines else []
     shown = {results.exported_arm for results in runs.values()}
+    shown |= {results.quantised.arm for results in runs.values() if results.quantised is not None}
     shown |= {name for results in runs.values() for name, arm in results.arms.items() if arm.role == "fixed"}
     return {"series": series, "arms": names, "shown": [name for name in names if name in shown]}
 

@@ -67,7 +67,7 @@ def describe(device: Any, threads: int) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "platform": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpus": available_cpus(),
         "threads": threads,
         "device": str(device),
@@ -75,7 +75,8 @@ def describe(device: Any, threads: int) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

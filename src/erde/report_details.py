@@ -30,7 +30,7 @@ from erde.report_html import (
     tag,
 )
 from erde.report_sections import exit_names, rule_in_words, several, unfolded
-from erde.results import Arm, EntropyHistograms, Results
+from erde.results import Arm, EntropyHistograms, Results, RuntimeAgreement
 
 # Classes of one table: more would fill the page, and those with the largest drop are what one looks for.
 CLASSES_SHOWN = 100
@@ -300,23 +300,28 @@ def history(results: Results) -> Html:
 
 
 def agreement(results: Results) -> Html:
-    """The runtime and torch against the evaluation."""
-    found = results.agreement
-    answers = found.images * len(found.operating_points)
+    """The runtime and torch against the evaluation, for each bundle."""
+    torch = _agreed("The network in torch", results.agreement.torch_disagreements, results.agreement)
+    parts = [_runtime_agreed("The torch-free runtime", results.agreement), tag("p", f"{torch}.")]
+    if results.quantised is not None:
+        parts.append(
+            _runtime_agreed("The bundle in int8, by its own thresholds,", results.quantised.agreement)
+        )
+    points = ", ".join(results.agreement.operating_points) or NONE
+    return join(*parts, tag("p", f"Operating points compared: {points}.", class_="soft small"))
 
-    def sentence(who: str, disagreements: int) -> str:
-        if disagreements:
-            return f"{who} disagreed with this evaluation on {disagreements:,} of {answers:,} answers"
-        return f"{who} agreed with this evaluation on {found.images:,} of {found.images:,} test images"
 
+def _runtime_agreed(who: str, found: RuntimeAgreement) -> Html:
     mark = badge("disagrees", "warn") if found.disagreements else badge("agrees", "good")
     near = f"{found.band:,} lie within {found.band_width:g} of a threshold."
-    compared = f"Operating points compared: {', '.join(found.operating_points) or NONE}."
-    return join(
-        tag("p", mark, f" {sentence('The torch-free runtime', found.disagreements)}; {near}"),
-        tag("p", f"{sentence('The network in torch', found.torch_disagreements)}."),
-        tag("p", compared, class_="soft small"),
-    )
+    return tag("p", mark, f" {_agreed(who, found.disagreements, found)}; {near}")
+
+
+def _agreed(who: str, disagreements: int, found: RuntimeAgreement) -> str:
+    if disagreements:
+        answers = found.images * len(found.operating_points)
+        return f"{who} disagreed with this evaluation on {disagreements:,} of {answers:,} answers"
+    return f"{who} agreed with this evaluation on {found.images:,} of {found.images:,} test images"
 
 
 def data_tables(results: Results) -> Html:

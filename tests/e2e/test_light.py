@@ -28,7 +28,8 @@ HEAVY = (
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["bundle", "--help"], ["predict", "--help"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["bundle", "--help"], ["predict", "--help"], ["bench", "--help"]],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     program = (
@@ -132,7 +133,8 @@ print(json.dumps({"exits": answer.exits.tolist(), "labels": answer.labels.tolist
     from erde.runtime import Session
 
     folder = tiny_run[0]
-    images = load_splits(load_config(folder / "config.yaml").data, 0).test.images[:50]
+    test = load_splits(load_config(folder / "config.yaml").data, 0).test
+    images = test.images[:50]
     import numpy as np
 
     np.save(tmp_path / "images.npy", images)
@@ -156,6 +158,30 @@ print(json.dumps({"exits": answer.exits.tolist(), "labels": answer.labels.tolist
         return subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path)
 
     assert "intact" in erde("bundle", "verify", str(folder / "bundle")).stdout
+    save_by_class(test, tmp_path / "photos")
+    options = (
+        "--data",
+        "photos",
+        "--batch-sizes",
+        "1,8",
+        "--threads",
+        "1",
+        "--rounds",
+        "2",
+        "--out",
+        "bench.json",
+    )
+    timed = erde("bench", str(folder / "bundle"), *options)
+    assert timed.returncode == 0, timed.stderr
+    assert "no figure: pip install 'erde[analysis]'" in timed.stdout
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {one["contender"] for one in found["measurements"]} >= {
+        "no-exit.onnx",
+        "risk-1",
+        "every exit computed",
+    }
+    first = next(one for one in found["starts"] if one["contender"] == "bundle")
+    print(f"fresh process to first answer: {first['first_answer_ms']:.0f} ms")
     refused = erde("run", "digits")
     assert refused.returncode == 2
     assert "pip install 'erde[train]'" in refused.stderr

@@ -1,0 +1,16 @@
+"""What the files of the command line share."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable JSON object as the last line.")]
+
+
+def finish(as_json: bool, value: dict[str, Any]) -> None:
+    """The machine-readable last line, where it was asked for."""
+    if as_json:
+        print(json.dumps(value))

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from erde import bench, bench_tables, bundle
+from erde.data import DataSplits
+from erde.exits import EarlyExitNetwork
+from erde.export import export_plain
+from erde.runtime import Session
+from tests.conftest import save_by_class, user_error
+
+
+@pytest.fixture(scope="module")
+def images(digits: DataSplits) -> NDArray[np.uint8]:
+    return np.asarray(digits.test.images[:])
+
+
+@pytest.fixture(scope="module")
+def plain(
+    tiny_network: EarlyExitNetwork, digits: DataSplits, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("plain") / "no-exit.onnx"
+    export_plain(tiny_network, digits.image_shape, digits.mean, digits.std, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(tiny_bundle: Path, plain: Path, images: NDArray[np.uint8]) -> bench.Bench:
+    return bench.bench(
+        tiny_bundle, images, data="digits", against=[plain], batch_sizes=(1, 7), threads=(1,), rounds=3
+    )
+
+
+class Clock:
+    """Time that passes only where a contender says so."""
+
+    def __init__(self) -> None:
+        self.now = 5.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def by_the_clock(clock: Clock, name: str, kind: bench.Kind, seconds: Callable[[int], float]) -> bench._Entry:
+    """A contender whose call number n takes ``seconds(n)``, and whose images leave by turns at exits 0 and 1."""
+    numbers = itertools.count()
+
+    def call(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        clock.now += seconds(next(numbers))
+        if kind == "no-exits":
+            return None
+        exits = np.arange(len(images)) % 2
+        return np.where(exits == 0, 20, 60), exits
+
+    about = bench.Contender(
+        name=name, kind=kind, source="", precision="fp32", operating_point=None, certified=False, bytes=1
+    )
+    return bench._Entry(about, lambda _: call, 100.0 if kind == "no-exits" else None, 2)
+
+
+def race(entries: list[bench._Entry], size: int = 4, rounds: int = 5) -> list[bench.Measurement]:
+    images = np.zeros((9, 2, 2, 1), np.uint8)
+    return bench._race(entries, entries[0].about.name, images, 1, size, rounds, np.random.default_rng(0))
+
+
+def test_times_and_shares_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("erde.bench.time.perf_counter", clock)
+    whole, half = race(
+        [by_the_clock(clock, "whole", "no-exits", lambda _: 8e-3), by_the_clock(clock, "half", "fixed", lambda _: 3e-3)]
+    )  # fmt: skip
+    assert (whole.time_share, whole.macs_share, whole.time_per_macs_saved) == (1.0, 1.0, None)
+    assert half.p50 == pytest.approx(3) == half.p99
+    assert half.time_share == pytest.approx(3 / 8)
+    assert half.time_share_quartiles == pytest.approx((3 / 8, 3 / 8))
+    assert half.images_per_second == pytest.approx(4 / 3e-3)
+    # Half of the images at 20 of 100 MACs, half at 60: 60 % saved; of the time 5/8.
+    assert half.macs_share == pytest.approx(0.4)
+    assert half.exit_rates == [0.5, 0.5]
+    assert half.time_per_macs_saved == pytest.approx((5 / 8) / 0.6)
+    assert half.calls == 5 * int(bench.TURN_SECONDS / 8e-3)
+
+
+def test_a_busy_round_does_not_move_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("erde.bench.time.perf_counter", clock)
+
+    # All that runs in the third round is ten times slower: warm-up, then 25 calls and one unmeasured a round.
+    def slow(seconds: float) -> Callable[[int], float]:
+        return lambda number: seconds * (10 if 55 <= number < 81 else 1)
+
+    _, half = race(
+        [by_the_clock(clock, "a", "no-exits", slow(10e-3)), by_the_clock(clock, "b", "fixed", slow(5e-3))]
+    )
+    assert half.time_share_quartiles == pytest.approx((0.5, 0.5))
+    assert half.p99 == pytest.approx(50)
+
+
+def test_every_contender_has_its_turn(found: bench.Bench, tiny_bundle: Path, plain: Path) -> None:
+    names = [one.name for one in found.contenders]
+    points = [one.name for one in bundle.read(tiny_bundle).operating_points]
+    assert names == ["no-exit.onnx", *points, "every exit computed"]
+    assert found.reference == "no-exit.onnx"
+    assert [(one.contender, one.batch_size) for one in found.measurements] == [
+        (name, size) for size in (1, 7) for name in names
+    ]
+    certified = {one.operating_point for one in found.contenders if one.certified}
+    assert certified == {one.name for one in bundle.read(tiny_bundle).operating_points if one.certificate}
+    assert found.contenders[0].bytes == plain.stat().st_size
+    assert all(one.p50 <= one.p95 <= one.p99 and one.images_per_second > 0 for one in found.measurements)
+
+
+def test_macs_are_those_of_the_exits_that_were_taken(found: bench.Bench, tiny_bundle: Path) -> None:
+    manifest = bundle.read(tiny_bundle)
+    macs = np.array([stage.macs for stage in manifest.stages])
+    for one in found.measurements:
+        if one.contender == "no-exit.onnx":
+            assert (one.macs_share, one.exit_rates) == (1.0, None)
+            continue
+        assert one.exit_rates is not None
+        assert sum(one.exit_rates) == pytest.approx(1)
+        assert one.macs_share == pytest.approx(float(np.array(one.exit_rates) @ macs) / manifest.no_exit_macs)
+        if one.contender in ("no-exit", "every exit computed"):
+            assert one.exit_rates[:-1] == [0, 0]
+    early = next(one for one in found.measurements if one.contender == "risk-10")
+    assert early.exit_rates is not None
+    assert early.exit_rates[0] > 0
+
+
+def test_fresh_processes_answer(found: bench.Bench, tiny_bundle: Path, plain: Path) -> None:
+    assert [one.contender for one in found.starts] == [tiny_bundle.name, plain.name]
+    for one in found.starts:
+        assert 50 < one.first_answer_ms < 20_000
+        # The peak of a small process, and not that of this one with torch in it.
+        assert one.peak_mib is not None
+        assert 20 < one.peak_mib < 250
+
+
+def test_overhead_is_what_stages_do_not_take(
+    tiny_bundle: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("erde.bench.time.perf_counter", clock)
+
+    def run(self: Any, index: int, x: NDArray[Any]) -> Any:
+        clock.now += 2e-3
+        return self.run(index, x)
+
+    def decide(self: Any, so_far: Any, answer: Any, final: bool) -> Any:
+        clock.now += 5e-6
+        return np.zeros(len(answer))
+
+    monkeypatch.setattr("erde.stages.StageRunner.run_bound", run)
+    monkeypatch.setattr("erde.policy.ExitRule.decide_on", decide)
+    found = bench._overhead(tiny_bundle, images, 1, calls=5)
+    assert found.microseconds_per_stage == pytest.approx(5, rel=1e-6)
+
+
+def test_a_bundle_alone_is_its_own_reference(tiny_bundle: Path, images: NDArray[np.uint8]) -> None:
+    found = bench.bench(
+        tiny_bundle, images, data="digits", points=["risk-10"], batch_sizes=(3,), threads=(1,), rounds=2
+    )
+    assert [one.name for one in found.contenders] == ["risk-10", "no-exit", "every exit computed"]
+    assert found.reference == "no-exit"
+    assert next(one for one in found.measurements if one.contender == "no-exit").time_share == 1.0
+
+
+def test_what_lies_beside_a_bundle(tmp_path: Path) -> None:
+    for name in ("bundle", "bundle-int8", "baselines"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "baselines" / "small.onnx").touch()
+    assert bench.beside(tmp_path / "bundle") == [
+        tmp_path / "bundle-int8",
+        tmp_path / "baselines" / "small.onnx",
+    ]
+    assert bench.beside(tmp_path / "bundle-int8") == [tmp_path / "baselines" / "small.onnx"]
+
+
+def test_it_is_written_and_drawn(
+    found: bench.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found.write(tmp_path / "bench.json")
+    assert bench.Bench.model_validate(json.loads((tmp_path / "bench.json").read_text())) == found
+    figure = bench_tables.write_figure(found, tmp_path / "bench.png")
+    assert figure is not None
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    bench_tables.show(found)
+    said = capsys.readouterr().out
+    assert "every exit computed" in said
+    assert "µs a stage" in said
+
+
+# ---------------------------------------------------------------- images and bad input
+
+
+def test_images_of_a_folder(tiny_bundle: Path, digits: DataSplits, tmp_path: Path) -> None:
+    folder = save_by_class(digits.test, tmp_path / "photos")
+    images, data = bench.load_images(tiny_bundle, str(folder), 50, seed=1)
+    assert data == str(folder)
+    assert images.shape == (50, 8, 8, 1)
+    known = {one.tobytes() for one in digits.test.images[:]}
+    assert {one.tobytes() for one in images} <= known
+    assert len({one.tobytes() for one in images}) > 40
+    again, _ = bench.load_images(tiny_bundle, str(folder), 50, seed=1)
+    assert np.array_equal(images, again)
+
+
+def test_noise_is_no_image(tiny_bundle: Path) -> None:
+    # This bundle was made in Python: it knows of no recipe.
+    with user_error("names no data set: give --data FOLDER"):
+        bench.load_images(tiny_bundle, None, 10, 0)
+    with user_error("no images to time with: .*--data FOLDER"):
+        bench.load_images(tiny_bundle, "no-such-thing-here", 10, 0)
+
+
+def test_a_graph_of_another_task(tiny_bundle: Path, images: NDArray[np.uint8], tmp_path: Path) -> None:
+    second = tiny_bundle / "stage_1.onnx"
+    with user_error("stage_1.onnx takes images of shape .*, the bundle"):
+        bench.bench(tiny_bundle, images, data="", against=[second], rounds=2)
+    with user_error("nothing at .*missing.onnx: expected a bundle's folder or an ONNX file"):
+        bench.bench(tiny_bundle, images, data="", against=[tmp_path / "missing.onnx"], rounds=2)
+    with user_error("threads are 0, expected 1 or more"):
+        bench.bench(tiny_bundle, images, data="", threads=(0,), rounds=2)
+    with user_error("no operating point 'fast' in this bundle"):
+        bench.bench(tiny_bundle, images, data="", points=["fast"], rounds=2)
+
+
+def test_a_process_that_cannot_answer_says_why(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((1, 8, 8, 1), np.uint8))
+    with user_error("a fresh process could not answer with .*: .*no bundle at"):
+        bench._start(tmp_path, tmp_path / "images.npy")
+
+
+def test_its_bundle_stays_as_it_is(found: bench.Bench, tiny_bundle: Path) -> None:
+    assert not (tiny_bundle / "profile.json").exists()
+    assert found.seal == bundle.canonical_hash(Session(tiny_bundle).manifest.model_dump(mode="json"))
