@@ -222,9 +222,10 @@ def test_noise_is_no_image(tiny_bundle: Path) -> None:
 
 
 def test_a_graph_of_another_task(tiny_bundle: Path, images: NDArray[np.uint8], tmp_path: Path) -> None:
-    second = tiny_bundle / "stage_1.onnx"
-    with user_error("stage_1.onnx takes images of shape .*, the bundle"):
-        bench.bench(tiny_bundle, images, data="", against=[second], rounds=2)
+    # The last stage gives logits only, and takes feature maps.
+    last = tiny_bundle / "stage_2.onnx"
+    with user_error("stage_2.onnx takes images of shape .*, the bundle"):
+        bench.bench(tiny_bundle, images, data="", against=[last], rounds=2)
     with user_error("nothing at .*missing.onnx: expected a bundle's folder or an ONNX file"):
         bench.bench(tiny_bundle, images, data="", against=[tmp_path / "missing.onnx"], rounds=2)
     with user_error("threads are 0, expected 1 or more"):

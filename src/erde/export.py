@@ -28,11 +28,13 @@ from erde.data import DataSplits
 from erde.errors import UserError, nearest
 from erde.exits import EarlyExitNetwork
 from erde.files import make_folder, replacing_file, replacing_folder, write_json
+from erde.graphs import block_input, strip_metadata
 from erde.quantisation import Quantisation, quantise, quantise_stages, range_images
 from erde.splits import TrainSplit, TuneSplit
 from erde.stages import StageRunner
 
 STAGES = "stages.json"
+FEATURES_IN = "features_in"
 PRECISIONS = ("fp32", "int8")
 PARITY_BATCHES = (0, 1, 2, 7, 32)
 # float32 kernels of two libraries differ in the last bits; relative to the largest logit.
@@ -174,9 +176,7 @@ def export_stages(
             is_last = index == exits - 1
             module = _Stage(first, network.stages[index], network.heads[index], is_last).eval()
             outputs = ["logits"] if is_last else ["features", "logits"]
-            _export_graph(
-                module, x, beside / name, ["images" if index == 0 else "features_in"], outputs, opset
-            )
+            _export_graph(module, x, beside / name, ["images" if index == 0 else FEATURES_IN], outputs, opset)
             with torch.no_grad():
                 x = x if is_last else module(x)[0]
         _check_parity(network, preprocess, exported, beside)
@@ -262,21 +262,12 @@ def _export_graph(
         logger.setLevel(level)
     assert program is not None
     model = program.model_proto
-    _strip_metadata(model)
+    strip_metadata(model)
+    if inputs == [FEATURES_IN]:
+        block_input(model)
     model.producer_name, model.producer_version = "erde", __version__
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _strip_metadata(model: Any) -> None:
-    """Drop the exporter's notes: source paths and stack traces are nobody's business, and size."""
-    graph = model.graph
-    del model.metadata_props[:]
-    del graph.metadata_props[:]
-    for group in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
-        for item in group:
-            del item.metadata_props[:]
-            item.doc_string = ""
 
 
 def _check_parity(

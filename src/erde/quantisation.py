@@ -31,6 +31,7 @@ from onnxruntime.quantization import (
 
 from erde import __version__
 from erde.files import replacing_file
+from erde.graphs import unblock_input
 from erde.splits import TrainSplit, TuneSplit
 from erde.stages import StageRunner
 
@@ -175,6 +176,7 @@ def quantise(
     ``input_grid``: scale and zero point of an input that was quantised before.
     """
     model = onnx.load(source)
+    unblock_input(model)
     _give_biases(model)
     means = _input_means(model, x)
     taken_in = model.graph.input[0].name
