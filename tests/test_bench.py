@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,29 @@ def images(digits: DataSplits) -> NDArray[np.uint8]:
 
 
 @pytest.fixture(scope="module")
-def plain(
-    tiny_network: EarlyExitNetwork, digits: DataSplits, tmp_path_factory: pytest.TempPathFactory
+def folder(
+    tiny_bundle: Path,
+    tiny_network: EarlyExitNetwork,
+    digits: DataSplits,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    path = tmp_path_factory.mktemp("plain") / "no-exit.onnx"
+    """A bundle where a run has it: beside the same network without exits."""
+    run = tmp_path_factory.mktemp("run")
+    shutil.copytree(tiny_bundle, run / "bundle")
+    path = run / "baselines" / "no-exit.onnx"
     export_plain(tiny_network, digits.image_shape, digits.mean, digits.std, path)
-    return path
+    shutil.copy(path, run / "baselines" / "small.onnx")
+    return run / "bundle"
 
 
 @pytest.fixture(scope="module")
-def found(tiny_bundle: Path, plain: Path, images: NDArray[np.uint8]) -> bench.Bench:
-    return bench.bench(
-        tiny_bundle, images, data="digits", against=[plain], batch_sizes=(1, 7), threads=(1,), rounds=3
-    )
+def plain(folder: Path) -> Path:
+    return folder.parent / "baselines" / "no-exit.onnx"
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, images: NDArray[np.uint8]) -> bench.Bench:
+    return bench.bench(folder, images, data="digits", batch_sizes=(1, 7), threads=(1,), rounds=3)
 
 
 class Clock:
@@ -106,8 +117,10 @@ def test_a_busy_round_does_not_move_the_share(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_contender_has_its_turn(found: bench.Bench, tiny_bundle: Path, plain: Path) -> None:
     names = [one.name for one in found.contenders]
+    kinds = {one.name: one.kind for one in found.contenders}
+    assert (kinds["no-exit.onnx"], kinds["small.onnx"]) == ("no-exits", "fixed")
     points = [one.name for one in bundle.read(tiny_bundle).operating_points]
-    assert names == ["no-exit.onnx", *points, "every exit computed"]
+    assert names == ["no-exit.onnx", *points, "every exit computed", "small.onnx"]
     assert found.reference == "no-exit.onnx"
     assert [(one.contender, one.batch_size) for one in found.measurements] == [
         (name, size) for size in (1, 7) for name in names
@@ -124,6 +137,9 @@ def test_macs_are_those_of_the_exits_that_were_taken(found: bench.Bench, tiny_bu
     for one in found.measurements:
         if one.contender == "no-exit.onnx":
             assert (one.macs_share, one.exit_rates) == (1.0, None)
+            continue
+        if one.contender == "small.onnx":
+            assert (one.macs_share, one.exit_rates) == (None, None)
             continue
         assert one.exit_rates is not None
         assert sum(one.exit_rates) == pytest.approx(1)
@@ -144,21 +160,20 @@ def test_fresh_processes_answer(found: bench.Bench, tiny_bundle: Path, plain: Pa
         assert 20 < one.peak_mib < 250
 
 
-def test_overhead_is_what_stages_do_not_take(
+def test_overhead_is_what_onnx_runtime_does_not_take(
     tiny_bundle: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
     monkeypatch.setattr("erde.bench.time.perf_counter", clock)
 
-    def run(self: Any, index: int, x: NDArray[Any]) -> Any:
+    def run(self: Any, binding: Any) -> None:
         clock.now += 2e-3
-        return self.run(index, x)
 
     def decide(self: Any, so_far: Any, answer: Any, final: bool) -> Any:
         clock.now += 5e-6
         return np.zeros(len(answer))
 
-    monkeypatch.setattr("erde.stages.StageRunner.run_bound", run)
+    monkeypatch.setattr("onnxruntime.InferenceSession.run_with_iobinding", run)
     monkeypatch.setattr("erde.policy.ExitRule.decide_on", decide)
     found = bench._overhead(tiny_bundle, images, 1, calls=5)
     assert found.microseconds_per_stage == pytest.approx(5, rel=1e-6)
@@ -166,9 +181,10 @@ def test_overhead_is_what_stages_do_not_take(
 
 def test_a_bundle_alone_is_its_own_reference(tiny_bundle: Path, images: NDArray[np.uint8]) -> None:
     found = bench.bench(
-        tiny_bundle, images, data="digits", points=["risk-10"], batch_sizes=(3,), threads=(1,), rounds=2
-    )
-    assert [one.name for one in found.contenders] == ["risk-10", "no-exit", "every exit computed"]
+        tiny_bundle, images, data="digits", against=[], points=["risk-10", "risk-10"], batch_sizes=(3,),
+        threads=(1,), rounds=2,
+    )  # fmt: skip
+    assert [one.name for one in found.contenders] == ["no-exit", "risk-10", "every exit computed"]
     assert found.reference == "no-exit"
     assert next(one for one in found.measurements if one.contender == "no-exit").time_share == 1.0
 
@@ -238,6 +254,103 @@ def test_a_process_that_cannot_answer_says_why(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((1, 8, 8, 1), np.uint8))
     with user_error("a fresh process could not answer with .*: .*no bundle at"):
         bench._start(tmp_path, tmp_path / "images.npy")
+
+
+def test_names_tell_apart(tmp_path: Path) -> None:
+    one, other, graph = tmp_path / "a" / "bundle", tmp_path / "b" / "bundle", tmp_path / "c.onnx"
+    assert list(bench._labels([one, graph]).values()) == ["bundle", "c.onnx"]
+    assert list(bench._labels([one, other, graph]).values()) == [
+        "a/bundle",
+        "b/bundle",
+        f"{tmp_path.name}/c.onnx",
+    ]
+    with user_error("is given twice: name each bundle and each graph once"):
+        bench._labels([one, tmp_path / "a" / ".." / "a" / "bundle"])
+
+
+def test_a_rung_that_another_bundle_lacks(
+    tiny_bundle: Path, bundle_copy: Path, images: NDArray[np.uint8]
+) -> None:
+    manifest = bundle.read(bundle_copy)
+    points = [one for one in manifest.operating_points if one.name in ("no-exit", "risk-5")]
+    change = {"operating_points": points, "default_operating_point": "no-exit"}
+    bundle.seal(bundle_copy, manifest.model_copy(update=change))
+    found = bench.bench(
+        tiny_bundle, images, data="", against=[bundle_copy], points=["risk-10"], batch_sizes=(2,), threads=(1,), rounds=2
+    )  # fmt: skip
+    other = f"{bundle_copy.parent.name}/bundle"
+    names = [one.name for one in found.contenders]
+    assert names == [
+        "no-exit",
+        "risk-10",
+        "every exit computed",
+        f"{other} no-exit",
+        f"{other} every exit computed",
+    ]
+    assert len({(one.contender, one.batch_size) for one in found.measurements}) == len(found.measurements)
+
+
+def test_time_is_not_credited_to_saved_macs_across_precisions(
+    folder: Path, bundle_copy: Path, images: NDArray[np.uint8]
+) -> None:
+    bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"precision": "int8"}))
+    found = bench.bench(
+        folder, images, data="", against=[bundle_copy, folder.parent / "baselines" / "no-exit.onnx"],
+        points=["risk-10"], batch_sizes=(2,), threads=(1,), rounds=2,
+    )  # fmt: skip
+    assert found.reference == "baselines/no-exit.onnx"
+    precisions = {one.name: one.precision for one in found.contenders}
+    for one in found.measurements:
+        credited = one.time_per_macs_saved is not None
+        saves = one.macs_share is not None and one.macs_share < 0.98
+        assert credited == (saves and precisions[one.contender] == "fp32")
+    assert any(
+        precisions[one.contender] == "int8" and (one.macs_share or 1) < 0.98 for one in found.measurements
+    )
+
+
+def test_another_task(tiny_bundle: Path, bundle_copy: Path, images: NDArray[np.uint8]) -> None:
+    manifest = bundle.read(bundle_copy)
+    sample = manifest.reference_sample
+    logits = [[[*row, 0.0] for row in rows] for rows in sample.logits]
+    more = {
+        "classes": [*manifest.classes, "other"],
+        "reference_sample": sample.model_copy(update={"logits": logits}),
+        "score": "entropy",
+        "score_parameters": None,
+    }
+    bundle.seal(bundle_copy, manifest.model_copy(update=more))
+    with user_error("tells 11 classes, the one that is timed .* and 10: give bundles of the same task"):
+        bench.bench(tiny_bundle, images, data="", against=[bundle_copy], rounds=2)
+
+
+def test_a_data_set_by_name(tiny_bundle: Path) -> None:
+    images, data = bench.load_images(tiny_bundle, "digits", 40, 0)
+    assert (images.shape, data) == ((40, 8, 8, 1), "digits, test split")
+
+
+@pytest.mark.parametrize(
+    ("provenance", "what"),
+    [
+        ({"recipe": "digits"}, "names no data set"),
+        ({"recipe": None}, "names no data set"),
+        ({"recipe": {"data": "digits"}}, "names no data set"),
+        ({"recipe": {"data": {"name": "digits", "new_key": 1}}}, "no images to time with: .*data.new_key"),
+        ({"recipe": {"data": {"name": "somebody/else"}}}, "made from 'somebody/else', which is not a shipped data set"),
+    ],
+)  # fmt: skip
+def test_provenance_is_free(provenance: dict[str, Any], what: str, bundle_copy: Path) -> None:
+    bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"provenance": provenance}))
+    with user_error(what):
+        bench.load_images(bundle_copy, None, 10, 0)
+
+
+def test_a_bundle_that_knows_its_data(bundle_copy: Path) -> None:
+    data = {"name": "digits", "channels": 1, "tune_size": 300, "certify_size": 500, "test_size": 200}
+    recipe = {"data": data, "seed": 0, "of a later version": True}
+    bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"provenance": {"recipe": recipe}}))
+    images, said = bench.load_images(bundle_copy, None, 1000, 0)
+    assert (len(images), said) == (200, "digits, test split")
 
 
 def test_its_bundle_stays_as_it_is(found: bench.Bench, tiny_bundle: Path) -> None:

@@ -145,6 +145,7 @@ def test_a_profile_from_the_command_line(
         (("bench", "BUNDLE", "--threads", ""), "--threads is ''"),
         (("bench", "BUNDLE"), "names no data set: give --data FOLDER"),
         (("bench", "nowhere"), "no bundle at nowhere"),
+        (("bench", "BUNDLE", "--out", "/dev/null/y.json"), "cannot create the folder /dev/null"),
     ],
 )  # fmt: skip
 def test_bad_arguments_of_bundle_commands(

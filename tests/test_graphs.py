@@ -12,6 +12,7 @@ import torch
 import erde
 from erde.export import FEATURES_IN, export_stages
 from erde.graphs import BLOCKED, block_input, unblock_input
+from erde.quantisation import quantise
 from erde.stages import StageRunner
 
 
@@ -61,6 +62,14 @@ def test_a_graph_without_such_a_node_stays(stages: Path) -> None:
     unblock_input(model)
     block_input(model)
     assert model.SerializeToString(deterministic=True) == before
+
+
+def test_int8_has_no_such_node(stages: Path, tmp_path: Path) -> None:
+    x = np.random.default_rng(2).normal(size=(8, 16, 32, 32)).astype(np.float32)
+    quantise(stages / "stage_1.onnx", tmp_path / "stage_1.onnx", x)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "stage_1.onnx").graph.node}
+    assert "QuantizeLinear" in kinds
+    assert "MaxPool" not in kinds
 
 
 def test_convolutions_of_a_blocked_stage_are_fused(stages: Path, tmp_path: Path) -> None:

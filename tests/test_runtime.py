@@ -333,7 +333,7 @@ def test_a_deadline_that_no_exit_meets(
 
 def test_a_deadline_needs_a_profile(bundle_copy: Path, images: NDArray[np.uint8]) -> None:
     session = Session(bundle_copy, threads=1)
-    with user_error(r"no profile at .*profile.json: Session\(bundle\).profile\(\) writes one"):
+    with user_error("no profile at .*profile.json: `erde bundle profile` writes one"):
         session.predict(images[:1], deadline_ms=100)
     with user_error("no profile at"):
         session.predict_stream([], deadline_ms=100)

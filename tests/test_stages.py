@@ -4,8 +4,10 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
 from erde import stages
 from erde.bundle import read
@@ -108,6 +110,10 @@ def test_without_spinning_the_answers_are_the_same(paths: list[Path], images: ND
     quiet = StageRunner(paths, threads=2, spinning=False)
     lively = StageRunner(paths, threads=2)
     assert np.array_equal(quiet.all_logits(images), lively.all_logits(images))
+    key = "session.intra_op.allow_spinning"
+    assert quiet._sessions[0].get_session_options().get_session_config_entry(key) == "0"
+    with pytest.raises(RuntimeError):  # never said
+        lively._sessions[0].get_session_options().get_session_config_entry(key)
 
 
 def test_providers_are_passed_on(paths: list[Path], images: NDArray[np.uint8]) -> None:
@@ -124,3 +130,30 @@ def test_providers_are_passed_on(paths: list[Path], images: NDArray[np.uint8]) -
 
 def test_shape_of_an_image(runner: StageRunner) -> None:
     assert runner.image_shape == (8, 8, 1)
+
+
+def test_what_a_graph_does_not_tell_is_not_bound(tmp_path: Path, images: NDArray[np.uint8]) -> None:
+    """A graph of another program may give no shape for its output; it runs, unbound."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["numbers"], ["logits"], axes=[1, 3], keepdims=0),
+    ]
+    given = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 8, 8, 1])
+    told = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "plain", [given], [told])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "plain.onnx")
+    runner = StageRunner([tmp_path / "plain.onnx"], threads=1)
+    expected = images[:3].astype(np.float32).mean(axis=(1, 3))
+    for _ in range(2):
+        np.testing.assert_allclose(runner.run_bound(0, images[:3])[1], expected, rtol=1e-6)
+
+
+def test_time_inside_onnx_runtime(runner: StageRunner, images: NDArray[np.uint8]) -> None:
+    with runner.timed() as seconds:
+        through(runner, images[:2], True)
+        through(runner, images[:2], False)
+        assert len(seconds) == 6
+        assert all(one > 0 for one in seconds)
+    through(runner, images[:2], True)
+    assert len(seconds) == 6

@@ -7,7 +7,6 @@ the ratio within a round: its median and quartiles over the rounds.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -15,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +26,20 @@ from pydantic import BaseModel, ConfigDict
 from erde import bundle, environment, progress
 from erde.errors import UserError
 from erde.files import write_json
+from erde.images import load_image
+from erde.prediction import images_below
+from erde.profile import PROFILE, Profile
 from erde.runtime import Session
 from erde.stages import StageRunner
+
+if TYPE_CHECKING:
+    from erde.data import DataSplits
 
 Kind = Literal["no-exits", "operating-point", "every-exit", "fixed"]
 # A contender's turn within a round: no longer than this, no more calls than that.
 TURN_SECONDS, TURN_CALLS = 0.25, 64
 WARM_UP = 3
-STARTS = 5
+STARTS, START_SECONDS = 5, 300
 
 
 class _Model(BaseModel):
@@ -43,6 +48,8 @@ class _Model(BaseModel):
 
 class Contender(_Model):
     """Who was timed: a bundle at one setting, or a plain graph; ``bytes`` is the size of its ONNX files.
+
+    ``profiled_threads``: of the ``profile.json`` in the bundle's folder, by which batches are thinned out.
 
     ``every-exit`` computes and scores all exits and leaves at none: what exits cost where they never pay.
     """
@@ -54,6 +61,7 @@ class Contender(_Model):
     operating_point: str | None
     certified: bool
     bytes: int
+    profiled_threads: int | None = None
 
 
 class Measurement(_Model):
@@ -61,7 +69,8 @@ class Measurement(_Model):
 
     Percentiles are of milliseconds per call. ``macs_share`` and ``time_share`` are held against the network without
     exits: the mean of what was computed, and the median (quartiles) over rounds of the ratio of times.
-    ``time_per_macs_saved`` is (1 - time_share) / (1 - macs_share), None where next to no MACs are saved.
+    ``time_per_macs_saved`` is (1 - time_share) / (1 - macs_share); None where less than 2 % of the MACs are saved, or where
+    the precision is not the reference's.
     """
 
     contender: str
@@ -80,7 +89,10 @@ class Measurement(_Model):
 
 
 class Overhead(_Model):
-    """Microseconds a stage that ``Session.predict`` takes outside ONNX Runtime, median over calls, one thread."""
+    """Microseconds a stage that ``Session.predict`` takes outside ONNX Runtime's own calls, median, one thread.
+
+    Exits are scored and none is taken. Probabilities, which are computed when asked for, are not in it.
+    """
 
     bundle: str
     batch_size: int
@@ -130,8 +142,9 @@ class _Entry:
 
     about: Contender
     open: Callable[[int], Callable[[NDArray[np.uint8]], tuple[NDArray[np.int64], NDArray[np.int64]] | None]]
-    macs: float | None  # of a plain graph, per image
+    macs: float | None  # of a plain graph, per image; None where unknown
     exits: int
+    no_exit_macs: float = 0.0
 
 
 def bench(
@@ -161,15 +174,28 @@ def bench(
     before = _load()
     found = beside(path) if against is None else list(against)
     manifest = bundle.read(path)
-    entries = _bundle_entries(path, points, "")
+    labels = _labels([path, *found])
+    entries = _bundle_entries(path, manifest, list(dict.fromkeys(points)) if points else None, "")
     for other in found:
-        entries += (
-            _bundle_entries(other, points, f"{other.name} ")
-            if other.is_dir()
-            else [_plain_entry(other, manifest)]
-        )
-    entries.sort(key=lambda one: one.about.kind != "no-exits")
-    reference = next((one.about.name for one in entries if one.about.kind == "no-exits"), "no-exit")
+        if other.is_dir():
+            theirs = bundle.read(other)
+            _check_same_task(other, theirs, manifest)
+            known = {one.name for one in theirs.operating_points}
+            # A rung that one bundle could certify, another may have left out.
+            common = [one for one in points if one in known] if points else None
+            entries += _bundle_entries(other, theirs, common, f"{labels[other]} ")
+        else:
+            own = other.parent.resolve() == (path.parent / "baselines").resolve()
+            entries.append(_plain_entry(other, manifest, labels[other], own))
+    reference = next(
+        (
+            one.about.name
+            for one in entries
+            if one.about.kind == "no-exits" and one.about.precision == manifest.precision
+        ),
+        "no-exit",
+    )
+    entries.sort(key=lambda one: one.about.name != reference)
     measurements = []
     cells = [(count, size) for count in threads for size in batch_sizes]
     with progress.task("bench", len(cells) * rounds) as task:
@@ -183,7 +209,7 @@ def bench(
     folders = [path, *(one for one in found if one.is_dir())]
     return Bench(
         bundle=str(path),
-        seal=bundle.canonical_hash(manifest.model_dump(mode="json")),
+        seal=bundle.seal_of(manifest),
         data=data,
         images=len(images),
         rounds=rounds,
@@ -192,7 +218,7 @@ def bench(
         contenders=[one.about for one in entries],
         measurements=measurements,
         overheads=[_overhead(one, images, size) for one in folders for size in sorted({1, max(batch_sizes)})],
-        starts=_starts(folders, found, images, max(batch_sizes)),
+        starts=_starts(labels, images, max(batch_sizes)),
         machine={
             "platform": platform.platform(),
             "cpu": environment.cpu_model(),
@@ -212,6 +238,25 @@ def beside(path: Path) -> list[Path]:
     return [*([quantised] if quantised.is_dir() else []), *graphs]
 
 
+def _labels(paths: Sequence[Path]) -> dict[Path, str]:
+    """A name for each path: the shortest tails that tell them all apart."""
+    whole = [one.resolve() for one in paths]
+    for depth in range(1, max(len(one.parts) for one in whole) + 1):
+        names = ["/".join(one.parts[-depth:]) for one in whole]
+        if len(set(names)) == len(names):
+            return dict(zip(paths, names, strict=True))
+    twice = next(one for one in paths if whole.count(one.resolve()) > 1)
+    raise UserError(f"{twice} is given twice: name each bundle and each graph once")
+
+
+def _check_same_task(path: Path, theirs: bundle.Manifest, mine: bundle.Manifest) -> None:
+    if theirs.input_shape != mine.input_shape or len(theirs.classes) != len(mine.classes):
+        raise UserError(
+            f"bundle {path} takes images of shape {theirs.input_shape} and tells {len(theirs.classes)} classes, the one that "
+            f"is timed {mine.input_shape} and {len(mine.classes)}: give bundles of the same task"
+        )
+
+
 def _load() -> list[float]:
     return [round(one, 2) for one in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
@@ -219,10 +264,12 @@ def _load() -> list[float]:
 # ---------------------------------------------------------------- contenders
 
 
-def _bundle_entries(path: Path, points: Sequence[str] | None, prefix: str) -> list[_Entry]:
-    manifest = bundle.read(path)
+def _bundle_entries(
+    path: Path, manifest: bundle.Manifest, points: Sequence[str] | None, prefix: str
+) -> list[_Entry]:
     size = sum((path / stage.file).stat().st_size for stage in manifest.stages)
     sessions: dict[int, Session] = {}
+    profile = Profile.at_hand(path / PROFILE, bundle.stages_hash(manifest), len(manifest.stages))
 
     def session(threads: int) -> Session:
         if threads not in sessions:
@@ -249,10 +296,11 @@ def _bundle_entries(path: Path, points: Sequence[str] | None, prefix: str) -> li
             operating_point=point.name if point else None,
             certified=point is not None and point.certificate is not None,
             bytes=size,
+            profiled_threads=profile.threads if profile else None,
         )
-        return _Entry(about, opened, None, len(manifest.stages))
+        return _Entry(about, opened, None, len(manifest.stages), float(manifest.no_exit_macs))
 
-    known = [manifest.point(name) for name in points] if points else manifest.operating_points
+    known = manifest.operating_points if points is None else [manifest.point(name) for name in points]
     found = [entry(one.name, "operating-point", one, {"operating_point": one.name}) for one in known]
     if "no-exit" not in {one.name for one in known}:
         found.append(
@@ -262,11 +310,12 @@ def _bundle_entries(path: Path, points: Sequence[str] | None, prefix: str) -> li
     return [*found, entry("every exit computed", "every-exit", None, never)]
 
 
-def _plain_entry(path: Path, manifest: bundle.Manifest) -> _Entry:
+def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle: bool) -> _Entry:
     if not path.is_file():
         raise UserError(f"nothing at {path}: expected a bundle's folder or an ONNX file to hold it against")
     shape = manifest.input_shape
-    own = path.stem in ("no-exit", "no-exit-int8")
+    # Only what the run itself wrote is known to be the same network.
+    own = beside_bundle and path.stem in ("no-exit", "no-exit-int8")
 
     def opened(threads: int) -> Callable[[NDArray[np.uint8]], None]:
         runner = StageRunner([path], threads)
@@ -282,8 +331,8 @@ def _plain_entry(path: Path, manifest: bundle.Manifest) -> _Entry:
 
     opened(1)
     about = Contender(
-        name=f"{path.stem}.onnx",
-        kind="no-exits" if path.stem == "no-exit" else "fixed",
+        name=name,
+        kind="no-exits" if own else "fixed",
         source=str(path),
         precision="int8" if path.stem.endswith("int8") else "fp32",
         operating_point=None,
@@ -335,7 +384,8 @@ def _race(
                     macs[index] += float(answer[0].sum())
                     exits[index] += np.bincount(answer[1], minlength=len(exits[index]))
     names = [one.about.name for one in entries]
-    whole = _no_exit_macs(entries, reference)
+    first = entries[names.index(reference)]
+    whole = first.macs if first.macs is not None else first.no_exit_macs
     totals = seconds.sum(axis=2)
     shares = totals / totals[:, [names.index(reference)]]
     answered = rounds * turns * size
@@ -344,16 +394,10 @@ def _race(
             one, seconds[:, index], shares[:, index], threads, size,
             macs[index] / answered / whole if macs[index] else None,
             (exits[index] / answered).tolist() if exits[index].any() else None,
+            one.about.precision == first.about.precision,
         )
         for index, one in enumerate(entries)
     ]  # fmt: skip
-
-
-def _no_exit_macs(entries: Sequence[_Entry], reference: str) -> float:
-    one = next(one for one in entries if one.about.name == reference)
-    if one.macs is not None:
-        return one.macs
-    return float(bundle.read(Path(one.about.source)).no_exit_macs)
 
 
 def _measurement(
@@ -364,10 +408,11 @@ def _measurement(
     size: int,
     macs_share: float | None,
     exit_rates: list[float] | None,
+    comparable: bool,
 ) -> Measurement:
     p50, p95, p99 = (1e3 * np.percentile(seconds, [50, 95, 99])).tolist()
     low, middle, high = np.percentile(shares, [25, 50, 75]).tolist()
-    saved = None if macs_share is None else 1 - macs_share
+    saved = 1 - macs_share if comparable and macs_share is not None else None
     return Measurement(
         contender=entry.about.name,
         threads=threads,
@@ -386,51 +431,30 @@ def _measurement(
 
 
 def _overhead(path: Path, images: NDArray[np.uint8], size: int, calls: int = 200) -> Overhead:
-    """Time inside ``predict`` that its stages do not account for: each call's own stages are timed within it."""
+    """Time inside ``predict`` that is not ONNX Runtime's: each call's own graphs are timed within it."""
     session = Session(path, threads=1)
-    stages = session._stages
-    run, inside = stages.run_bound, [0.0]
-
-    def timed(index: int, x: NDArray[Any]) -> Any:
-        started = time.perf_counter()
-        found = run(index, x)
-        inside[0] += time.perf_counter() - started
-        return found
-
-    never: list[float | None] = [np.inf] * (len(stages) - 1)
+    stages = len(session.manifest.stages)
+    never: list[float | None] = [np.inf] * (stages - 1)
     generator = np.random.default_rng(0)
     outside = []
-    with _replaced(stages, "run_bound", timed):
+    with session.graphs_timed() as inside:
         for _ in range(calls if size == 1 else max(10, calls // size)):
             batch = images[generator.integers(0, len(images), size)]
-            inside[0] = 0.0
+            inside.clear()
             started = time.perf_counter()
             session.predict(batch, thresholds=never)
-            outside.append(time.perf_counter() - started - inside[0])
+            outside.append(time.perf_counter() - started - sum(inside))
     return Overhead(
-        bundle=str(path),
-        batch_size=size,
-        microseconds_per_stage=1e6 * float(np.median(outside)) / len(stages),
+        bundle=str(path), batch_size=size, microseconds_per_stage=1e6 * float(np.median(outside)) / stages
     )
-
-
-@contextlib.contextmanager
-def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
 
 
 # ---------------------------------------------------------------- fresh processes
 
 
-def _starts(
-    folders: Sequence[Path], found: Sequence[Path], images: NDArray[np.uint8], size: int
-) -> list[Start]:
-    plain = [one for one in found if one.is_file() and one.stem == "no-exit"]
-    answers: dict[Path, list[tuple[float, float | None]]] = {one: [] for one in [*folders, *plain]}
+def _starts(labels: dict[Path, str], images: NDArray[np.uint8], size: int) -> list[Start]:
+    chosen = [one for one in labels if one.is_dir() or one.stem.startswith("no-exit")]
+    answers: dict[Path, list[tuple[float, float | None]]] = {one: [] for one in chosen}
     with tempfile.TemporaryDirectory() as temporary:
         batch = Path(temporary) / "images.npy"
         np.save(batch, images[np.arange(size) % len(images)])
@@ -443,7 +467,7 @@ def _starts(
         peaks = [peak for _, peak in seen if peak is not None]
         starts.append(
             Start(
-                contender=path.name,
+                contender=labels[path],
                 first_answer_ms=middle,
                 first_answer_quartiles=(low, high),
                 batch_size=size,
@@ -455,11 +479,15 @@ def _starts(
 
 def _start(path: Path, batch: Path) -> tuple[float, float | None]:
     code = "import sys; from erde.bench_start import main; main(*sys.argv[1:])"
+    # -P: not the modules of whatever folder this was started in.
+    command = [sys.executable, "-P", "-c", code, str(path), str(batch)]
     started = time.time()
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(batch)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"a fresh process had no answer from {path} after {START_SECONDS} s: try smaller batches"
+        ) from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"a fresh process could not answer with {path}: {last}")
@@ -473,33 +501,42 @@ def _start(path: Path, batch: Path) -> tuple[float, float | None]:
 def load_images(path: Path, data: str | None, count: int, seed: int) -> tuple[NDArray[np.uint8], str]:
     """``count`` real images (N, H, W, C) for the bundle at ``path``, drawn at random, and where they are from.
 
-    ``data`` is a folder of images or a data set's name; without it, the data set of the bundle's own recipe. Of a
-    data set the test split is taken.
+    ``data`` is a folder of images or a data set; without it, that of the bundle's own recipe, if it is a shipped or a
+    local one: which hub id is loaded is not for a bundle to say. Of a data set the test split is taken.
     """
     manifest = bundle.read(path)
     if data is not None and Path(data).is_dir():
-        from erde.images import load_image
-        from erde.prediction import find_images
-
-        files = list(find_images([Path(data)]))
+        files = list(images_below(Path(data)))
         if files:
             drawn = np.random.default_rng(seed).permutation(len(files))[:count]
             return np.stack([load_image(files[index], manifest.input_shape) for index in drawn]), data
-    name = data or manifest.provenance.get("recipe", {}).get("data", {}).get("name")
-    if name is None:
-        raise UserError(f"{path} names no data set: give --data FOLDER with images like those it will see")
-    from erde.config import Config, DataConfig
-    from erde.data import load_splits
-
     recipe = manifest.provenance.get("recipe")
-    config = Config.model_validate(recipe) if data is None else None
-    try:
-        splits = load_splits(config.data, config.seed) if config else load_splits(DataConfig(name=name), 0)
-    except UserError as error:
-        raise UserError(f"no images to time with: {error} (or give --data FOLDER with images)") from error
+    own = recipe.get("data") if isinstance(recipe, dict) else None
+    own = own if isinstance(own, dict) else {}
+    name = own.get("name") if data is None else data
+    if not isinstance(name, str):
+        raise UserError(f"{path} names no data set: give --data FOLDER with images like those it will see")
+    splits = _load_test(name, own, recipe, manifest.input_shape[2], trusted=data is not None)
     if splits.image_shape != manifest.input_shape:
         raise UserError(
             f"'{name}' has images of shape {splits.image_shape}, the bundle takes {manifest.input_shape}: give others"
         )
     drawn = np.random.default_rng(seed).permutation(len(splits.test))[:count]
     return np.ascontiguousarray(splits.test.images[drawn]), f"{name}, test split"
+
+
+def _load_test(name: str, own: dict[str, Any], recipe: Any, channels: int, trusted: bool) -> DataSplits:
+    from erde.config import DataConfig, validate
+    from erde.data import load_splits
+    from erde.sources import SHIPPED
+
+    try:
+        if not (trusted or name in SHIPPED or Path(name).is_dir()):
+            raise UserError(f"the bundle was made from '{name}', which is not a shipped data set")
+        # Of a set that the bundle does not come from only the test split is looked at: the others may be small.
+        small = {"name": name, "channels": channels, "tune_size": 100, "certify_size": 100, "test_size": 300}
+        config = validate(DataConfig, own if own.get("name") == name else small, prefix="data.")
+        seed = recipe.get("seed") if isinstance(recipe, dict) else None
+        return load_splits(config, seed if isinstance(seed, int) else 0)
+    except UserError as error:
+        raise UserError(f"no images to time with: {error} (or give --data FOLDER with images)") from error

@@ -13,7 +13,7 @@ def show(found: Bench) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     for threads in sorted({one.threads for one in found.measurements}):
         table = Table(
             title=f"{threads} thread{'s' if threads > 1 else ''}: milliseconds per call, shares of {found.reference}",

@@ -307,6 +307,11 @@ def canonical_hash(value: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def seal_of(manifest: Manifest) -> str:
+    """The seal that belongs to a manifest."""
+    return canonical_hash(manifest.model_dump(mode="json"))
+
+
 def seal(folder: Path, manifest: Manifest) -> str:
     """Write ``manifest`` into ``folder`` with its seal, and return the seal. The stages must be there."""
     value = manifest.model_dump(mode="json")
@@ -497,6 +502,8 @@ def _data_in_words(manifest: Manifest) -> list[str]:
         lines.append(
             f"- Data set `{in_one_line(name)}`; images: {sizes}. Recipe, versions and fingerprints: `manifest.json`."
         )
+    if manifest.precision == "int8":
+        lines.append("- The full network that promises speak of is this one, in int8.")
     if manifest.calibration is not None:
         seen = manifest.calibration
         lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,7 @@ def bench(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A folder of images, or a data set's name; the bundle's own test split without it."
+            help="A folder of images, or a data set; the test split of the bundle's own one without it."
         ),
     ] = None,
     against: Annotated[
@@ -92,9 +93,12 @@ def bench(
     """Time a bundle beside the same network without exits and smaller ones, taking turns on real images."""
     from erde import bench as benches
     from erde.bench_tables import show, write_figure
+    from erde.files import make_folder
 
     if out is not None and out.suffix != ".json":
         raise UserError(f"--out is {out}, expected a name that ends in .json")
+    if out is not None and not os.access(make_folder(out.parent), os.W_OK):
+        raise UserError(f"{out} cannot be written: choose a folder that you may write to")
     sizes, counts = _whole_numbers("--batch-sizes", batch_sizes), _whole_numbers("--threads", threads)
     pool, source = benches.load_images(bundle, data, images, seed)
     found = benches.bench(
@@ -119,11 +123,11 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 @bundle_app.command("verify", epilog="Example: erde bundle verify runs/a/bundle")
 def bundle_verify(bundle: Path, as_json: Json = False) -> None:
     """Check the seal, every checksum, and that the stages give the logits of the reference sample."""
-    from erde.bundle import canonical_hash
+    from erde.bundle import seal_of
     from erde.runtime import Session
 
     session = Session(bundle)
-    seal = canonical_hash(session.manifest.model_dump(mode="json"))
+    seal = seal_of(session.manifest)
     print(f"{bundle}: intact, {len(session.manifest.stages)} stages run here as sealed ({seal[:12]})")
     finish(as_json, {"bundle": str(bundle), "seal": seal})
 

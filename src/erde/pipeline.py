@@ -320,8 +320,8 @@ class Run:
         quantisation = self.stages(arm).quantisation
         assert quantisation is not None
         if not (folder / run_folder.LOGITS).exists():
-            self.log.write("quantised", arm=arm, **dataclasses.asdict(quantisation))
             self._write_logits(arm)
+            self.log.write("quantised", arm=arm, **dataclasses.asdict(quantisation))
         baselines = self.folder / "baselines"
         path = baselines / "no-exit-int8.onnx"
         if not path.exists():

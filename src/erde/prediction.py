@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde import progress
-from erde.bundle import canonical_hash, file_hash
+from erde.bundle import file_hash, seal_of
 from erde.errors import UserError
 from erde.files import explain_full_disk, make_folder, replacing_file
 from erde.images import SUFFIXES, load_image
@@ -39,7 +39,7 @@ def find_images(paths: Iterable[Path]) -> Iterator[Path]:
     """Files as given, and the images below folders, sorted; the names of one folder are held at a time."""
     for path in paths:
         if path.is_dir():
-            inside = _images_below(path)
+            inside = images_below(path)
             first = next(inside, None)
             if first is None:
                 raise UserError(
@@ -52,7 +52,7 @@ def find_images(paths: Iterable[Path]) -> Iterator[Path]:
             raise UserError(f"no image at {path}: expected a file or a folder")
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
+def images_below(folder: Path) -> Iterator[Path]:
     """Image files at any depth, in the order of their paths; links to folders are not followed."""
     try:
         with os.scandir(folder) as found:
@@ -67,7 +67,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
     for name, deeper in names:
         path = folder / name
         if deeper:
-            yield from _images_below(path)
+            yield from images_below(path)
         elif path.is_file():
             yield path
 
@@ -105,10 +105,11 @@ def predict_files(
     profile = bundle / PROFILE
     identity = {
         "format_version": 1,
-        "bundle_seal": canonical_hash(session.manifest.model_dump(mode="json")),
+        "bundle_seal": seal_of(session.manifest),
         "operating_point": point,
         **limits,
-        "profile": file_hash(profile) if deadline_ms is not None and profile.is_file() else None,
+        # It decides about deadlines, and about images that are carried along, whose MACs are written.
+        "profile": file_hash(profile) if profile.is_file() else None,
         "batch_size": batch_size,
         "threads": threads,
         "images": list_hash,

@@ -59,8 +59,21 @@ class Profile(BaseModel):
         return float(np.interp(count, sizes, [self.milliseconds[size][stage] for size in sizes]))
 
     def write(self, path: Path) -> None:
-        """Write as JSON, in one step."""
-        write_json(path, self.model_dump(mode="json"))
+        """Write as JSON, in one step; :class:`UserError` where that cannot be."""
+        try:
+            write_json(path, self.model_dump(mode="json"))
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}): profile a copy of the bundle"
+            ) from error
+
+    @classmethod
+    def at_hand(cls, path: Path, stages: str, exits: int) -> Profile | None:
+        """The profile if there is a good one: what merely gains by one does without."""
+        try:
+            return cls.read(path, stages, exits)
+        except UserError:
+            return None
 
     @classmethod
     def read(cls, path: Path, stages: str, exits: int) -> Profile:
@@ -70,15 +83,15 @@ class Profile(BaseModel):
                 raise FileNotFoundError(path)
             profile = cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
-            raise UserError(f"no profile at {path}: Session(bundle).profile() writes one") from error
+            raise UserError(f"no profile at {path}: `erde bundle profile` writes one") from error
         except (ValueError, ValidationError, RecursionError) as error:
             raise UserError(
-                f"{path} is not a profile of this erde: delete it and write it again with Session(bundle).profile()"
+                f"{path} is not a profile of this erde: delete it and write it again with `erde bundle profile`"
             ) from error
         fits = all(len(times) == exits for times in profile.milliseconds.values())
         fits &= len(profile.gather_milliseconds) == exits - 1
         if profile.stages != stages or profile.format_version != VERSION or not fits:
             raise UserError(
-                f"{path} belongs to other stages than this bundle's: write it again with Session(bundle).profile()"
+                f"{path} belongs to other stages than this bundle's: write it again with `erde bundle profile`"
             )
         return profile

@@ -240,10 +240,12 @@ def _excluded(model: Any, kept: Sequence[str]) -> list[str]:
     nodes = list(model.graph.node)
     excluded = []
     if model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8:
-        first = next(index for index, node in enumerate(nodes) if node.op_type == "Conv")
+        # A network of one's own may begin with a linear layer.
+        weighted = (index for index, node in enumerate(nodes) if node.op_type in ("Conv", "Gemm"))
+        first = next(weighted, len(nodes))
         # What comes before are the images' own steps to float.
         excluded += [node.name for node in nodes[:first]]
-        if "first" in kept:
+        if "first" in kept and first < len(nodes):
             excluded.append(nodes[first].name)
     if "last" in kept:
         excluded += [node.name for node in nodes if "logits" in node.output]

@@ -6,6 +6,7 @@ import itertools
 import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,16 +171,19 @@ class Session:
             raise UserError(
                 f"{self.folder / PROFILE} was measured with threads={profile.threads}, this session has "
                 f"threads={self._threads}: open it with the same number, or measure again with "
-                "Session(bundle, threads=...).profile()"
+                "`erde bundle profile --threads`"
             )
         return profile
 
     def _profile_at_hand(self) -> Profile | None:
-        """The profile if there is one for this session: what merely gains by one does without."""
-        try:
-            return self._read_profile()
-        except UserError:
-            return None
+        """The profile if there is one for this session's threads."""
+        stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
+        profile = Profile.at_hand(self.folder / PROFILE, stages, exits)
+        return profile if profile is not None and profile.threads == self._threads else None
+
+    def graphs_timed(self) -> AbstractContextManager[list[float]]:
+        """While it lasts, the list takes the seconds of every call of ONNX Runtime; for measurements of one thread."""
+        return self._stages.timed()
 
     def _time_stages(self, images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
         """For a batch that stays whole to the end: seconds of each stage with its decision, and of taking one

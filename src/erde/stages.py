@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,31 @@ class StageRunner:
             parts.append(np.stack(rows))
         return np.concatenate(parts, axis=1)
 
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[list[float]]:
+        """While it lasts, the list takes the seconds of every call of ONNX Runtime."""
+        seconds: list[float] = []
+
+        def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                started = time.perf_counter()
+                found = call(*arguments)
+                seconds.append(time.perf_counter() - started)
+                return found
+
+            return run
+
+        for session in self._sessions:
+            session.run, session.run_with_iobinding = (
+                watched(session.run),
+                watched(session.run_with_iobinding),
+            )
+        try:
+            yield seconds
+        finally:
+            for session in self._sessions:
+                del session.run, session.run_with_iobinding
+
     def _slots(self) -> list[_Slot | None]:
         slots: list[_Slot | None] | None = getattr(self._local, "slots", None)
         if slots is None:
@@ -184,8 +211,10 @@ class _Slot:
     def of(cls, session: onnxruntime.InferenceSession) -> _Slot | None:
         """A slot for a stage whose outputs are floats of a known shape for each image; else None."""
         shapes = {}
+        # A rank that the graph does not tell is no shape.
         for output in session.get_outputs():
-            if output.type != "tensor(float)" or not all(isinstance(one, int) for one in output.shape[1:]):
+            known = len(output.shape) >= 2 and all(isinstance(one, int) for one in output.shape[1:])
+            if output.type != "tensor(float)" or not known:
                 return None
             shapes[output.name] = tuple(output.shape[1:])
         return cls(session, shapes)
@@ -198,9 +227,10 @@ class _Slot:
         address = x.__array_interface__["data"][0]
         if rows == self._rows and address == self._address:
             return True
-        self._binding.bind_input(self._input, "cpu", 0, x.dtype.type, x.shape, address)
         if rows != self._rows:
+            self._rows = -1  # until all is bound
             self._bind_outputs(rows)
+        self._binding.bind_input(self._input, "cpu", 0, x.dtype.type, x.shape, address)
         self._rows, self._address = rows, address
         return True
 
