@@ -74,20 +74,29 @@ def write_figure(found: Bench, path: Path) -> Path | None:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.axline((100, 100), slope=1, color="0.6", linewidth=1, linestyle=(0, (4, 3)))
+    precisions = {one.name: one.precision for one in found.contenders}
     for number, size in enumerate(sizes):
-        points = [one for one in shown if one.batch_size == size and one.macs_share is not None]
-        middle = [100 * one.time_share for one in points]
-        spread = [
-            [100 * (one.time_share - one.time_share_quartiles[0]) for one in points],
-            [100 * (one.time_share_quartiles[1] - one.time_share) for one in points],
-        ]
-        left.errorbar(
-            [100 * (one.macs_share or 0) for one in points], middle, yerr=spread,
-            fmt="osD^vP"[number % 6], markersize=5, capsize=2, linewidth=1, label=f"{size} images a call",
-        )  # fmt: skip
+        for precision in sorted(set(precisions.values())):
+            points = [
+                one
+                for one in shown
+                if one.batch_size == size
+                and one.macs_share is not None
+                and precisions[one.contender] == precision
+            ]
+            spread = [
+                [100 * (one.time_share - one.time_share_quartiles[0]) for one in points],
+                [100 * (one.time_share_quartiles[1] - one.time_share) for one in points],
+            ]
+            left.errorbar(
+                [100 * (one.macs_share or 0) for one in points], [100 * one.time_share for one in points],
+                yerr=spread, fmt="osD^vP"[number % 6], color=f"C{number}", markersize=5, capsize=2, linewidth=1,
+                markerfacecolor="white" if precision == "int8" else None,
+                label=f"{size} images a call, {precision}" if points else None,
+            )  # fmt: skip
     left.set(xlabel=f"MACs (% of {found.reference})", ylabel=f"time (% of {found.reference})")
     left.set_title("On the dashed line every MAC saved is time saved", fontsize=10)
-    left.legend(frameon=False)
+    left.legend(frameon=False, fontsize=8)
     left.grid(alpha=0.3)
     rows = [one for one in shown if one.batch_size == sizes[0]][::-1]
     places = range(len(rows))
