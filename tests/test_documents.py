@@ -85,7 +85,7 @@ def test_readme_python_runs(after_python: tuple[Path, str]) -> None:
 def test_readme_commands_run(after_python: tuple[Path, str]) -> None:
     folder, _ = after_python
     lines = commands(README)
-    assert len(lines) == 15
+    assert len(lines) == 17
     assert all(line.startswith("erde ") for line in lines)
     output = {line: execute(line, folder) for line in lines}
     assert {"results.json", "report.html", "bundle"} <= {

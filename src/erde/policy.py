@@ -22,9 +22,9 @@ Thresholds = Sequence[float | None]
 
 def log_softmax(logits: NDArray[Any], temperature: float = 1.0) -> Array:
     """``log softmax(logits / temperature)`` over the last axis, in float64."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    scaled = scaled - scaled.max(axis=-1, keepdims=True)
-    return np.asarray(scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True)))
+    scaled = np.divide(logits, temperature, dtype=np.float64)
+    scaled -= np.maximum.reduce(scaled, axis=-1, keepdims=True)
+    return np.asarray(scaled - np.log(np.add.reduce(np.exp(scaled), axis=-1, keepdims=True)))
 
 
 def softmax(logits: NDArray[Any], temperature: float = 1.0) -> Array:
@@ -34,17 +34,18 @@ def softmax(logits: NDArray[Any], temperature: float = 1.0) -> Array:
 
 def _exponentials(logits: NDArray[Any], sharpness: float) -> tuple[Array, Array, Array]:
     """With ``z = logits / sharpness - max``: z, exp(z), and the sum of exp(z); a softmax without its division."""
-    scaled = np.asarray(logits, dtype=np.float64) / sharpness
-    scaled -= scaled.max(axis=-1, keepdims=True)
+    # Reductions as ufuncs: the methods go by way of Python, which counts where a single image is decided on.
+    scaled = np.divide(logits, sharpness, dtype=np.float64)
+    scaled -= np.maximum.reduce(scaled, axis=-1, keepdims=True)
     exponentials = np.exp(scaled)
-    return scaled, exponentials, exponentials.sum(axis=-1)
+    return scaled, exponentials, np.add.reduce(exponentials, axis=-1)
 
 
 def entropy_score(logits: NDArray[Any], sharpness: float = 1.0) -> Array:
     """``1 - H(softmax(logits / sharpness)) / ln K``, in [0, 1]; ERDE's own rule at sharpness 1."""
     scaled, exponentials, total = _exponentials(logits, sharpness)
     # H = ln(sum of e^z) - sum of p z
-    entropy = np.log(total) - (exponentials * scaled).sum(axis=-1) / total
+    entropy = np.log(total) - np.add.reduce(exponentials * scaled, axis=-1) / total
     return np.asarray(1.0 - entropy / math.log(scaled.shape[-1]))
 
 

@@ -95,7 +95,7 @@ class StageRunner:
         """
         slot = self._slots()[index] if self._binds else None
         try:
-            if slot is None or not slot.bind(x):
+            if slot is None or not slot.bind(x, ours=index > 0):
                 return self.run(index, x)
             slot.run()
         except UserError:
@@ -202,6 +202,7 @@ class _Slot:
         self._shapes = shapes
         self._kept: dict[str, NDArray[np.float32]] = {}
         self._rows = self._address = -1
+        self._bound: NDArray[Any] | None = None
         self._bytes_per_row = max(4 * int(np.prod(shape)) for shape in shapes.values())
         self.features: NDArray[np.float32] | None = None
         self.logits: NDArray[np.float32] = np.empty(0, dtype=np.float32)
@@ -219,19 +220,26 @@ class _Slot:
             shapes[output.name] = tuple(output.shape[1:])
         return cls(session, shapes)
 
-    def bind(self, x: NDArray[Any]) -> bool:
-        """Make ``x`` the input; False where the batch is empty or too large for buffers that stay."""
+    def bind(self, x: NDArray[Any], ours: bool) -> bool:
+        """Make ``x`` the input; False where the batch is empty or too large for buffers that stay.
+
+        ``ours``: what a stage before gave, which keeps its place and shape, so that the same array needs no second look.
+        """
+        if x is self._bound:
+            return True
         rows = len(x)
         if rows == 0 or rows * self._bytes_per_row > KEPT_BYTES:
             return False
         address = x.__array_interface__["data"][0]
         if rows == self._rows and address == self._address:
             return True
+        self._bound = None
         if rows != self._rows:
             self._rows = -1  # until all is bound
             self._bind_outputs(rows)
         self._binding.bind_input(self._input, "cpu", 0, x.dtype.type, x.shape, address)
         self._rows, self._address = rows, address
+        self._bound = x if ours else None
         return True
 
     def _bind_outputs(self, rows: int) -> None:
