@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from erde import bench, bench_tables, bundle
+from erde import bench, bench_images, bench_tables, bundle
 from erde.data import DataSplits
 from erde.exits import EarlyExitNetwork
 from erde.export import export_plain
@@ -219,22 +219,22 @@ def test_it_is_written_and_drawn(
 
 def test_images_of_a_folder(tiny_bundle: Path, digits: DataSplits, tmp_path: Path) -> None:
     folder = save_by_class(digits.test, tmp_path / "photos")
-    images, data = bench.load_images(tiny_bundle, str(folder), 50, seed=1)
+    images, data = bench_images.load_images(tiny_bundle, str(folder), 50, seed=1)
     assert data == str(folder)
     assert images.shape == (50, 8, 8, 1)
     known = {one.tobytes() for one in digits.test.images[:]}
     assert {one.tobytes() for one in images} <= known
     assert len({one.tobytes() for one in images}) > 40
-    again, _ = bench.load_images(tiny_bundle, str(folder), 50, seed=1)
+    again, _ = bench_images.load_images(tiny_bundle, str(folder), 50, seed=1)
     assert np.array_equal(images, again)
 
 
 def test_noise_is_no_image(tiny_bundle: Path) -> None:
     # This bundle was made in Python: it knows of no recipe.
     with user_error("names no data set: give --data FOLDER"):
-        bench.load_images(tiny_bundle, None, 10, 0)
+        bench_images.load_images(tiny_bundle, None, 10, 0)
     with user_error("no images to time with: .*--data FOLDER"):
-        bench.load_images(tiny_bundle, "no-such-thing-here", 10, 0)
+        bench_images.load_images(tiny_bundle, "no-such-thing-here", 10, 0)
 
 
 def test_a_graph_of_another_task(tiny_bundle: Path, images: NDArray[np.uint8], tmp_path: Path) -> None:
@@ -276,7 +276,8 @@ def test_a_rung_that_another_bundle_lacks(
     change = {"operating_points": points, "default_operating_point": "no-exit"}
     bundle.seal(bundle_copy, manifest.model_copy(update=change))
     found = bench.bench(
-        tiny_bundle, images, data="", against=[bundle_copy], points=["risk-10"], batch_sizes=(2,), threads=(1,), rounds=2
+        tiny_bundle, images, data="", against=[bundle_copy], points=["risk-10", "no-exit", "no-exit"],
+        batch_sizes=(2,), threads=(1,), rounds=2,
     )  # fmt: skip
     other = f"{bundle_copy.parent.name}/bundle"
     names = [one.name for one in found.contenders]
@@ -325,7 +326,7 @@ def test_another_task(tiny_bundle: Path, bundle_copy: Path, images: NDArray[np.u
 
 
 def test_a_data_set_by_name(tiny_bundle: Path) -> None:
-    images, data = bench.load_images(tiny_bundle, "digits", 40, 0)
+    images, data = bench_images.load_images(tiny_bundle, "digits", 40, 0)
     assert (images.shape, data) == ((40, 8, 8, 1), "digits, test split")
 
 
@@ -342,14 +343,14 @@ def test_a_data_set_by_name(tiny_bundle: Path) -> None:
 def test_provenance_is_free(provenance: dict[str, Any], what: str, bundle_copy: Path) -> None:
     bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"provenance": provenance}))
     with user_error(what):
-        bench.load_images(bundle_copy, None, 10, 0)
+        bench_images.load_images(bundle_copy, None, 10, 0)
 
 
 def test_a_bundle_that_knows_its_data(bundle_copy: Path) -> None:
     data = {"name": "digits", "channels": 1, "tune_size": 300, "certify_size": 500, "test_size": 200}
     recipe = {"data": data, "seed": 0, "of a later version": True}
     bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"provenance": {"recipe": recipe}}))
-    images, said = bench.load_images(bundle_copy, None, 1000, 0)
+    images, said = bench_images.load_images(bundle_copy, None, 1000, 0)
     assert (len(images), said) == (200, "digits, test split")
 
 

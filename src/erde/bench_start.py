@@ -6,7 +6,13 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def main(path: str, batch: str) -> None:
@@ -15,21 +21,18 @@ def main(path: str, batch: str) -> None:
 
     images = np.load(batch, mmap_mode="r")
     first = np.array(images[:1])
+    answer: Callable[[NDArray[np.uint8]], object]
     if Path(path).is_dir():
         from erde.runtime import Session
 
-        session = Session(path, threads=1)
-        session.predict(first)
+        answer = Session(path, threads=1).predict
     else:
         from erde.stages import StageRunner
 
-        runner = StageRunner([Path(path)], threads=1)
-        runner.run(0, first)
+        answer = partial(StageRunner([Path(path)], threads=1).run, 0)
+    answer(first)
     answered = time.time()
-    if Path(path).is_dir():
-        session.predict(np.array(images))
-    else:
-        runner.run(0, np.array(images))
+    answer(np.array(images))
     print(json.dumps({"answered": answered, "peak_mib": _peak_mib()}))
 
 

@@ -92,6 +92,7 @@ def bench(
 ) -> None:
     """Time a bundle beside the same network without exits and smaller ones, taking turns on real images."""
     from erde import bench as benches
+    from erde.bench_images import load_images
     from erde.bench_tables import show, write_figure
     from erde.files import make_folder
 
@@ -100,7 +101,7 @@ def bench(
     if out is not None and not os.access(make_folder(out.parent), os.W_OK):
         raise UserError(f"{out} cannot be written: choose a folder that you may write to")
     sizes, counts = _whole_numbers("--batch-sizes", batch_sizes), _whole_numbers("--threads", threads)
-    pool, source = benches.load_images(bundle, data, images, seed)
+    pool, source = load_images(bundle, data, images, seed)
     found = benches.bench(
         bundle, pool, data=source, against=against, points=point,
         batch_sizes=sizes, threads=counts, rounds=rounds, seed=seed,

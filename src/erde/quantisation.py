@@ -283,7 +283,8 @@ def _input_means(model: Any, x: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     taken_in, given = model.graph.input[0].name, {one.name for one in model.graph.output}
-    names = sorted({node.input[0] for node in _layers(model)} - {taken_in})
+    inputs = {node.input[0] for node in _layers(model)}
+    names = sorted(inputs - {taken_in})
     for name in names:
         if name not in given:
             tapped.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
@@ -295,7 +296,7 @@ def _input_means(model: Any, x: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
     sums: dict[str, NDArray[np.float64]] = {}
     for batch in _batches(x):
         found = dict(zip(names, session.run(names, {taken_in: batch}), strict=True))
-        if taken_in in {node.input[0] for node in _layers(model)}:
+        if taken_in in inputs:
             found[taken_in] = batch
         for name, value in found.items():
             rows = value.mean(axis=(2, 3), dtype=np.float64) if value.ndim == 4 else value.astype(np.float64)

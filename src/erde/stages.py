@@ -239,7 +239,8 @@ class _Slot:
             self._bind_outputs(rows)
         self._binding.bind_input(self._input, "cpu", 0, x.dtype.type, x.shape, address)
         self._rows, self._address = rows, address
-        self._bound = x if ours else None
+        # Known again by itself, and so kept: no more than a buffer would be.
+        self._bound = x if ours and x.nbytes <= KEPT_BYTES else None
         return True
 
     def _bind_outputs(self, rows: int) -> None:
