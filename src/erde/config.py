@@ -30,6 +30,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
+SmallShare = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -93,6 +94,7 @@ class TrainConfig(Frozen):
     milestones: list[OpenShare] = Field([0.625, 0.75, 0.875], description="for step: shares of the training")
     gamma: Positive = Field(0.1, description="for step: the factor at each milestone")
     gradient_clip: Positive | None = Field(None, description="largest global gradient norm")
+    label_smoothing: SmallShare = Field(0.0, description="of the loss ce only")
     backbone_epochs: int = Field(0, ge=0, description="of epochs: the final exit alone, before all together")
     freeze_backbone: bool = Field(
         False,
@@ -121,6 +123,9 @@ class DistillationConfig(Frozen):
         description="exit: exit i teaches i, or the nearest relative depth; final: the last teaches all",
     )
     exit_weights: Literal["uniform", "linear", "macs"] | list[NotNegative] = "uniform"
+    label_smoothing: SmallShare = Field(
+        0.0, description="in the cross-entropy of distilling arms; train.label_smoothing is not for them"
+    )
 
 
 class LossConfig(Frozen):

@@ -79,6 +79,11 @@ class EarlyExitNetwork(nn.Module):
             logits.append(head(x))
         return torch.stack(logits)
 
+    def forward_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits (E, B, K), and what each stage gave, in one pass."""
+        features = self.forward_features(x)
+        return torch.stack([head(one) for head, one in zip(self.heads, features, strict=True)]), features
+
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The stages' outputs, the last one included."""
         features = []
@@ -86,6 +91,15 @@ class EarlyExitNetwork(nn.Module):
             x = stage(x)
             features.append(x)
         return features
+
+    def feature_shapes(self, input_size: InputSize) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what the stages give for one image (C, H, W), without the batch."""
+        was_training = self.training
+        self.eval()  # batch norm must not learn from zeros
+        with torch.no_grad():
+            features = self.forward_features(example_input(self, input_size))
+        self.train(was_training)
+        return tuple(tuple(one.shape[1:]) for one in features)
 
     def forward_final(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the final exit alone: the network without exits."""

@@ -258,7 +258,15 @@ class Run:
         return Job(
             name=arm,
             network=network,
-            criterion=build_criterion(loss, distillation, network, teacher, self.data),
+            criterion=build_criterion(
+                loss,
+                distillation,
+                network,
+                teacher,
+                self.data,
+                label_smoothing=settings.label_smoothing,
+                train_images=len(train),
+            ),
             teacher=teacher,
             train=train,
             config=settings,

@@ -468,6 +468,7 @@ def _fit(
 ) -> list[Epoch]:
     from erde.config import resolve_loss
 
+    config = validate(TrainConfig, settings, "train.")
     job = Job(
         name="network",
         network=network,
@@ -477,10 +478,11 @@ def _fit(
             network,
             teacher,
             data,
+            label_smoothing=config.label_smoothing,
         ),
         teacher=teacher,
         train=data.train,
-        config=validate(TrainConfig, settings, "train."),
+        config=config,
         augmentation=validate(AugmentationConfig, augmentation or {}, "augmentation."),
         mean=data.mean,
         std=data.std,
@@ -496,8 +498,15 @@ def build_criterion(
     network: EarlyExitNetwork,
     teacher: EarlyExitNetwork | None,
     data: DataSplits,
+    *,
+    label_smoothing: float = 0.0,
+    train_images: int | None = None,
 ) -> nn.Module:
-    """The criterion of one arm, with the shared settings resolved for its network and its teacher."""
+    """The criterion of one arm, with the shared settings resolved for its network and its teacher.
+
+    ``label_smoothing`` is that of ``train:``, for cross-entropy alone; ``train_images`` is how many the arm
+    sees, all of train where it is None.
+    """
     if LOSSES[loss.name].needs_teacher and teacher is None:
         raise UserError(f"the loss '{loss.name}' needs a teacher; without one use 'ce'")
     settings = ExitSettings.resolve(
@@ -505,5 +514,9 @@ def build_criterion(
         len(data.classes),
         network_cost(network, data.input_size).macs,
         network_cost(teacher, data.input_size).macs if teacher is not None else None,
+        label_smoothing=label_smoothing if loss.name == "ce" else distillation.label_smoothing,
+        student_shapes=network.feature_shapes(data.input_size),
+        teacher_shapes=teacher.feature_shapes(data.input_size) if teacher is not None else (),
+        train_images=len(data.train) if train_images is None else train_images,
     )
     return build_loss(loss, settings)

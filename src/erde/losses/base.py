@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ PerExit = float | Sequence[float] | Tensor
 class ExitSettings:
     """The shared settings, resolved for one student and its teacher: one number per student exit.
 
-    ``pairs[i]`` is the teacher's exit that teaches student exit i; empty where there is no teacher.
+    ``pairs[i]`` is the teacher's exit that teaches student exit i; empty where there is no teacher. The
+    shapes of what the stages give are those of one image, without the batch.
     """
 
     classes: int
@@ -28,6 +29,10 @@ class ExitSettings:
     temperature: float
     exit_weights: tuple[float, ...]
     pairs: tuple[int, ...]
+    label_smoothing: float = 0.0
+    student_shapes: tuple[tuple[int, ...], ...] = ()
+    teacher_shapes: tuple[tuple[int, ...], ...] = ()
+    train_images: int = 0
 
     @classmethod
     def resolve(
@@ -36,8 +41,12 @@ class ExitSettings:
         classes: int,
         student_macs: Sequence[int],
         teacher_macs: Sequence[int] | None,
+        **others: Any,
     ) -> ExitSettings:
-        """From cumulative MACs per exit, of the student (Es,) and of the teacher (Et,) if there is one."""
+        """From cumulative MACs per exit, of the student (Es,) and of the teacher (Et,) if there is one.
+
+        ``others`` are fields that need no resolving.
+        """
         shares = [macs / student_macs[-1] for macs in student_macs]
         return cls(
             classes=classes,
@@ -45,17 +54,29 @@ class ExitSettings:
             temperature=config.temperature,
             exit_weights=_resolve_weights(config.exit_weights, shares),
             pairs=() if teacher_macs is None else pair_exits(student_macs, teacher_macs, config.pairing),
+            **others,
         )
+
+
+# What a criterion may ask for beyond logits and labels; the loop gives it by these names.
+Extra = Literal["student_features", "teacher_features", "indices", "held_out_logits"]
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A line of the table: the loss's knobs, its criterion, and whether it needs a teacher."""
+    """A line of the table: the loss's knobs, its criterion, whether it needs a teacher, and what else it needs.
+
+    The loop calls ``criterion(student_logits, teacher_logits, labels, **extras)`` with the extras that
+    ``extras(config)`` names: ``student_features`` and ``teacher_features``, what each stage gave, lists of
+    (B, ...); ``indices``, positions in the train split (B,); ``held_out_logits`` (Et, B, K), of a teacher
+    that was not trained on the image.
+    """
 
     config: type[LossConfig]
     build: Callable[[Any, ExitSettings], nn.Module]
     needs_teacher: bool
     summary: str
+    extras: Callable[[Any], Collection[Extra]] = lambda config: ()
 
 
 def _resolve_alpha(alpha: float | Sequence[float] | str, shares: Sequence[float]) -> tuple[float, ...]:
@@ -158,11 +179,18 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
-def exit_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every exit and image, in nats: (E, B, K), (B,) -> (E, B)."""
+def exit_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of every exit and image, in nats: (E, B, K), (B,) -> (E, B).
+
+    With smoothing s the target is ``(1-s)`` times the label and ``s/K`` everywhere (Szegedy et al. 2015,
+    arXiv 1512.00567, section 7).
+    """
     log_probabilities = F.log_softmax(logits, dim=-1)
     index = labels.expand(len(logits), -1).unsqueeze(-1)
-    return -log_probabilities.gather(-1, index).squeeze(-1)
+    cross_entropy = -log_probabilities.gather(-1, index).squeeze(-1)
+    if label_smoothing == 0:
+        return cross_entropy
+    return (1 - label_smoothing) * cross_entropy - label_smoothing * log_probabilities.mean(dim=-1)
 
 
 def exit_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

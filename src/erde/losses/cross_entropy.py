@@ -20,7 +20,7 @@ from erde.losses.base import (
 
 
 def cross_entropy_loss(
-    student_logits: Tensor, labels: Tensor, *, exit_weights: PerExit = 1.0
+    student_logits: Tensor, labels: Tensor, *, exit_weights: PerExit = 1.0, label_smoothing: float = 0.0
 ) -> dict[str, Tensor]:
     r"""``L = sum_i w_i mean_b CE(s_ib, y_b)``, in nats.
 
@@ -28,6 +28,7 @@ def cross_entropy_loss(
         student_logits: raw logits (E, B, K).
         labels: classes (B,).
         exit_weights: w, one number or one per exit.
+        label_smoothing: see :func:`~erde.losses.base.exit_cross_entropy`.
 
     Returns:
         ``loss`` (scalar) and its part ``ce`` (E,), unweighted.
@@ -41,7 +42,7 @@ def cross_entropy_loss(
     """
     check_shapes(student_logits, None, labels)
     student_logits = at_least_float32(student_logits)
-    ce = exit_cross_entropy(student_logits, labels).mean(dim=1)
+    ce = exit_cross_entropy(student_logits, labels, label_smoothing).mean(dim=1)
     return {"loss": (per_exit(exit_weights, ce) * ce).sum(), "ce": ce.detach()}
 
 
@@ -58,13 +59,16 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(self, config: CrossEntropyConfig, settings: ExitSettings) -> None:
         super().__init__()
+        self.label_smoothing = settings.label_smoothing
         self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> dict[str, Tensor]:
         """The loss and its parts; shapes as in the function."""
-        return cross_entropy_loss(student_logits, labels, exit_weights=self.exit_weights)
+        return cross_entropy_loss(
+            student_logits, labels, exit_weights=self.exit_weights, label_smoothing=self.label_smoothing
+        )
 
 
 CROSS_ENTROPY = LossSpec(

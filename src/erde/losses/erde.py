@@ -60,6 +60,7 @@ def erde_loss(
     temperature: float = 4.0,
     exit_weights: PerExit = 1.0,
     pairs: Sequence[int] | None = None,
+    label_smoothing: float = 0.0,
     kl_on_wrong: bool = False,
     ce_on_wrong: bool = True,
     wrong_test: WrongTest = "exit",
@@ -82,6 +83,7 @@ def erde_loss(
         temperature: T, in the KL only.
         exit_weights: w, one number or one per exit.
         pairs: the teacher exit of each student exit; None pairs i with i.
+        label_smoothing: of the cross-entropy's target.
         kl_on_wrong: keep the KL on teacher-wrong images too (the entropy term is then added to it).
         ce_on_wrong: keep the cross-entropy of intermediate exits on teacher-wrong images.
         wrong_test: the teacher counts as wrong by its paired ``exit``, by its ``final`` exit, or by its
@@ -114,7 +116,7 @@ def erde_loss(
     wrong = wrong.to(student_logits.dtype)
     right = 1 - wrong
 
-    ce = exit_cross_entropy(student_logits, labels)
+    ce = exit_cross_entropy(student_logits, labels, label_smoothing)
     if not ce_on_wrong:
         ce = torch.cat([ce[:-1] * right[:-1], ce[-1:]])
     kl = temperature**2 * exit_kl(student_logits, teacher, temperature)
@@ -163,6 +165,7 @@ class ERDELoss(nn.Module):
         self.config = config
         self.temperature = settings.temperature
         self.pairs = settings.pairs
+        self.label_smoothing = settings.label_smoothing
         self.register_buffer("alpha", torch.tensor(settings.alpha), persistent=False)
         self.register_buffer("beta", torch.tensor(one_per_exit("loss.beta", beta, exits)), persistent=False)
         self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
@@ -178,6 +181,7 @@ class ERDELoss(nn.Module):
             temperature=self.temperature,
             exit_weights=self.exit_weights,
             pairs=self.pairs,
+            label_smoothing=self.label_smoothing,
             kl_on_wrong=self.config.kl_on_wrong,
             ce_on_wrong=self.config.ce_on_wrong,
             wrong_test=self.config.wrong_test,

@@ -32,6 +32,7 @@ def kd_loss(
     temperature: float = 4.0,
     exit_weights: PerExit = 1.0,
     pairs: Sequence[int] | None = None,
+    label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     r"""``L = sum_i w_i mean_b [ (1-a_i) CE(s_ib, y_b) + a_i T² KL(t_ib || s_ib) ]``, in nats.
 
@@ -45,6 +46,7 @@ def kd_loss(
         temperature: T.
         exit_weights: w, one number or one per exit.
         pairs: the teacher exit of each student exit; None pairs i with i.
+        label_smoothing: of the cross-entropy's target.
 
     Returns:
         ``loss`` (scalar); unweighted parts (Es,): ``ce``, ``kl`` (with T²), and the share
@@ -61,7 +63,7 @@ def kd_loss(
     check_shapes(student_logits, teacher_logits, labels)
     student_logits = at_least_float32(student_logits)
     teacher = pair_teacher(student_logits, teacher_logits, pairs).to(student_logits.dtype)
-    ce = exit_cross_entropy(student_logits, labels).mean(dim=1)
+    ce = exit_cross_entropy(student_logits, labels, label_smoothing).mean(dim=1)
     kl = temperature**2 * exit_kl(student_logits, teacher, temperature).mean(dim=1)
     share = per_exit(alpha, ce)
     loss = (per_exit(exit_weights, ce) * ((1 - share) * ce + share * kl)).sum()
@@ -85,6 +87,7 @@ class KDLoss(nn.Module):
         super().__init__()
         self.temperature = settings.temperature
         self.pairs = settings.pairs
+        self.label_smoothing = settings.label_smoothing
         self.register_buffer("alpha", torch.tensor(settings.alpha), persistent=False)
         self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
 
@@ -98,6 +101,7 @@ class KDLoss(nn.Module):
             temperature=self.temperature,
             exit_weights=self.exit_weights,
             pairs=self.pairs,
+            label_smoothing=self.label_smoothing,
         )
 
 
