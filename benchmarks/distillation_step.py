@@ -24,7 +24,6 @@ from erde.config import load_config
 from erde.data import TrainBatches
 from erde.pipeline import TEACHER, Run
 from erde.progress import RunLog
-from erde.training import _Trainer
 
 
 def main() -> None:

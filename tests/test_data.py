@@ -24,7 +24,7 @@ from erde.exits import attach_exits
 from erde.images import to_array
 from erde.losses import ExitSettings, build_loss
 from erde.splits import TrainSplit
-from erde.training import Job
+from erde.learner import Job
 
 torch.set_num_threads(1)
 
@@ -296,7 +296,9 @@ def test_streaming_changes_nothing(root: Path, streaming: Any) -> None:
     assert share.fingerprint() == expected.fingerprint()
     for workers in (0, 1):
         streamed = make_batches(share, workers=workers).epoch(1, first_step=1)
-        for (x, y), (u, v) in zip(streamed, make_batches(expected).epoch(1, first_step=1), strict=True):
+        for (x, y, *_), (u, v, *_) in zip(
+            streamed, make_batches(expected).epoch(1, first_step=1), strict=True
+        ):
             assert torch.equal(x, u)
             assert torch.equal(y, v)
 
@@ -365,9 +367,11 @@ def train_split() -> TrainSplit:
 
 
 def assert_equal_batches(first: Any, second: Any) -> None:
-    for (x, y), (u, v) in zip(first, second, strict=True):
-        assert torch.equal(x, u)
-        assert torch.equal(y, v)
+    for one, other in zip(first, second, strict=True):
+        assert one.seed == other.seed
+        assert torch.equal(one.indices, other.indices)
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
 
 
 def test_batches_are_a_function_of_seed_epoch_and_step(train_split: TrainSplit) -> None:
@@ -393,8 +397,8 @@ def test_an_epoch_shows_every_image_once(train_split: TrainSplit) -> None:
         train_split, batch_size=10, augmentation=NO_AUGMENTATION, mean=(0,) * 3, std=(1,) * 3
     )
     for epoch in (0, 1):
-        x = torch.cat([images for images, _ in batches.epoch(epoch)])
-        y = torch.cat([labels for _, labels in batches.epoch(epoch)])
+        x = torch.cat([images for images, *_ in batches.epoch(epoch)])
+        y = torch.cat([labels for _, labels, *_ in batches.epoch(epoch)])
         found = sorted(zip(x.permute(0, 2, 3, 1).reshape(50, -1).tolist(), y.tolist(), strict=True))
         pixels = (torch.from_numpy(train_split.images).float() / 255).reshape(50, -1)
         expected = sorted(zip(pixels.tolist(), train_split.labels.tolist(), strict=True))
@@ -403,7 +407,7 @@ def test_an_epoch_shows_every_image_once(train_split: TrainSplit) -> None:
 
 
 def test_batches_are_float32_channels_last(train_split: TrainSplit) -> None:
-    x, y = next(make_batches(train_split).epoch(0))
+    x, y, *_ = next(make_batches(train_split).epoch(0))
     assert (x.shape, x.dtype) == ((16, 3, 6, 9), torch.float32)
     assert (y.shape, y.dtype) == ((16,), torch.int64)
     assert x.is_contiguous(memory_format=torch.channels_last)
@@ -445,7 +449,7 @@ def test_augmentation_equals_a_slow_one(train_split: TrainSplit, augmentation: A
     batches = make_batches(train_split, augmentation=augmentation)
     draws = batches._draw(4)
     order = np.random.default_rng([5, 4]).permutation(50)
-    for step, (images, labels) in enumerate(batches.epoch(4)):
+    for step, (images, labels, *_) in enumerate(batches.epoch(4)):
         for place in range(16):
             row = order[16 * step + place]
             draw = {name: int(values[step, place]) for name, values in draws.items()}
@@ -472,7 +476,7 @@ def test_size_of_the_hole(side: int) -> None:
     split = TrainSplit(np.full((64, 12, 12, 3), 255, np.uint8), np.zeros(64, np.int64))
     augmentation = AugmentationConfig(crop_padding=0, flip=False, cutout=side)
     holes = [
-        (images == 0).all(dim=1) for images, _ in make_batches(split, augmentation=augmentation).epoch(0)
+        (images == 0).all(dim=1) for images, *_ in make_batches(split, augmentation=augmentation).epoch(0)
     ]
     sizes = torch.cat(holes).sum(dim=(1, 2))
     # At the border a part of the hole lies outside.

@@ -122,7 +122,7 @@ def test_preprocessing_is_that_of_the_training_batches(
         std=digits.std,
         device=torch.device("cpu"),
     )
-    ((x, places),) = batches.epoch(0)
+    ((x, places, *_),) = batches.epoch(0)
     with torch.no_grad():
         expected = network(x).numpy()
     logits = StageRunner(exported.paths(folder), threads=1).all_logits(split.images[places.numpy()])

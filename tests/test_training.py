@@ -19,17 +19,10 @@ from erde.config import AugmentationConfig, DistillationConfig, TrainConfig, res
 from erde.data import DataSplits
 from erde.exits import EarlyExitNetwork
 from erde.losses import cross_entropy_loss
-from erde.training import (
-    FINAL,
-    LAST,
-    Job,
-    Outcome,
-    _Meter,
-    build_criterion,
-    choose_device,
-    learning_rate_factor,
-    train_network,
-)
+from erde.fit import build_criterion
+from erde.learner import FINAL, LAST, Job, Outcome, learning_rate_factor
+from erde.meter import Meter
+from erde.training import choose_device, train_network
 from tests.conftest import entries, user_error
 
 BATCH = 32
@@ -656,7 +649,7 @@ def test_errors_from_python(digits: DataSplits, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_meter_is_a_plain_mean() -> None:
     generator = torch.Generator().manual_seed(0)
-    meter, losses, ce, right = _Meter(), [], [], []
+    meter, losses, ce, right = Meter(), [], [], []
     for _ in range(7):
         logits, labels = (
             torch.randn(2, 6, 4, generator=generator),

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from erde.exits import EarlyExitNetwork as EarlyExitNetwork
     from erde.exits import attach_exits as attach_exits
     from erde.export import export as export
+    from erde.fit import distill as distill
+    from erde.fit import train as train
     from erde.pipeline import run as run
-    from erde.training import distill as distill
-    from erde.training import train as train
 
 # ONNX Runtime 1.29 and later would keep a file below the home folder and report its use to its makers. It looks at
 # this when it is imported; whoever sets it to 0 is asked.
@@ -32,13 +32,13 @@ _HOMES = {
     "attach_exits": "erde.exits",
     "build_backbone": "erde.backbones",
     "calibrate": "erde.calibration",
-    "distill": "erde.training",
+    "distill": "erde.fit",
     "EarlyExitNetwork": "erde.exits",
     "export": "erde.export",
     "load_config": "erde.config",
     "load_data": "erde.data",
     "run": "erde.pipeline",
-    "train": "erde.training",
+    "train": "erde.fit",
 }
 
 

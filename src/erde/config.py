@@ -46,6 +46,18 @@ class AugmentationConfig(Frozen):
     crop_padding: int = Field(4, ge=0, description="pixels of zero padding before a random crop")
     flip: bool = Field(True, description="flip left to right, every second time")
     cutout: int = Field(0, ge=0, description="side of a square set to the mean colour, in pixels")
+    views: Count | None = Field(
+        None,
+        description="each image in so many of its flips and shifts, always the same; None: in all of them",
+    )
+
+    @model_validator(mode="after")
+    def _finite(self) -> AugmentationConfig:
+        if self.views is not None and self.cutout:
+            raise ValueError(
+                "views counts flips and shifts, and cutout has places without number: set one of them"
+            )
+        return self
 
 
 class DataConfig(Frozen):
@@ -93,6 +105,10 @@ class TrainConfig(Frozen):
     warmup_epochs: NotNegative = Field(1.0, description="linear, from 0; of onecycle it is the rising part")
     milestones: list[OpenShare] = Field([0.625, 0.75, 0.875], description="for step: shares of the training")
     gamma: Positive = Field(0.1, description="for step: the factor at each milestone")
+    accumulate: Count = Field(1, description="compute a batch in so many parts, for less memory")
+    ema: OpenShare | None = Field(
+        None, description="decay of a moving average of the weights, which becomes the trained network"
+    )
     gradient_clip: Positive | None = Field(None, description="largest global gradient norm")
     label_smoothing: SmallShare = Field(0.0, description="of the loss ce only")
     backbone_epochs: int = Field(0, ge=0, description="of epochs: the final exit alone, before all together")
@@ -102,6 +118,11 @@ class TrainConfig(Frozen):
     )
     channels_last: bool = True
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU")
+    compile: bool = Field(False, description="torch.compile; the first steps take minutes")
+    together: bool = Field(
+        False, description="train all arms in one go: batches and teacher answers are made once"
+    )
+    tensorboard: bool = Field(False, description="scalars per epoch in arms/<arm>/tensorboard")
     checkpoint_seconds: NotNegative = Field(30.0, description="between checkpoints within a phase")
 
     @model_validator(mode="after")
@@ -160,6 +181,9 @@ class TeacherConfig(NetworkConfig):
     train: dict[str, Any] = Field({}, description="keys of train that differ for the teacher")
     train_subset: Count | None = Field(None, description="images of train that the teacher sees")
     disjoint: bool = Field(False, description="take them from outside data.train_subset, as unseen images")
+    cache: bool | str = Field(
+        False, description="keep its answers on disk: true for <run>/teacher-cache, or a folder to share"
+    )
 
 
 class ArmConfig(Frozen):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from erde.config import AugmentationConfig, DataConfig
 from erde.errors import UserError
 from erde.sources import Index, load_columns, load_digits, part_of
 from erde.splits import CertifySplit, Images, Labels, TestSplit, TrainSplit, TuneSplit
+from erde.views import Views
 
 # Normalisation is measured on at most this many train images; more would not move the 4th digit.
 NORMALISATION_IMAGES = 50_000
@@ -167,11 +168,22 @@ class _Encoded(Dataset[tuple[Images, Labels]]):
         return self.split.images[index], self.split.labels[index]
 
 
+class Batch(NamedTuple):
+    """One step's images, as the network takes them, and what else the step is made of."""
+
+    images: Tensor  # float32 (B, C, H, W), in channels-last order, on the device
+    labels: Tensor  # int64 (B,), on the device
+    indices: Tensor  # int64 (B,), positions in the train split, on the host
+    views: Tensor | None  # int64 (B,), which of its views each image is, on the host; see views.py
+    seed: int  # of what is drawn while the step is computed: dropout
+
+
 class TrainBatches:
     """Augmented, normalised batches of the train split on ``device``, a function of seed, epoch and step.
 
     Order and augmentation do not depend on the arm, so arms that are compared see the same images. A
-    last batch that is not full is left out; every epoch shuffles anew.
+    last batch that is not full is left out; every epoch shuffles anew. Of several processes that share the
+    training each gets its part of every batch: ``share`` is (rank, processes).
     """
 
     def __init__(
@@ -185,10 +197,16 @@ class TrainBatches:
         std: Sequence[float],
         device: torch.device,
         workers: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         assert 1 <= batch_size <= len(split), (batch_size, len(split))
+        assert batch_size % share[1] == 0, (batch_size, share)
         self.steps = len(split) // batch_size
         self.batch_size = batch_size
+        self.views = Views.of(augmentation)
+        part = batch_size // share[1]
+        self._mine = slice(share[0] * part, (share[0] + 1) * part)
+        self._rank = share[0]
         self._split, self._seed, self._augmentation, self._workers = split, seed, augmentation, workers
         self._device = device
         self._scale = torch.tensor([1 / (255 * value) for value in std], device=device)
@@ -198,13 +216,32 @@ class TrainBatches:
             self._resident = torch.from_numpy(split.images).to(device)
             self._labels = torch.from_numpy(split.labels).to(device)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, float32 (B, C, H, W) in channels-last order, and labels (B,), from ``first_step`` on."""
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from ``first_step`` on."""
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._split))
         batches = order[: self.steps * self.batch_size].reshape(self.steps, self.batch_size)
         draws = self._draw(epoch)
+        views = self._choose_views(epoch, batches, draws)
+        mine = {name: draw[:, self._mine].to(self._device) for name, draw in draws.items()}
+        batches = np.ascontiguousarray(batches[:, self._mine])
+        seeds = np.random.default_rng([self._seed, epoch, 3 + self._rank]).integers(2**62, size=self.steps)
+        indices = torch.from_numpy(batches)
         for step, (images, labels) in enumerate(self._gather(batches[first_step:]), start=first_step):
-            yield self._augment(images, {name: draw[step] for name, draw in draws.items()}), labels
+            yield Batch(
+                self._augment(images, {name: draw[step] for name, draw in mine.items()}),
+                labels,
+                indices[step],
+                None if views is None else views[step, self._mine],
+                int(seeds[step]),
+            )
+
+    def view(self, view: int, batches: Index) -> Iterator[Tensor]:
+        """The images at ``batches`` (n, B), all as their view number ``view``: n times (B, C, H, W)."""
+        assert self.views is not None
+        for indices, (images, _) in zip(batches, self._gather(batches), strict=True):
+            numbers = torch.from_numpy(self.views.numbers(indices, np.full_like(indices, view)))
+            draw = {name: one.to(self._device) for name, one in self.views.unpack(numbers).items()}
+            yield self._augment(images, draw)
 
     def _gather(self, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
         if self._resident is not None:
@@ -228,23 +265,31 @@ class TrainBatches:
             )
 
     def _draw(self, epoch: int) -> dict[str, Tensor]:
-        """All random numbers of an epoch at once: one transfer to the device instead of one a step."""
+        """All random numbers of an epoch at once, (steps, B): one transfer to the device instead of one a step."""
         generator = torch.Generator().manual_seed(
             int(np.random.default_rng([self._seed, epoch, 1]).integers(2**63))
         )
         height, width = self._split.images.shape[1:3]
         shape, padding = (self.steps, self.batch_size), self._augmentation.crop_padding
-
-        def integers(high: int) -> Tensor:
-            return torch.randint(high, shape, generator=generator).to(self._device)
-
-        return {
-            "top": integers(2 * padding + 1),
-            "left": integers(2 * padding + 1),
-            "flip": integers(2),
-            "hole_top": integers(height),
-            "hole_left": integers(width),
+        limits = {
+            "top": 2 * padding + 1,
+            "left": 2 * padding + 1,
+            "flip": 2,
+            "hole_top": height,
+            "hole_left": width,
         }
+        return {name: torch.randint(limit, shape, generator=generator) for name, limit in limits.items()}
+
+    def _choose_views(self, epoch: int, batches: Index, draws: dict[str, Tensor]) -> Tensor | None:
+        """Which of its views each image is, (steps, B): one of a few, which replaces the draw, or that of the draw."""
+        views = self.views
+        if views is None:
+            return None
+        if views.count == views.all:
+            return views.number(draws["top"], draws["left"], draws["flip"])
+        choice = np.random.default_rng([self._seed, epoch, 2]).integers(views.count, size=batches.shape)
+        draws |= views.unpack(torch.from_numpy(views.numbers(batches, choice)))
+        return torch.from_numpy(choice)
 
     def _augment(self, images: Tensor, draw: dict[str, Tensor]) -> Tensor:
         batch, height, width, _ = images.shape

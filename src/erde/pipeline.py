@@ -21,7 +21,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from erde import calibration, checkpoint, environment, progress, run_evaluation, run_folder
+from erde import calibration, checkpoint, environment, parallel, progress, run_evaluation, run_folder
 from erde.backbones import build_backbone
 from erde.bundle import read as read_bundle
 from erde.bundle import stages_hash
@@ -40,6 +40,8 @@ from erde.export import (
     export_stages,
 )
 from erde.files import check_folder, make_folder, replacing_file, sweep_leftovers, write_json, write_text
+from erde.fit import build_criterion
+from erde.learner import FINAL, Job, Outcome
 from erde.losses import LOSSES
 from erde.profile import PROFILE, Profile
 from erde.report import write_report
@@ -48,9 +50,11 @@ from erde.run_evaluation import TEACHER
 from erde.settings import Settings
 from erde.stages import StageRunner
 from erde.thresholds import Cost
-from erde.training import FINAL, Job, build_criterion, choose_device, train_network
+from erde.training import choose_device, train_together
 
 PHASES = ("train", "distill", "export", "calibrate", "evaluate")
+# What several processes can share; the first one does the rest alone.
+TRAINING = ("train", "distill")
 
 
 def run(
@@ -63,6 +67,8 @@ def run(
     """
     job = Run.open(config, Path(folder), resume)
     for phase in PHASES[: PHASES.index(until) + 1]:
+        if phase not in TRAINING and not job.goes_on():
+            return None
         with job.timed(phase):
             getattr(job, phase)()
     results = job.folder / run_folder.RESULTS
@@ -74,7 +80,7 @@ class Run:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.log = progress.RunLog(folder / "log.jsonl")
+        self.log = progress.RunLog(folder / "log.jsonl" if parallel.is_first() else None)
         self.device = choose_device(config.device)
         self.threads = config.threads or environment.available_cpus()
         torch.set_num_threads(self.threads)
@@ -88,6 +94,13 @@ class Run:
 
         Nothing is written before the data is loaded and every network and loss of the recipe is built once.
         """
+        parallel.start(config.device)
+        found: list[Run] = []
+        parallel.first_only(lambda: found.append(cls._open(config, folder, resume)))
+        return found[0] if found else cls(config, folder)
+
+    @classmethod
+    def _open(cls, config: Config, folder: Path, resume: bool) -> Run:
         saved = folder / "config.yaml"
         if resume:
             if not saved.is_file():
@@ -116,10 +129,18 @@ class Run:
         saved = folder / "config.yaml"
         if not saved.is_file():
             raise UserError(f"{folder} is no run folder: it has no config.yaml (erde run writes one)")
-        sweep_leftovers(folder)
-        return cls(load_config(saved), folder)
+        config = load_config(saved)
+        parallel.start(config.device)
+        parallel.first_only(lambda: sweep_leftovers(folder))
+        return cls(config, folder)
 
     # ------------------------------------------------------------ what the phases share
+
+    def goes_on(self) -> bool:
+        """Whether this process has more to do than to train."""
+        is_first = parallel.is_first()
+        parallel.finish()
+        return is_first
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -209,16 +230,18 @@ class Run:
 
     def train(self) -> None:
         """Train the teacher, if an arm needs one."""
-        write_json(self.folder / "environment.json", environment.describe(self.device, self.threads))
+        if parallel.is_first():
+            write_json(self.folder / "environment.json", environment.describe(self.device, self.threads))
         if self.needs_teacher:
-            self._train_arm(TEACHER)
+            self._train_arms([TEACHER])
 
     def distill(self, only: str | None = None) -> None:
         """Train every arm, or the one that is named."""
         if only is not None and only not in self.config.arms:
             raise UserError(f"no arm '{only}' in this run; it has: {', '.join(self.config.arms)}")
-        for arm in [only] if only else self.config.arms:
-            self._train_arm(arm)
+        arms = [only] if only else list(self.config.arms)
+        for together in [arms] if self.config.train.together else [[arm] for arm in arms]:
+            self._train_arms(together)
 
     def check(self) -> None:
         """Build every job of the recipe once: what does not fit together is said before anything is written."""
@@ -276,13 +299,29 @@ class Run:
             seed=config.seed,
             device=self.device,
             workers=config.data.workers,
+            extras=tuple(LOSSES[loss.name].extras(loss)),
+            teacher_cache=self.teacher_cache if teacher is not None else None,
         )
 
-    def _train_arm(self, arm: str) -> None:
-        learns = arm != TEACHER and LOSSES[self.config.arms[arm].loss.name].needs_teacher
-        teacher = self.trained_network(TEACHER) if learns else None
-        job = self._job(arm, self.new_network(arm), teacher)
-        outcome = train_network(job, self.arm_folder(arm) / "checkpoints", self.log)
+    @property
+    def teacher_cache(self) -> Path | None:
+        """Where the teacher's answers are kept, if they are."""
+        cache = self.config.teacher.cache
+        if isinstance(cache, bool):
+            return self.folder / "teacher-cache" if cache else None
+        return Path(cache)
+
+    def _train_arms(self, arms: list[str]) -> None:
+        """Train some arms, in one go where there are several."""
+        learn = any(arm != TEACHER and LOSSES[self.config.arms[arm].loss.name].needs_teacher for arm in arms)
+        teacher = self.trained_network(TEACHER) if learn else None
+        jobs = [self._job(arm, self.new_network(arm), teacher) for arm in arms]
+        folders = [self.arm_folder(arm) / "checkpoints" for arm in arms]
+        for arm, outcome in zip(arms, train_together(jobs, folders, self.log), strict=True):
+            if parallel.is_first():
+                self._write_training(arm, outcome)
+
+    def _write_training(self, arm: str, outcome: Outcome) -> None:
         history = [entry.model_dump() for entry in outcome.history]
         write_json(self.arm_folder(arm) / "history.json", history)
         timing = {

@@ -17,6 +17,8 @@ from erde.errors import UserError
 PLAIN_INTERVAL = 10.0
 # A bar asks for fresh numbers this often; each costs the device one synchronisation.
 BAR_INTERVAL = 1.0
+# Of several processes that share a training only the first one speaks.
+quiet = False
 
 
 class Task(Protocol):
@@ -56,7 +58,7 @@ class _BarTask:
 @contextmanager
 def task(name: str, total: int, completed: int = 0) -> Iterator[Task]:
     """A bar with the time left on a terminal; elsewhere a plain line now and then. On stderr."""
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield _PlainTask(name, total)
         return
     from rich.console import Console
@@ -76,7 +78,8 @@ def task(name: str, total: int, completed: int = 0) -> Iterator[Task]:
 
 def say(text: str) -> None:
     """One plain line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
 
 
 class RunLog:

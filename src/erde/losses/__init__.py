@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from erde.config import LossConfig
-from erde.losses.base import ExitSettings, LossSpec
+from erde.losses.base import ExitSettings, Extra, LossSpec
 from erde.losses.cross_entropy import CROSS_ENTROPY, cross_entropy_loss
 from erde.losses.erde import ERDE, erde_loss
 from erde.losses.kd import KD, kd_loss
@@ -22,4 +22,13 @@ def build_loss(config: LossConfig, settings: ExitSettings) -> nn.Module:
     return LOSSES[config.name].build(config, settings)
 
 
-__all__ = ["LOSSES", "ExitSettings", "LossSpec", "build_loss", "cross_entropy_loss", "erde_loss", "kd_loss"]
+__all__ = [
+    "LOSSES",
+    "ExitSettings",
+    "Extra",
+    "LossSpec",
+    "build_loss",
+    "cross_entropy_loss",
+    "erde_loss",
+    "kd_loss",
+]

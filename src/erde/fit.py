@@ -1,0 +1,147 @@
+"""Training from Python: :func:`train` and :func:`distill`, with the keys of a recipe as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from erde.config import (
+    AugmentationConfig,
+    DistillationConfig,
+    LossConfig,
+    TrainConfig,
+    resolve_loss,
+    validate,
+)
+from erde.cost import network_cost
+from erde.data import DataSplits
+from erde.errors import UserError
+from erde.exits import EarlyExitNetwork
+from erde.learner import Job
+from erde.losses import LOSSES, ExitSettings, build_loss
+from erde.results import Epoch
+from erde.training import choose_device, train_network
+
+
+def train(
+    network: EarlyExitNetwork,
+    data: DataSplits,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    folder: str | Path | None = None,
+    augmentation: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[Epoch]:
+    """Train all exits with joint cross-entropy on ``data.train``; ``settings`` are keys of ``train:``.
+
+    Trains in place and returns one entry per epoch. With a ``folder``, a killed training continues there.
+    """
+    return _fit(network, None, data, "ce", {}, seed, device, folder, augmentation, None, settings)
+
+
+def distill(
+    network: EarlyExitNetwork,
+    teacher: EarlyExitNetwork,
+    data: DataSplits,
+    *,
+    loss: str | Mapping[str, Any] = "erde",
+    distillation: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    folder: str | Path | None = None,
+    augmentation: Mapping[str, Any] | None = None,
+    teacher_cache: str | Path | None = None,
+    **settings: Any,
+) -> list[Epoch]:
+    """Train ``network`` from ``teacher``, exit by exit.
+
+    ``loss`` is a name, or a mapping with ``name`` and the loss's knobs; ``distillation`` holds keys of
+    ``distillation:`` (alpha, temperature, ...), ``settings`` keys of ``train:``. With a ``teacher_cache``
+    folder the teacher is asked once for each view of each image; further calls find its answers there.
+    """
+    return _fit(
+        network,
+        teacher,
+        data,
+        loss,
+        distillation or {},
+        seed,
+        device,
+        folder,
+        augmentation,
+        teacher_cache,
+        settings,
+    )
+
+
+def _fit(
+    network: EarlyExitNetwork,
+    teacher: EarlyExitNetwork | None,
+    data: DataSplits,
+    loss: str | Mapping[str, Any],
+    distillation: Mapping[str, Any],
+    seed: int,
+    device: str,
+    folder: str | Path | None,
+    augmentation: Mapping[str, Any] | None,
+    teacher_cache: str | Path | None,
+    settings: Mapping[str, Any],
+) -> list[Epoch]:
+    config, resolved = validate(TrainConfig, settings, "train."), resolve_loss(loss)
+    job = Job(
+        name="network",
+        network=network,
+        criterion=build_criterion(
+            resolved,
+            validate(DistillationConfig, distillation, "distillation."),
+            network,
+            teacher,
+            data,
+            label_smoothing=config.label_smoothing,
+        ),
+        teacher=teacher if LOSSES[resolved.name].needs_teacher else None,
+        train=data.train,
+        config=config,
+        augmentation=validate(AugmentationConfig, augmentation or {}, "augmentation."),
+        mean=data.mean,
+        std=data.std,
+        seed=seed,
+        device=choose_device(device),
+        extras=tuple(LOSSES[resolved.name].extras(resolved)),
+        teacher_cache=Path(teacher_cache) if teacher_cache is not None else None,
+    )
+    return train_network(job, Path(folder) if folder is not None else None).history
+
+
+def build_criterion(
+    loss: LossConfig,
+    distillation: DistillationConfig,
+    network: EarlyExitNetwork,
+    teacher: EarlyExitNetwork | None,
+    data: DataSplits,
+    *,
+    label_smoothing: float = 0.0,
+    train_images: int | None = None,
+) -> nn.Module:
+    """The criterion of one arm, with the shared settings resolved for its network and its teacher.
+
+    ``label_smoothing`` is that of ``train:``, for cross-entropy alone; ``train_images`` is how many the arm
+    sees, all of train where it is None.
+    """
+    if LOSSES[loss.name].needs_teacher and teacher is None:
+        raise UserError(f"the loss '{loss.name}' needs a teacher; without one use 'ce'")
+    settings = ExitSettings.resolve(
+        distillation,
+        len(data.classes),
+        network_cost(network, data.input_size).macs,
+        network_cost(teacher, data.input_size).macs if teacher is not None else None,
+        label_smoothing=label_smoothing if loss.name == "ce" else distillation.label_smoothing,
+        student_shapes=network.feature_shapes(data.input_size),
+        teacher_shapes=teacher.feature_shapes(data.input_size) if teacher is not None else (),
+        train_images=len(data.train) if train_images is None else train_images,
+    )
+    return build_loss(loss, settings)

@@ -1,0 +1,373 @@
+"""One network on its way through training: its step, and what it keeps beside the batches and the teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erde import checkpoint, parallel, progress
+from erde.config import AugmentationConfig, TrainConfig
+from erde.data import Batch
+from erde.errors import UserError
+from erde.exits import EarlyExitNetwork
+from erde.files import make_folder
+from erde.losses import Extra, cross_entropy_loss
+from erde.meter import Meter
+from erde.results import Epoch
+from erde.scalars import Scalars
+from erde.splits import TrainSplit
+from erde.teacher_answers import Answer
+
+LAST = "last.safetensors"
+FINAL = "final.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train: what the loop needs, all of it resolved."""
+
+    name: str
+    network: EarlyExitNetwork
+    criterion: nn.Module
+    teacher: EarlyExitNetwork | None
+    train: TrainSplit
+    config: TrainConfig
+    augmentation: AugmentationConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seed: int
+    device: torch.device
+    workers: int = 0
+    extras: tuple[Extra, ...] = ()  # what the criterion asks for beyond logits and labels
+    teacher_cache: Path | None = None
+    held_out_logits: Tensor | None = None  # (N, Et, K), of teachers that were not trained on the image
+
+    def check(self) -> None:
+        """What only shows when training starts, before it starts."""
+        config = self.config
+        if config.batch_size > len(self.train):
+            raise UserError(
+                f"train.batch_size is {config.batch_size}, '{self.name}' trains on {len(self.train):,} images: "
+                "lower the batch size"
+            )
+        parallel.check_batch(config.batch_size)
+        if config.batch_size // parallel.processes() % config.accumulate:
+            raise UserError(
+                f"train.accumulate is {config.accumulate}, which does not divide a batch of "
+                f"{config.batch_size // parallel.processes()} images a process: train.batch_size is the whole batch"
+            )
+        if config.freeze_backbone and len(self.network.stages) == 1:
+            raise UserError(
+                f"train.freeze_backbone leaves nothing to train in '{self.name}', which has one exit: "
+                "give it more exits, or set train.freeze_backbone=false"
+            )
+
+    @property
+    def autocast(self) -> bool:
+        """Whether networks compute in bf16 where that is safe."""
+        precision = self.config.precision
+        return precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+
+
+@dataclass
+class Outcome:
+    """What the loop found: one entry per epoch, and the clock (which says nothing of another machine)."""
+
+    history: list[Epoch] = field(default_factory=list)
+    seconds: float = 0.0
+    images: int = 0
+
+    @property
+    def images_per_second(self) -> float:
+        """Training throughput, teacher included, checkpoints excluded."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, config: TrainConfig) -> float:
+    """The share of the peak learning rate at ``step`` of ``steps``: a pure function, so resume needs no state.
+
+    ``cosine`` and ``step`` rise linearly over ``warmup`` steps first; ``onecycle`` rises linearly over
+    them and falls linearly to 0.
+    """
+    warmup = min(warmup, steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "onecycle":
+        return 1 - done
+    return float(config.gamma ** sum(step / steps >= milestone for milestone in config.milestones))
+
+
+class _Step(nn.Module):
+    """Network and criterion as one module, images to loss parts: what is compiled, and shared by processes."""
+
+    def __init__(self, job: Job, phase: str) -> None:
+        super().__init__()
+        self.network, self.criterion, self.phase = job.network, job.criterion, phase
+        self.autocast, self.device_type = job.autocast, job.device.type
+        self.with_features = "student_features" in job.extras
+
+    def forward(
+        self, images: Tensor, labels: Tensor, teacher_logits: Tensor | None, extras: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The parts, and the logits (E, B, K)."""
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.autocast):
+            if self.phase == "backbone":
+                logits = self.network.forward_final(images)[None]
+            elif self.with_features:
+                logits, features = self.network.forward_with_features(images)
+                extras = {**extras, "student_features": features}
+            else:
+                logits = self.network(images)
+        if self.phase == "backbone":
+            return cross_entropy_loss(logits, labels), logits
+        return self.criterion(logits, teacher_logits, labels, **extras), logits
+
+
+class Learner:
+    """What is one network's own while several may share batches and teacher.
+
+    ``position`` is the (epoch, step) that it will do next.
+    """
+
+    def __init__(self, job: Job, folder: Path | None, log: progress.RunLog, steps: int) -> None:
+        self.job, self.folder, self.log, self._steps = job, folder, log, steps
+        self.network = job.network.to(job.device)
+        if job.config.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        parallel.synchronise_batch_norm(self.network, job.device)
+        self.criterion = job.criterion.to(job.device)
+        self.held_out = None if job.held_out_logits is None else job.held_out_logits.to(job.device)
+        self.optimizer = _build_optimizer(job)
+        self.average: dict[str, Tensor] | None = None
+        if job.config.ema is not None:
+            self.average = {name: one.clone() for name, one in self.network.state_dict().items()}
+        self.outcome = Outcome()
+        self.meter = Meter()
+        self.position = (0, 0)
+        self.scalars = Scalars(folder.parent if job.config.tensorboard and folder is not None else None)
+        self._model: tuple[str, nn.Module] | None = None
+
+    # ------------------------------------------------------------ one epoch, one step
+
+    @property
+    def phase(self) -> str:
+        """``backbone``: the final exit alone; ``joint``: all exits, by the criterion."""
+        return "backbone" if self.position[0] < self.job.config.backbone_epochs else "joint"
+
+    def enter_epoch(self) -> None:
+        """Put network and criterion into the mode of the phase."""
+        self.network.train()
+        self.criterion.train()
+        if self.job.config.freeze_backbone and self.phase == "joint":
+            # Frozen also means that batch norm keeps its running statistics.
+            self.network.stages.eval()
+            self.network.heads[-1].eval()
+            for parameter in self.network.backbone_parameters():
+                parameter.requires_grad_(False)
+        if self._model is None or self._model[0] != self.phase:
+            model = parallel.wrap(_Step(self.job, self.phase), self.job.device)
+            if self.job.config.compile:
+                model.compile(dynamic=False)
+            self._model = self.phase, model
+
+    def step(self, batch: Batch, answer: Answer | None) -> None:
+        """One step of the optimiser on a whole batch."""
+        config = self.job.config
+        assert self._model is not None
+        model = self._model[1]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        # Dropout is a function of seed, epoch and step: it needs no state in checkpoints, and networks
+        # that are trained together draw what they would have drawn alone.
+        (torch.cuda if self.job.device.type == "cuda" else torch.default_generator).manual_seed(batch.seed)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts_of_batch = self._split(batch, answer)
+        for number, arguments in enumerate(parts_of_batch, start=1):
+            with (
+                parallel.without_averaging(model) if number < config.accumulate else contextlib.nullcontext()
+            ):
+                parts, logits = model(*arguments)
+                (parts["loss"] / config.accumulate).backward()
+            self.meter.add(parts, logits, arguments[1])
+        if config.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(
+                [*self.network.parameters(), *self.criterion.parameters()], config.gradient_clip
+            )
+        self.optimizer.step()
+        if self.average is not None:
+            self._update_average()
+        self.position = (self.position[0], self.position[1] + 1)
+
+    def _split(self, batch: Batch, answer: Answer | None) -> list[tuple[Any, ...]]:
+        """The arguments of the step: of the whole batch, or of its parts with ``accumulate``."""
+        if self.phase == "backbone":
+            answer = None
+        found = []
+        size = len(batch.labels) // self.job.config.accumulate
+        for first in range(0, len(batch.labels), size):
+            rows = slice(first, first + size)
+            extras: dict[str, Any] = {}
+            if self.phase == "joint":
+                if "indices" in self.job.extras:
+                    extras["indices"] = batch.indices[rows].to(self.job.device, non_blocking=True)
+                if "held_out_logits" in self.job.extras:
+                    assert self.held_out is not None
+                    indices = batch.indices[rows].to(self.job.device, non_blocking=True)
+                    extras["held_out_logits"] = self.held_out[indices].transpose(0, 1)
+                if "teacher_features" in self.job.extras:
+                    assert answer is not None
+                    extras["teacher_features"] = [one[rows] for one in answer.features]
+            teacher_logits = None if answer is None else answer.logits[:, rows]
+            found.append((batch.images[rows], batch.labels[rows], teacher_logits, extras))
+        return found
+
+    def _update_average(self) -> None:
+        """``average += (1 - decay) (weights - average)``; early on the decay is ``(1 + t) / (10 + t)``."""
+        assert self.average is not None
+        assert self.job.config.ema is not None
+        done = self.position[0] * self._steps + self.position[1]
+        decay = min(self.job.config.ema, (1 + done) / (10 + done))
+        with torch.no_grad():
+            for name, value in self.network.state_dict().items():
+                if value.is_floating_point():
+                    self.average[name].lerp_(value, 1 - decay)
+                else:
+                    self.average[name].copy_(value)
+
+    def learning_rate(self) -> float:
+        """Of the step at ``position``."""
+        config = self.job.config
+        epoch, step = self.position
+        first = 0 if self.phase == "backbone" else config.backbone_epochs
+        last = config.backbone_epochs if self.phase == "backbone" else config.epochs
+        warmup = round(config.warmup_epochs * self._steps)
+        done = (epoch - first) * self._steps + step
+        return config.learning_rate * learning_rate_factor(done, (last - first) * self._steps, warmup, config)
+
+    def end_epoch(self) -> None:
+        """Write down the epoch's means, and go on to the next one."""
+        epoch = self.position[0]
+        self.position = (epoch, self._steps - 1)  # the learning rate of the last step
+        entry = Epoch(
+            epoch=epoch + 1,
+            phase="backbone" if self.phase == "backbone" else "joint",
+            learning_rate=self.learning_rate(),
+            parts=self.means(),
+        )
+        self.outcome.history.append(entry)
+        self.meter, self.position = Meter(), (epoch + 1, 0)
+        speed = round(self.outcome.images_per_second, 1)
+        self.log.write("epoch", arm=self.job.name, images_per_second=speed, **entry.model_dump())
+        self.scalars.write(entry, speed)
+
+    def means(self) -> dict[str, float | list[float]]:
+        """The means of the epoch so far; :class:`UserError` where the loss is not finite."""
+        means = self.meter.means()
+        loss = means["loss"]
+        assert isinstance(loss, float)
+        if not math.isfinite(loss):
+            saved = self.folder / LAST if self.folder else None
+            kept = f"; the last good checkpoint is {saved}" if saved and saved.exists() else ""
+            raise UserError(
+                f"the loss of '{self.job.name}' became {loss} in epoch {self.position[0] + 1}: lower train.learning_rate "
+                f"or set train.gradient_clip=1{kept}"
+            )
+        return means
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        """A checkpoint from which training goes on bit for bit; of several processes the first one writes it."""
+        assert self.folder is not None
+        if self.meter.steps:
+            self.means()
+        tensors = {
+            **checkpoint.with_prefix("network", self.network.state_dict()),
+            **checkpoint.with_prefix("optimizer", checkpoint.optimizer_tensors(self.optimizer)),
+            **checkpoint.with_prefix("criterion", self.criterion.state_dict()),
+            **checkpoint.with_prefix("average", self.average or {}),
+            "meter": self.meter.sums if self.meter.sums is not None else torch.zeros(0),
+        }
+        checkpoint.save(self.folder / LAST, tensors, self._state())
+        self.log.write("checkpoint", arm=self.job.name, epoch=self.position[0], step=self.position[1])
+
+    def finish(self) -> None:
+        """The end of training: the averaged weights become the network's, and the final file is written."""
+        self.scalars.close()
+        if self.average is not None:
+            self.network.load_state_dict(self.average)
+        if self.folder is not None and parallel.is_first():
+            tensors = {
+                **checkpoint.with_prefix("network", self.network.state_dict()),
+                **checkpoint.with_prefix("criterion", self.criterion.state_dict()),
+            }
+            checkpoint.save(self.folder / FINAL, tensors, self._state())
+            (self.folder / LAST).unlink(missing_ok=True)
+        self.log.write("trained", arm=self.job.name, seconds=round(self.outcome.seconds, 2))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.position[0],
+            "step": self.position[1],
+            "meter": {"steps": self.meter.steps, "layout": self.meter.layout},
+            "history": [entry.model_dump() for entry in self.outcome.history],
+            "seconds": self.outcome.seconds,
+            "images": self.outcome.images,
+        }
+
+    def restore(self) -> bool:
+        """Continue from the folder's checkpoint, if there is one; True where training had ended."""
+        if self.folder is None:
+            return False
+        make_folder(self.folder)
+        finished = (self.folder / FINAL).exists()
+        path = self.folder / (FINAL if finished else LAST)
+        if not path.exists():
+            return False
+        tensors, state = checkpoint.load(path)
+        try:
+            self.network.load_state_dict(checkpoint.under_prefix("network", tensors))
+            self.criterion.load_state_dict(checkpoint.under_prefix("criterion", tensors))
+            self.position = state["epoch"], state["step"]
+        except (RuntimeError, KeyError) as error:
+            raise UserError(
+                f"{path} is not a checkpoint of this network and loss: train in another folder, or remove it"
+            ) from error
+        self.outcome = Outcome([Epoch(**one) for one in state["history"]], state["seconds"], state["images"])
+        if finished:
+            return True
+        checkpoint.restore_optimizer(self.optimizer, checkpoint.under_prefix("optimizer", tensors))
+        if self.average is not None:
+            average = checkpoint.under_prefix("average", tensors)
+            self.average = {name: average[name].to(one.device) for name, one in self.average.items()}
+        sums = tensors["meter"].to(self.job.device) if state["meter"]["steps"] else None
+        self.meter = Meter(sums, state["meter"]["steps"], state["meter"]["layout"])
+        self.log.write("resumed", arm=self.job.name, epoch=self.position[0], step=self.position[1])
+        return False
+
+
+def _build_optimizer(job: Job) -> torch.optim.Optimizer:
+    config = job.config
+    parameters = [*job.network.parameters(), *job.criterion.parameters()]
+    fused = job.device.type == "cuda" or None
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )

@@ -1,0 +1,41 @@
+"""Means over an epoch, kept on the device until asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Sums of the loss parts and of the exits' training accuracy."""
+
+    def __init__(
+        self, sums: Tensor | None = None, steps: int = 0, layout: list[list[Any]] | None = None
+    ) -> None:
+        self.sums, self.steps = sums, steps
+        # [name, number of values, or 0 for a scalar], in the order of ``sums``.
+        self.layout: list[list[Any]] = layout or []
+
+    def add(self, parts: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> None:
+        """Parts are scalars or (E,), logits (E, B, K), labels (B,)."""
+        accuracy = (logits.detach().argmax(dim=-1) == labels).double().mean(dim=1)
+        named = {**parts, "accuracy": accuracy}
+        row = torch.cat([part.detach().reshape(-1).double() for part in named.values()])
+        if self.sums is None:
+            self.sums = torch.zeros_like(row)
+            self.layout = [[name, part.numel() if part.ndim else 0] for name, part in named.items()]
+        self.sums += row
+        self.steps += 1
+
+    def means(self) -> dict[str, float | list[float]]:
+        """Means over the steps so far; the only place that waits for the device."""
+        assert self.sums is not None
+        values = (self.sums / self.steps).tolist()
+        means: dict[str, float | list[float]] = {}
+        for name, count in self.layout:
+            means[name] = values[:count] if count else values[0]
+            values = values[max(1, count) :]
+        return means

@@ -1,0 +1,238 @@
+"""What the teacher says of a batch: computed on the spot, or read from a cache on disk.
+
+The cache holds the logits (and, if a loss asks for them, what each stage gave) of every view of every train
+image, so that arms, epochs, resumed runs and other runs with the same teacher and images need it once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from erde import parallel, progress
+from erde.data import Batch, TrainBatches
+from erde.errors import UserError
+from erde.exits import EarlyExitNetwork
+from erde.files import make_folder, write_json
+
+MANIFEST = "manifest.json"
+# How often the place that was reached is written down; what came after it is computed again after a kill.
+SAVE_SECONDS = 5.0
+# What must stay free beside the cache, for checkpoints and exports.
+SPARE_BYTES = 256 * 2**20
+
+
+class Answer(NamedTuple):
+    """Of one batch."""
+
+    logits: Tensor  # raw, (Et, B, K)
+    features: list[Tensor]  # what each stage gave, (B, ...), where a loss asks for it; else empty
+
+
+class Teacher:
+    """The teacher as the loop asks it: in eval mode, without gradients."""
+
+    def __init__(
+        self,
+        network: EarlyExitNetwork,
+        device: torch.device,
+        *,
+        features: bool = False,
+        autocast: bool = False,
+        channels_last: bool = True,
+        compiled: bool = False,
+    ) -> None:
+        self.network = network.to(device).eval()
+        if channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device, self.features, self.autocast = device, features, autocast
+        call: Any = self.network.forward_with_features if features else self.network
+        self._call = torch.compile(call, dynamic=False) if compiled else call
+
+    def ask(self, images: Tensor) -> Answer:
+        """Of normalised images (B, C, H, W)."""
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast),
+        ):
+            if self.features:
+                return Answer(*self._call(images))
+            return Answer(self._call(images), [])
+
+    def __call__(self, batch: Batch) -> Answer:
+        """Of a training batch."""
+        return self.ask(batch.images)
+
+
+class CachedTeacher:
+    """A teacher whose answers to all views of all images lie on disk; filled once, in order."""
+
+    def __init__(
+        self, teacher: Teacher, batches: TrainBatches, root: Path, images: int, identity: dict[str, Any]
+    ) -> None:
+        self._batches, self._images, self._device = batches, images, teacher.device
+        views = batches.views
+        if views is None:
+            raise UserError(
+                "teacher.cache needs views that can be numbered, and cutout has places without number: set "
+                "data.augmentation.cutout=0 or teacher.cache=false"
+            )
+        self._views = views.count
+        example = teacher.ask(next(batches.view(0, np.arange(batches.batch_size)[None])))
+        # One file an array: (views, images, ...) of float32.
+        shapes: dict[str, tuple[int, ...]] = {"logits": (len(example.logits), example.logits.shape[-1])}
+        shapes |= {f"features_{index}": tuple(one.shape[1:]) for index, one in enumerate(example.features)}
+        identity = {
+            **identity,
+            "teacher": network_hash(teacher.network),
+            "precision": "bf16" if teacher.autocast else "fp32",
+            "images": images,
+            "views": [views.padding, views.flip, views.count],
+            "arrays": {name: list(shape) for name, shape in shapes.items()},
+        }
+        text = json.dumps(identity, sort_keys=True)
+        self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._identity = identity
+        parallel.first_only(lambda: self._fill(teacher, root, shapes))
+        self._arrays = {
+            name: torch.from_numpy(self._open(name, shape, "c")) for name, shape in shapes.items()
+        }
+
+    def __call__(self, batch: Batch) -> Answer:
+        """Of a training batch: what the teacher said of these views of these images."""
+        assert batch.views is not None
+        rows = batch.views * self._images + batch.indices
+        found = [one.flatten(0, 1)[rows].to(self._device, non_blocking=True) for one in self._arrays.values()]
+        return Answer(found[0].transpose(0, 1), found[1:])
+
+    # ------------------------------------------------------------ filling
+
+    def _fill(self, teacher: Teacher, root: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        done = self._check_manifest()
+        total = self._views * self._images
+        if done < total:
+            self._reserve(root, shapes)
+            progress.say(
+                f"teacher cache: {self._views} views of {self._images:,} images, {self._size(shapes):,} bytes, in {self.folder}"
+            )
+            files = {name: self._open(name, shape, "r+") for name, shape in shapes.items()}
+            self._compute(teacher, files, done, total)
+
+    def _compute(
+        self, teacher: Teacher, files: dict[str, NDArray[np.float32]], done: int, total: int
+    ) -> None:
+        # The shape of training's own batches, so that a library takes the same path through its kernels.
+        size, saved = self._batches.batch_size, time.monotonic()
+        with progress.task("teacher cache", total, done) as task:
+            while done < total:
+                view, start = divmod(done, self._images)
+                firsts = np.arange(start, self._images, size)
+                chunks = (firsts[:, None] + np.arange(size)) % self._images
+                for first, images in zip(firsts.tolist(), self._batches.view(view, chunks), strict=True):
+                    count = min(size, self._images - first)
+                    answer = teacher.ask(images)
+                    values = [answer.logits.transpose(0, 1), *answer.features]
+                    for file, value in zip(files.values(), values, strict=True):
+                        file[view, first : first + count] = value[:count].float().cpu().numpy()
+                    done += count
+                    if done == total or time.monotonic() - saved > SAVE_SECONDS:
+                        self._save(files, done)
+                        saved = time.monotonic()
+                    if task.due():
+                        task.update(done)
+
+    def _save(self, files: dict[str, NDArray[np.float32]], done: int) -> None:
+        # First the numbers, then the claim that they are there.
+        for file in files.values():
+            file.flush()  # type: ignore[attr-defined]  # a memory map
+        write_json(self.folder / MANIFEST, {**self._identity, "done": done})
+
+    def _check_manifest(self) -> int:
+        """How far an earlier process came; 0 where there is nothing yet."""
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return 0
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            done = manifest.pop("done")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is not the manifest of a teacher cache: remove {self.folder}") from error
+        if manifest != self._identity:
+            raise UserError(
+                f"{self.folder} is the cache of another teacher, or of other images: set teacher.cache to another "
+                "folder, or remove it"
+            )
+        complete = all(
+            (self.folder / f"{name}.f32").is_file()
+            and (self.folder / f"{name}.f32").stat().st_size == self._bytes(tuple(shape))
+            for name, shape in self._identity["arrays"].items()
+        )
+        if not complete or not isinstance(done, int):
+            raise UserError(f"the teacher cache {self.folder} is damaged: remove it, it is computed again")
+        return done
+
+    def _reserve(self, root: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Take the disk space before the first number is computed."""
+        try:
+            make_folder(self.folder)
+            there = sum(one.stat().st_blocks * 512 for one in self.folder.glob("*.f32"))
+            missing, free = self._size(shapes) - there, shutil.disk_usage(self.folder).free - SPARE_BYTES
+            if missing > free:
+                raise UserError(
+                    f"the teacher cache takes {_gigabytes(self._size(shapes))} in {root}, where {_gigabytes(max(free, 0))} "
+                    "can be used: set teacher.cache to a larger disk, lower data.augmentation.views, or set teacher.cache=false"
+                )
+            for name, shape in shapes.items():
+                with (self.folder / f"{name}.f32").open("ab") as file:
+                    file.truncate(self._bytes(shape))
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, self._bytes(shape))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise UserError(
+                    f"the teacher cache cannot be written to {root}: {error.strerror}; set teacher.cache to a folder "
+                    "that you may write to"
+                ) from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"the teacher cache takes {_gigabytes(self._size(shapes))}, and the disk of {root} is full: set "
+                    "teacher.cache to a larger disk, or lower data.augmentation.views"
+                ) from error
+            raise
+
+    # ------------------------------------------------------------ sizes and files
+
+    def _bytes(self, shape: tuple[int, ...]) -> int:
+        return 4 * self._views * self._images * math.prod(shape)
+
+    def _size(self, shapes: dict[str, tuple[int, ...]]) -> int:
+        return sum(self._bytes(shape) for shape in shapes.values())
+
+    def _open(self, name: str, shape: tuple[int, ...], mode: Any) -> NDArray[np.float32]:
+        path = self.folder / f"{name}.f32"
+        return np.memmap(path, dtype="<f4", mode=mode, shape=(self._views, self._images, *shape))
+
+
+def network_hash(network: nn.Module) -> str:
+    """SHA-256 over the structure, as printed, and all tensors of the state dict, by name."""
+    digest = hashlib.sha256(repr(network).encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
