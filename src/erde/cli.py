@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,9 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    # Of several processes (torchrun) all come across the same bad input: one line is enough.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -114,6 +117,7 @@ def distill(
 ) -> None:
     """Train the arms of a run from its teacher."""
     _existing(folder).distill(arm)
+    _first_process_only()
     _next_step(folder, "distill", "erde export", as_json)
 
 
@@ -348,6 +352,7 @@ def _run(recipe: str, overrides: list[str] | None, out: Path | None, resume: boo
     config = load_config(recipe, overrides or [])
     folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
     run_chain(config, folder, resume=resume, until=until)
+    _first_process_only()
     return folder
 
 
@@ -355,6 +360,14 @@ def _existing(folder: Path) -> Any:
     from erde.pipeline import Run
 
     return Run.existing(folder)
+
+
+def _first_process_only() -> None:
+    """Of several processes that trained together (torchrun) the others have nothing more to do."""
+    from erde import parallel
+
+    if not parallel.is_first():
+        sys.exit(0)
 
 
 def _next_step(folder: Path, phase: str, following: str, as_json: bool) -> None:

@@ -6,6 +6,7 @@ first one writes all files. With a single process every function here does nothi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from erde.errors import UserError
 
 # The others wait while the first one loads data or fills a teacher cache; torchrun ends them if it dies.
 PATIENCE = timedelta(days=1)
+# What this process was to the others, once it has left them.
+_rank_before = 0
 
 
 def processes() -> int:
@@ -30,7 +33,7 @@ def processes() -> int:
 
 def rank() -> int:
     """This one's number, from 0."""
-    return dist.get_rank() if _started() else 0
+    return dist.get_rank() if _started() else _rank_before
 
 
 def is_first() -> bool:
@@ -44,20 +47,23 @@ def start(device: str) -> None:
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
             raise UserError(
-                f"torchrun started {local + 1} or more processes on this machine, which has {torch.cuda.device_count()} "
-                "GPUs: lower --nproc-per-node, or set device=cpu"
+                f"torchrun started {here} processes on this machine, which has {gpus} GPUs: lower --nproc-per-node, or "
+                "set device=cpu"
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    atexit.register(finish)
     progress.quiet = not is_first()
 
 
 def finish() -> None:
     """Leave the others; what follows is the first one's alone."""
+    global _rank_before
     if _started():
+        _rank_before = dist.get_rank()
         dist.destroy_process_group()
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from erde.backbones.base import Backbone, initialise_convolutions
 
@@ -31,8 +31,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W')."""
-        out = torch.relu(self.norm1(self.conv1(x)))
-        return torch.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+        # In place: no layer before needs what the sum or the norm gave.
+        out = functional.relu(self.norm1(self.conv1(x)), inplace=True)
+        return functional.relu(self.norm2(self.conv2(out)) + self.shortcut(x), inplace=True)
 
 
 def cifar_resnet(
@@ -44,7 +45,7 @@ def cifar_resnet(
         OrderedDict(
             conv=nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
             norm=nn.BatchNorm2d(widths[0]),
-            relu=nn.ReLU(),
+            relu=nn.ReLU(inplace=True),
         )
     )
     blocks: OrderedDict[str, nn.Module] = OrderedDict(stem=stem)
