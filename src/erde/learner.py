@@ -174,7 +174,9 @@ class Learner:
             for parameter in self.network.backbone_parameters():
                 parameter.requires_grad_(False)
         if self._model is None or self._model[0] != self.phase:
-            model = parallel.wrap(_Step(self.job, self.phase), self.job.device)
+            # The first phase trains neither heads nor what the criterion owns.
+            unused = self.phase == "backbone"
+            model = parallel.wrap(_Step(self.job, self.phase), self.job.device, unused)
             if self.job.config.compile:
                 model.compile(dynamic=False)
             self._model = self.phase, model

@@ -98,15 +98,14 @@ def check_batch(batch_size: int) -> None:
         )
 
 
-def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """``module`` with gradients averaged over the processes; only its parameters that want gradients take part."""
+def wrap(module: nn.Module, device: torch.device, unused: bool) -> nn.Module:
+    """``module`` with gradients averaged over the processes; ``unused``: some parameters have no part in the loss."""
     if processes() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
     return nn.parallel.DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,
-        # In the first phase heads have no part in the loss.
-        find_unused_parameters=True,
+        find_unused_parameters=unused,
     )
 
 
