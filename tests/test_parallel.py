@@ -36,15 +36,18 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     done = run("-m", "tests.parallel_worker", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(tmp_path / "gradients.safetensors")
+    worst = 0.0
     for loss in parallel_worker.LOSSES:
         expected = parallel_worker.gradients(loss)
         largest = max(float(one.abs().max()) for one in expected.values())
-        assert largest > 0.1
+        assert largest > 0.03
         for name, gradient in expected.items():
             difference = float((found[f"{loss}/{name}"] - gradient).abs().max())
-            assert difference < 1e-5 * max(1.0, largest), (loss, name, difference)
+            assert difference < 1e-5, (loss, name, difference)
+            worst = max(worst, difference)
             parts = float((found[f"in parts/{name}"] - found[f"erde/{name}"]).abs().max())
-            assert parts < 1e-5 * max(1.0, largest)
+            assert parts < 1e-5
+    print(f"largest difference {worst:.1e}")
     # The second process wrote nothing, the first one did.
     assert json.loads((tmp_path / "second.json").read_text()) == []
     assert entries(tmp_path / "folder") == [FINAL]
