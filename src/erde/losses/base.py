@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,6 +80,72 @@ class LossSpec:
     extras: Callable[[Any], Collection[Extra]] = lambda config: ()
 
 
+class Criterion(nn.Module):
+    """What the criteria share: the settings that hold for every arm of a run, registered once.
+
+    Called with (student logits, teacher logits or None, labels) and its extras by name, it gives ``loss``,
+    with a graph, and its parts, without one: scalars or (E,). It never waits for the device. Parameters are
+    trained with the network's; persistent buffers belong to the checkpoint and are the same on all ranks.
+    """
+
+    alpha: Tensor
+    exit_weights: Tensor
+
+    def __init__(self, settings: ExitSettings) -> None:
+        super().__init__()
+        self.temperature = settings.temperature
+        self.pairs = settings.pairs
+        self.label_smoothing = settings.label_smoothing
+        self.register_buffer("alpha", torch.tensor(settings.alpha), persistent=False)
+        self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The settings of a loss without a teacher, as arguments of its function."""
+        return {"exit_weights": self.exit_weights, "label_smoothing": self.label_smoothing}
+
+    @property
+    def distilling(self) -> dict[str, Any]:
+        """The settings of a loss with a teacher, as arguments of its function."""
+        return {
+            **self.own,
+            "alpha": self.alpha,
+            "temperature": self.temperature,
+            "pairs": self.pairs,
+        }
+
+
+def count_train_images(settings: ExitSettings, what: str, least: int = 1) -> int:
+    """How many images the arm trains on; :class:`UserError` if that is under ``least``."""
+    if settings.train_images < least:
+        raise UserError(
+            f"{what} needs at least {least:,} train images, got {settings.train_images:,}: "
+            "train on more images, or use another loss"
+        )
+    return settings.train_images
+
+
+def ranks() -> int:
+    """How many processes train together; 1 without torch.distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def gather_ranks(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order and without gradient: (B, ...) -> (ranks * B, ...).
+
+    What a criterion keeps from step to step is updated with these, so that it stays the same on all ranks.
+    Every rank must have as many rows.
+    """
+    number = ranks()
+    if number == 1:
+        return tensor.detach()
+    rows = [torch.empty_like(tensor) for _ in range(number)]
+    torch.distributed.all_gather(rows, tensor.detach().contiguous())
+    return torch.cat(rows)
+
+
 def _resolve_alpha(alpha: float | Sequence[float] | str, shares: Sequence[float]) -> tuple[float, ...]:
     if alpha == "rising":
         if len(shares) == 1:
@@ -148,7 +215,7 @@ def check_shapes(student_logits: Tensor, teacher_logits: Tensor | None, labels: 
 
 
 def pair_teacher(student_logits: Tensor, teacher_logits: Tensor, pairs: Sequence[int] | None) -> Tensor:
-    """Teacher logits in the student's order (Es, B, K); without ``pairs`` exit i teaches exit i."""
+    """Teacher logits in the student's order and dtype (Es, B, K), detached; without ``pairs`` exit i teaches i."""
     if pairs is None:
         pairs = range(len(student_logits))
         if len(teacher_logits) != len(student_logits):
@@ -159,7 +226,8 @@ def pair_teacher(student_logits: Tensor, teacher_logits: Tensor, pairs: Sequence
         raise ValueError(
             f"expected a teacher exit for each of {len(student_logits)} student exits, got {tuple(pairs)}"
         )
-    return torch.stack([teacher_logits[index] for index in pairs])
+    teacher = torch.stack([teacher_logits[index] for index in pairs])
+    return teacher.detach().to(student_logits.dtype)
 
 
 def per_exit(value: PerExit, logits: Tensor) -> Tensor:
@@ -200,6 +268,15 @@ def exit_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """``-sum_k softmax(t/T)_k log softmax(s/T)_k`` in nats, without T²: (E, B, K) twice -> (E, B).
+
+    The KL plus the teacher's entropy: the same gradient, and not 0 at equality.
+    """
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    return -((teacher_logits / temperature).softmax(dim=-1) * student).sum(dim=-1)
+
+
 def exit_entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of softmax(logits), in nats: (..., K) -> (...)."""
     log_probabilities = F.log_softmax(logits, dim=-1)
@@ -209,3 +286,19 @@ def exit_entropy(logits: Tensor) -> Tensor:
 def teacher_wrong(paired_teacher_logits: Tensor, labels: Tensor) -> Tensor:
     """Where the teacher's exit is wrong: (E, B, K), (B,) -> bool (E, B)."""
     return paired_teacher_logits.argmax(dim=-1) != labels
+
+
+def silence_last(per_exit_values: Tensor) -> Tensor:
+    """The values (E, ...) with 0 at the final exit."""
+    return torch.cat([per_exit_values[:-1], torch.zeros_like(per_exit_values[-1:])])
+
+
+def weigh(ce: Tensor, distilled: Tensor, alpha: PerExit) -> Tensor:
+    """``(1-a_i) ce_i + a_i distilled_i``: (E,) twice -> (E,)."""
+    share = per_exit(alpha, ce)
+    return (1 - share) * ce + share * distilled
+
+
+def sum_exits(per_exit_loss: Tensor, exit_weights: PerExit) -> Tensor:
+    """``sum_i w_i L_i``: (E,) -> scalar."""
+    return (per_exit(exit_weights, per_exit_loss) * per_exit_loss).sum()

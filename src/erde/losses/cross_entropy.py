@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erde.config import LossConfig
 from erde.losses.base import (
+    Criterion,
     ExitSettings,
     LossSpec,
     PerExit,
     at_least_float32,
     check_shapes,
     exit_cross_entropy,
-    per_exit,
+    sum_exits,
 )
 
 
@@ -36,6 +37,7 @@ def cross_entropy_loss(
     Raises:
         ValueError: on wrong shapes.
 
+    >>> import torch
     >>> logits = torch.zeros(2, 5, 4)
     >>> round(float(cross_entropy_loss(logits, torch.zeros(5, dtype=torch.long))["loss"]), 4)  # 2 ln 4
     2.7726
@@ -43,7 +45,7 @@ def cross_entropy_loss(
     check_shapes(student_logits, None, labels)
     student_logits = at_least_float32(student_logits)
     ce = exit_cross_entropy(student_logits, labels, label_smoothing).mean(dim=1)
-    return {"loss": (per_exit(exit_weights, ce) * ce).sum(), "ce": ce.detach()}
+    return {"loss": sum_exits(ce, exit_weights), "ce": ce.detach()}
 
 
 class CrossEntropyConfig(LossConfig):
@@ -52,23 +54,17 @@ class CrossEntropyConfig(LossConfig):
     name: Literal["ce"] = "ce"
 
 
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyLoss(Criterion):
     """:func:`cross_entropy_loss` with its settings; a teacher is not looked at."""
 
-    exit_weights: Tensor
-
     def __init__(self, config: CrossEntropyConfig, settings: ExitSettings) -> None:
-        super().__init__()
-        self.label_smoothing = settings.label_smoothing
-        self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
+        super().__init__(settings)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> dict[str, Tensor]:
         """The loss and its parts; shapes as in the function."""
-        return cross_entropy_loss(
-            student_logits, labels, exit_weights=self.exit_weights, label_smoothing=self.label_smoothing
-        )
+        return cross_entropy_loss(student_logits, labels, **self.own)
 
 
 CROSS_ENTROPY = LossSpec(

@@ -13,11 +13,13 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from erde.config import LossConfig
+from erde.config import LossConfig, NotNegative
 from erde.losses.base import (
+    Criterion,
     ExitSettings,
+    Extra,
     LossSpec,
     PerExit,
     at_least_float32,
@@ -28,10 +30,16 @@ from erde.losses.base import (
     one_per_exit,
     pair_teacher,
     per_exit,
+    silence_last,
+    sum_exits,
     teacher_wrong,
+    weigh,
 )
+from erde.losses.dkd import decoupled_kl
+from erde.losses.dynamickd import ControllerConfig, EntropyController, controller_extras
 
-WrongTest = Literal["exit", "final", "uncertain"]
+WrongTest = Literal["exit", "final", "uncertain", "held_out"]
+DistillationForm = Literal["kl", "dkd"]
 EntropyForm = Literal["negentropy", "uniform_kl", "teacher"]
 EntropyExits = Literal["intermediate", "all"]
 
@@ -48,6 +56,31 @@ def entropy_penalty(student_logits: Tensor, teacher_logits: Tensor, form: Entrop
         log_probabilities = F.log_softmax(student_logits, dim=-1)
         return -math.log(student_logits.shape[-1]) - log_probabilities.mean(dim=-1)
     return (exit_entropy(teacher_logits) - exit_entropy(student_logits)) ** 2
+
+
+def wrong_images(
+    teacher_logits: Tensor,
+    paired: Tensor,
+    labels: Tensor,
+    test: WrongTest,
+    uncertainty: float,
+    held_out: Tensor | None,
+) -> Tensor:
+    """Where the teacher counts as wrong: bool (Es, B); arguments as in :func:`erde_loss`.
+
+    Raises:
+        ValueError: the test ``held_out`` without such logits.
+    """
+    if test == "final":
+        return teacher_wrong(teacher_logits[-1:], labels).expand(len(paired), -1)
+    if test == "held_out":
+        if held_out is None:
+            raise ValueError("expected held-out logits for wrong_test='held_out', got none")
+        return teacher_wrong(held_out, labels)
+    wrong = teacher_wrong(paired, labels)
+    if test == "uncertain":
+        wrong = wrong | (paired.softmax(dim=-1).amax(dim=-1) < uncertainty)
+    return wrong
 
 
 def erde_loss(
@@ -67,6 +100,11 @@ def erde_loss(
     uncertainty: float = 0.5,
     entropy_form: EntropyForm = "negentropy",
     entropy_exits: EntropyExits = "intermediate",
+    distillation_form: DistillationForm = "kl",
+    target_weight: float = 1.0,
+    non_target_weight: float = 8.0,
+    scale: Tensor | None = None,
+    held_out_logits: Tensor | None = None,
 ) -> dict[str, Tensor]:
     r"""KD where the teacher is right, and entropy at the intermediate exits where it is wrong.
 
@@ -76,7 +114,7 @@ def erde_loss(
 
     Args:
         student_logits: raw logits (Es, B, K).
-        teacher_logits: raw logits (Et, B, K), no gradient wanted.
+        teacher_logits: raw logits (Et, B, K); no gradient goes there.
         labels: classes (B,).
         alpha: a, one number or one per exit.
         beta: b, weight of the entropy term, one number or one per exit.
@@ -86,15 +124,24 @@ def erde_loss(
         label_smoothing: of the cross-entropy's target.
         kl_on_wrong: keep the KL on teacher-wrong images too (the entropy term is then added to it).
         ce_on_wrong: keep the cross-entropy of intermediate exits on teacher-wrong images.
-        wrong_test: the teacher counts as wrong by its paired ``exit``, by its ``final`` exit, or by its
-            paired exit being wrong or ``uncertain`` (max probability under ``uncertainty``).
+        wrong_test: the teacher counts as wrong by its paired ``exit``, by its ``final`` exit, by its
+            paired exit being wrong or ``uncertain`` (max probability under ``uncertainty``), or by the paired
+            exit of ``held_out`` logits.
         uncertainty: see ``wrong_test``.
         entropy_form: see :func:`entropy_penalty`.
         entropy_exits: ``intermediate``, or ``all``, the final one included.
+        distillation_form: ``kl``, or ``dkd``: ``target_weight TCKD + non_target_weight NCKD`` in its place,
+            see :func:`~erde.losses.dkd.decoupled_kl`.
+        target_weight: see ``distillation_form``.
+        non_target_weight: see ``distillation_form``.
+        scale: what the student's logits are multiplied with in the distillation term alone, anything that
+            broadcasts to (Es, B, K); see :mod:`erde.losses.dynamickd`.
+        held_out_logits: raw logits (Et, B, K) of a teacher that was not trained on these images, for
+            ``wrong_test``; they teach nothing.
 
     Returns:
-        ``loss`` (scalar); unweighted parts (Es,): ``ce``, ``kl`` (with T²), ``entropy`` (all as masked),
-        and the share ``teacher_wrong`` of images by ``wrong_test``.
+        ``loss`` (scalar); unweighted parts (Es,): ``ce``, ``kl`` or ``dkd`` (with T²), ``entropy`` (all as
+        masked), and the share ``teacher_wrong`` of images by ``wrong_test``.
 
     Raises:
         ValueError: on wrong shapes.
@@ -105,34 +152,36 @@ def erde_loss(
     """
     check_shapes(student_logits, teacher_logits, labels)
     student_logits = at_least_float32(student_logits)
-    teacher = pair_teacher(student_logits, teacher_logits, pairs).to(student_logits.dtype)
-    if wrong_test == "final":
-        final = teacher_logits[-1:].to(student_logits.dtype)
-        wrong = teacher_wrong(final, labels).expand(len(student_logits), -1)
-    else:
-        wrong = teacher_wrong(teacher, labels)
-        if wrong_test == "uncertain":
-            wrong = wrong | (teacher.softmax(dim=-1).amax(dim=-1) < uncertainty)
+    teacher = pair_teacher(student_logits, teacher_logits, pairs)
+    held_out = None
+    if held_out_logits is not None:
+        check_shapes(student_logits, held_out_logits, labels)
+        held_out = pair_teacher(student_logits, held_out_logits, pairs)
+    wrong = wrong_images(teacher_logits, teacher, labels, wrong_test, uncertainty, held_out)
     wrong = wrong.to(student_logits.dtype)
     right = 1 - wrong
 
     ce = exit_cross_entropy(student_logits, labels, label_smoothing)
     if not ce_on_wrong:
         ce = torch.cat([ce[:-1] * right[:-1], ce[-1:]])
-    kl = temperature**2 * exit_kl(student_logits, teacher, temperature)
+    softened = student_logits if scale is None else scale * student_logits
+    if distillation_form == "dkd":
+        target, others = decoupled_kl(softened, teacher, labels, temperature)
+        distilled = temperature**2 * (target_weight * target + non_target_weight * others)
+    else:
+        distilled = temperature**2 * exit_kl(softened, teacher, temperature)
     if not kl_on_wrong:
-        kl = kl * right
+        distilled = distilled * right
     entropy = wrong * entropy_penalty(student_logits, teacher, entropy_form)
     if entropy_exits == "intermediate":
-        entropy = torch.cat([entropy[:-1], torch.zeros_like(entropy[-1:])])
+        entropy = silence_last(entropy)
 
-    ce, kl, entropy = ce.mean(dim=1), kl.mean(dim=1), entropy.mean(dim=1)
-    share = per_exit(alpha, ce)
-    per_exit_loss = (1 - share) * ce + share * kl + per_exit(beta, ce) * entropy
+    ce, distilled, entropy = ce.mean(dim=1), distilled.mean(dim=1), entropy.mean(dim=1)
+    per_exit_loss = weigh(ce, distilled, alpha) + per_exit(beta, ce) * entropy
     return {
-        "loss": (per_exit(exit_weights, ce) * per_exit_loss).sum(),
+        "loss": sum_exits(per_exit_loss, exit_weights),
         "ce": ce.detach(),
-        "kl": kl.detach(),
+        distillation_form: distilled.detach(),
         "entropy": entropy.detach(),
         "teacher_wrong": wrong.mean(dim=1),
     }
@@ -142,53 +191,63 @@ class ERDEConfig(LossConfig):
     """ERDE's own knobs; alpha, temperature, exit weights and pairing are shared with KD."""
 
     name: Literal["erde"] = "erde"
-    beta: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = 0.2
+    beta: NotNegative | list[NotNegative] = 0.2
     kl_on_wrong: bool = False
     ce_on_wrong: bool = True
     wrong_test: WrongTest = "exit"
     uncertainty: Annotated[float, Field(ge=0, le=1)] = 0.5
     entropy_form: EntropyForm = "negentropy"
     entropy_exits: EntropyExits = "intermediate"
+    distillation_form: DistillationForm = "kl"
+    target_weight: NotNegative = 1.0
+    non_target_weight: NotNegative = 8.0
+    controller: ControllerConfig | None = None
 
 
-class ERDELoss(nn.Module):
-    """:func:`erde_loss` with its settings."""
+class ERDELoss(Criterion):
+    """:func:`erde_loss` with its settings, and an entropy controller where one is asked for."""
 
-    alpha: Tensor
     beta: Tensor
-    exit_weights: Tensor
 
     def __init__(self, config: ERDEConfig, settings: ExitSettings) -> None:
-        super().__init__()
+        super().__init__(settings)
         exits = len(settings.alpha)
         beta = config.beta if isinstance(config.beta, list) else [config.beta] * exits
-        self.config = config
-        self.temperature = settings.temperature
-        self.pairs = settings.pairs
-        self.label_smoothing = settings.label_smoothing
-        self.register_buffer("alpha", torch.tensor(settings.alpha), persistent=False)
+        self.switches = config.model_dump(exclude={"name", "beta", "controller"})
         self.register_buffer("beta", torch.tensor(one_per_exit("loss.beta", beta, exits)), persistent=False)
-        self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
+        self.controller = None
+        if config.controller is not None:
+            self.controller = EntropyController(config.controller, settings)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The loss and its parts; shapes as in the function."""
-        return erde_loss(
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        *,
+        indices: Tensor | None = None,
+        held_out_logits: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss and its parts; shapes as in the function; ``controller`` too where there is one."""
+        scale = None if self.controller is None else self.controller(student_logits, indices)
+        parts = erde_loss(
             student_logits,
             teacher_logits,
             labels,
-            alpha=self.alpha,
             beta=self.beta,
-            temperature=self.temperature,
-            exit_weights=self.exit_weights,
-            pairs=self.pairs,
-            label_smoothing=self.label_smoothing,
-            kl_on_wrong=self.config.kl_on_wrong,
-            ce_on_wrong=self.config.ce_on_wrong,
-            wrong_test=self.config.wrong_test,
-            uncertainty=self.config.uncertainty,
-            entropy_form=self.config.entropy_form,
-            entropy_exits=self.config.entropy_exits,
+            scale=scale,
+            held_out_logits=held_out_logits,
+            **self.switches,
+            **self.distilling,
         )
+        if self.controller is not None and scale is not None:
+            parts |= self.controller.parts(scale)
+        return parts
+
+
+def _extras(config: ERDEConfig) -> tuple[Extra, ...]:
+    held_out: tuple[Extra, ...] = ("held_out_logits",) if config.wrong_test == "held_out" else ()
+    return (*held_out, *controller_extras(config.controller))
 
 
 ERDE = LossSpec(
@@ -196,4 +255,5 @@ ERDE = LossSpec(
     ERDELoss,
     needs_teacher=True,
     summary="KD, with entropy at intermediate exits where the teacher is wrong",
+    extras=_extras,
 )

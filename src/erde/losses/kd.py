@@ -1,4 +1,7 @@
-"""Knowledge distillation, exit by exit (Hinton et al. 2015, arXiv 1503.02531)."""
+"""Knowledge distillation, exit by exit (Hinton et al. 2015, arXiv 1503.02531).
+
+With logit standardisation as a switch (Sun et al. 2024, arXiv 2403.01427).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
-from erde.config import LossConfig
+from erde.config import LossConfig, Positive
 from erde.losses.base import (
+    Criterion,
     ExitSettings,
     LossSpec,
     PerExit,
@@ -18,9 +23,18 @@ from erde.losses.base import (
     exit_cross_entropy,
     exit_kl,
     pair_teacher,
-    per_exit,
+    sum_exits,
     teacher_wrong,
+    weigh,
 )
+
+
+def standardise_logits(logits: Tensor) -> Tensor:
+    """``(z - mean(z)) / (std(z) + 1e-7)`` over the classes, std with K-1 below it: (..., K) -> (..., K).
+
+    arXiv 2403.01427, algorithm 1, with the constant of its authors' code.
+    """
+    return (logits - logits.mean(dim=-1, keepdim=True)) / (logits.std(dim=-1, keepdim=True) + 1e-7)
 
 
 def kd_loss(
@@ -33,20 +47,28 @@ def kd_loss(
     exit_weights: PerExit = 1.0,
     pairs: Sequence[int] | None = None,
     label_smoothing: float = 0.0,
+    standardise: bool = False,
+    weight: float = 1.0,
+    scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    r"""``L = sum_i w_i mean_b [ (1-a_i) CE(s_ib, y_b) + a_i T² KL(t_ib || s_ib) ]``, in nats.
+    r"""``L = sum_i w_i mean_b [ (1-a_i) CE(s_ib, y_b) + a_i v T² KL(t_ib || s_ib) ]``, in nats.
 
     In the KL both sides are softmaxes at temperature T; T² keeps its gradient's size (Hinton, section 2).
 
     Args:
         student_logits: raw logits (Es, B, K).
-        teacher_logits: raw logits (Et, B, K), no gradient wanted.
+        teacher_logits: raw logits (Et, B, K); no gradient goes there.
         labels: classes (B,).
         alpha: a, one number or one per exit.
         temperature: T.
         exit_weights: w, one number or one per exit.
         pairs: the teacher exit of each student exit; None pairs i with i.
         label_smoothing: of the cross-entropy's target.
+        standardise: z-score both sides' logits before the KL, see :func:`standardise_logits`; T is then the
+            paper's base temperature.
+        weight: v, a factor of the KL.
+        scale: what the student's logits are multiplied with in the KL alone, anything that broadcasts to
+            (Es, B, K); see :mod:`erde.losses.dynamickd`.
 
     Returns:
         ``loss`` (scalar); unweighted parts (Es,): ``ce``, ``kl`` (with T²), and the share
@@ -55,6 +77,7 @@ def kd_loss(
     Raises:
         ValueError: on wrong shapes.
 
+    >>> import torch
     >>> s = torch.randn(3, 8, 10)
     >>> parts = kd_loss(s, s, torch.zeros(8, dtype=torch.long))
     >>> bool(parts["kl"].abs().max() < 1e-5)
@@ -62,34 +85,34 @@ def kd_loss(
     """
     check_shapes(student_logits, teacher_logits, labels)
     student_logits = at_least_float32(student_logits)
-    teacher = pair_teacher(student_logits, teacher_logits, pairs).to(student_logits.dtype)
+    teacher = pair_teacher(student_logits, teacher_logits, pairs)
+    softened = student_logits if scale is None else scale * student_logits
+    target = teacher
+    if standardise:
+        softened, target = standardise_logits(softened), standardise_logits(target)
     ce = exit_cross_entropy(student_logits, labels, label_smoothing).mean(dim=1)
-    kl = temperature**2 * exit_kl(student_logits, teacher, temperature).mean(dim=1)
-    share = per_exit(alpha, ce)
-    loss = (per_exit(exit_weights, ce) * ((1 - share) * ce + share * kl)).sum()
+    kl = temperature**2 * exit_kl(softened, target, temperature).mean(dim=1)
     wrong = teacher_wrong(teacher, labels).to(ce.dtype).mean(dim=1)
+    loss = sum_exits(weigh(ce, weight * kl, alpha), exit_weights)
     return {"loss": loss, "ce": ce.detach(), "kl": kl.detach(), "teacher_wrong": wrong}
 
 
 class KDConfig(LossConfig):
-    """No knobs but the shared ones: alpha, temperature, exit weights, pairing."""
+    """Beside the shared alpha, temperature, exit weights and pairing: logit standardisation."""
 
     name: Literal["kd"] = "kd"
+    standardise: bool = Field(
+        False, description="z-score both sides' logits before the KL (arXiv 2403.01427)"
+    )
+    weight: Positive = Field(1.0, description="a factor of the KL")
 
 
-class KDLoss(nn.Module):
+class KDLoss(Criterion):
     """:func:`kd_loss` with its settings."""
 
-    alpha: Tensor
-    exit_weights: Tensor
-
     def __init__(self, config: KDConfig, settings: ExitSettings) -> None:
-        super().__init__()
-        self.temperature = settings.temperature
-        self.pairs = settings.pairs
-        self.label_smoothing = settings.label_smoothing
-        self.register_buffer("alpha", torch.tensor(settings.alpha), persistent=False)
-        self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
+        super().__init__(settings)
+        self.config = config
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The loss and its parts; shapes as in the function."""
@@ -97,11 +120,9 @@ class KDLoss(nn.Module):
             student_logits,
             teacher_logits,
             labels,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            exit_weights=self.exit_weights,
-            pairs=self.pairs,
-            label_smoothing=self.label_smoothing,
+            standardise=self.config.standardise,
+            weight=self.config.weight,
+            **self.distilling,
         )
 
 

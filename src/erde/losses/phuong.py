@@ -1,0 +1,118 @@
+"""Distillation-based training of multi-exit networks (Phuong and Lampert, ICCV 2019): the last exit teaches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from erde.config import LossConfig, Positive, Share
+from erde.losses.base import (
+    Criterion,
+    ExitSettings,
+    LossSpec,
+    PerExit,
+    at_least_float32,
+    check_shapes,
+    exit_cross_entropy,
+    gather_ranks,
+    silence_last,
+    soft_cross_entropy,
+    sum_exits,
+)
+
+
+def phuong_loss(
+    student_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    soft_share: float = 0.5,
+    exit_weights: PerExit = 1.0,
+    label_smoothing: float = 0.0,
+) -> dict[str, Tensor]:
+    r"""``L = sum_i w_i mean_b [ (1-c) CE(s_ib, y_b) + c [i < E-1] T² S(s_(E-1)b, s_ib) ]``, in nats.
+
+    S is the soft cross-entropy at temperature T, and the last exit's logits inside it are detached.
+
+    Args:
+        student_logits: raw logits (E, B, K).
+        labels: classes (B,).
+        temperature: T.
+        soft_share: c, the paper's C.
+        exit_weights: w, one number or one per exit.
+        label_smoothing: of the cross-entropy's target.
+
+    Returns:
+        ``loss`` (scalar); unweighted parts (E,): ``ce`` and ``soft`` (with T²).
+
+    Raises:
+        ValueError: on wrong shapes.
+
+    >>> logits = torch.zeros(2, 5, 4)  # ln 4 from every term: twice 1/2 for the cross-entropies, 1/2 for S
+    >>> round(float(phuong_loss(logits, torch.zeros(5, dtype=torch.long))["loss"]), 4)
+    2.0794
+    """
+    check_shapes(student_logits, None, labels)
+    student_logits = at_least_float32(student_logits)
+    ce = exit_cross_entropy(student_logits, labels, label_smoothing).mean(dim=1)
+    teacher = student_logits[-1:].detach()
+    soft = temperature**2 * soft_cross_entropy(student_logits, teacher, temperature).mean(dim=1)
+    soft = silence_last(soft)
+    loss = sum_exits((1 - soft_share) * ce + soft_share * soft, exit_weights)
+    return {"loss": loss, "ce": ce.detach(), "soft": soft.detach()}
+
+
+class PhuongConfig(LossConfig):
+    """All its knobs are its own: alpha, temperature and pairing of ``distillation`` play no part."""
+
+    name: Literal["phuong"] = "phuong"
+    soft_share: Share = Field(
+        0.5, description="of the soft cross-entropy against the hard one; the paper's C"
+    )
+    start_temperature: Positive = 1.0
+    growth: Annotated[float, Field(ge=1)] = Field(1.05, description="of the temperature, where it is too low")
+    confidence: Share = Field(
+        0.5, description="too low: the last exit's mean largest probability is above it"
+    )
+
+
+class PhuongLoss(Criterion):
+    """:func:`phuong_loss` with its settings; the temperature, a buffer, grows while the last exit is too sure.
+
+    After a step in which the last exit's largest probability at temperature T is above ``confidence`` in
+    the mean (of all ranks), T is multiplied by ``growth``.
+    """
+
+    annealed_temperature: Tensor
+
+    def __init__(self, config: PhuongConfig, settings: ExitSettings) -> None:
+        super().__init__(settings)
+        self.config = config
+        self.register_buffer("annealed_temperature", torch.tensor(config.start_temperature))
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss and its parts; ``temperature`` (scalar) is the one of this step. A teacher is not looked at."""
+        # A copy: autograd keeps what it divides by, and the buffer changes below.
+        temperature = self.annealed_temperature.clone()
+        parts = phuong_loss(
+            student_logits, labels, temperature=temperature, soft_share=self.config.soft_share, **self.own
+        )
+        if self.training:
+            with torch.no_grad():
+                surest = (at_least_float32(student_logits[-1]) / temperature).softmax(dim=-1).amax(dim=-1)
+                too_sure = gather_ranks(surest.mean()[None]).mean() > self.config.confidence
+                self.annealed_temperature.mul_(torch.where(too_sure, self.config.growth, 1.0))
+        return {**parts, "temperature": temperature}
+
+
+PHUONG = LossSpec(
+    PhuongConfig,
+    PhuongLoss,
+    needs_teacher=False,
+    summary="the network's last exit teaches the earlier ones, at a rising temperature",
+)
