@@ -41,7 +41,7 @@ def contrastive_loss(positive: Tensor, negative: Tensor, valid: Tensor, images: 
     2.7726
     """
     epsilon = 1e-7
-    noise = valid.sum(dim=1) / images
+    noise = valid.sum(dim=1).to(positive.dtype) / images
     own = (positive / (positive + noise + epsilon)).log()
     noise = noise.unsqueeze(1)
     others = (noise / (negative + noise + epsilon)).log().masked_fill(~valid, 0.0)

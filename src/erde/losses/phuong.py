@@ -106,7 +106,9 @@ class PhuongLoss(Criterion):
             with torch.no_grad():
                 surest = (at_least_float32(student_logits[-1]) / temperature).softmax(dim=-1).amax(dim=-1)
                 too_sure = gather_ranks(surest.mean()[None]).mean() > self.config.confidence
-                self.annealed_temperature.mul_(torch.where(too_sure, self.config.growth, 1.0))
+                self.annealed_temperature.copy_(
+                    torch.where(too_sure, temperature * self.config.growth, temperature)
+                )
         return {**parts, "temperature": temperature}
 
 
