@@ -19,15 +19,25 @@ TEACHER_SHAPES = ((5, 3, 3), (7, 4), (9,))
 VARIANTS: dict[str, dict[str, Any]] = {name: {"name": name} for name in LOSSES} | {
     "kd-standardised": {"name": "kd", "standardise": True, "weight": 2.0},
     "erde-dkd": {"name": "erde", "distillation_form": "dkd", "ce_on_wrong": False},
-    "erde-controller": {"name": "erde", "controller": {"per_exit": True}, "entropy_form": "teacher"},
+    "erde-controller": {
+        "name": "erde",
+        "controller": {"per_exit": True, "gradient_factor": 1},
+        "entropy_form": "teacher",
+    },
     "erde-held-out": {"name": "erde", "wrong_test": "held_out", "entropy_form": "uniform_kl"},
     "erde-all": {
         "name": "erde",
         "distillation_form": "dkd",
-        "controller": {"per_exit": True, "per_sample": True},
+        "controller": {"per_exit": True, "per_sample": True, "gradient_factor": 1},
         "wrong_test": "held_out",
     },
-    "dynamickd-all": {"name": "dynamickd", "per_exit": True, "per_class": True, "per_sample": True},
+    "dynamickd-all": {
+        "name": "dynamickd",
+        "per_exit": True,
+        "per_class": True,
+        "per_sample": True,
+        "gradient_factor": 1,
+    },
     "dkd-warmup": {"name": "dkd", "warmup_epochs": 2, "standardise": True},
     "crd-all": {"name": "crd", "exits": "all", "with_kd": True, "negatives": 10},
     "byot-features": {"name": "byot", "feature_weight": 0.1},

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from erde.config import resolve_loss
 from erde.errors import UserError
@@ -168,8 +169,14 @@ def test_gradcheck(loss: Any) -> None:
     exits = OWN_TARGETS.get(loss["name"], EXITS)
     if not exits:
         pytest.skip("every exit is part of its own target; its gradient is in the golden numbers")
-    # A projection to 128 would be thousands of parameters to nudge.
-    module = build({**loss, "dimensions": 3} if loss["name"] == "crd" else loss).double()
+    if loss["name"] == "crd":
+        loss = {**loss, "dimensions": 3}  # 128 would be thousands of parameters to nudge
+    if loss["name"] == "dynamickd":
+        loss = {
+            **loss,
+            "gradient_factor": 1,
+        }  # another factor is another gradient than the value's, on purpose
+    module = build(loss).double()
     student, teacher, labels = sample()
     extras = extras_of(loss)
     # The first call measures constants, and those of later ones are kept.
@@ -190,6 +197,50 @@ def test_gradcheck(loss: Any) -> None:
     assert torch.autograd.gradcheck(
         lambda *all: value(*all[: len(free)]), (*free, *owned), fast_mode=bool(owned)
     )
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would have to wait for the device: a tensor's value as a number, a size that depends on values."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        name = function.overloadpacket._qualified_op_name
+        waiting = {
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "is_nonzero",
+            "equal",
+            "unique",
+            "_unique2",
+        }
+        if name.removeprefix("aten::") in waiting:
+            raise AssertionError(f"{name} waits for the device")
+        if name in ("aten::index", "aten::index_put_"):
+            assert all(one is None or one.dtype != torch.bool for one in arguments[1]), f"{name} by a mask"
+        return function(*arguments, **(keywords or {}))
+
+
+@every_variant
+def test_never_waits_for_the_device(loss: Any) -> None:
+    student, teacher, labels = sample(dtype=torch.float32)
+    extras = extras_of(loss, dtype=torch.float32)
+    module = build(loss)
+    student.requires_grad_()
+    with NoWaiting():
+        for _ in range(2):
+            found = module(student, teacher if needs_teacher(loss) else None, labels, **extras)
+            found["loss"].backward()
+
+
+def test_the_watch_for_waiting_sees_it() -> None:
+    for wait in (
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+    ):
+        with pytest.raises(AssertionError, match=r"waits for the device|by a mask"), NoWaiting():
+            wait(torch.ones(3))
 
 
 # ---------------------------------------------------------------- functions and knobs
@@ -416,5 +467,15 @@ def test_cards_say_what_the_defaults_are() -> None:
             row = re.search(rf"^\| `{key}` \| `([^`]*)` \|", text, re.M)
             assert row is not None, (name, key)
             default = field.default
-            written = {True: "true", False: "false", None: "null"}.get(default, str(default))
+            written = {"True": "true", "False": "false", "None": "null"}.get(str(default), str(default))
             assert row[1] == written, (name, key)
+
+
+def test_links_of_the_cards_lead_somewhere() -> None:
+    links = 0
+    for path in (ROOT / "docs" / "methods").glob("*.md"):
+        for target in re.findall(r"\]\(([^()\s]+)\)", path.read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                links += 1
+                assert (path.parent / target.partition("#")[0]).exists(), (path.name, target)
+    assert links > 20

@@ -119,10 +119,9 @@ class ContrastivePair(nn.Module):
         student_memory, teacher_memory = self.memories.clone()
         for embedding, memory in zip(embeddings, (teacher_memory, student_memory), strict=True):
             # All entries first: takes less room than a copy of the chosen ones for every image.
-            scores = (embedding @ memory.to(embedding.dtype).T / self.config.temperature).exp()
-            agreements.append(
-                (scores.gather(1, indices.unsqueeze(1)).squeeze(1), scores.gather(1, negatives))
-            )
+            scores = embedding @ memory.to(embedding.dtype).T / self.config.temperature
+            own = scores.gather(1, indices.unsqueeze(1)).squeeze(1)
+            agreements.append((own.exp(), scores.gather(1, negatives).exp()))
         normalisers = self._normalise(agreements, valid)
         if self.training:
             self._remember(embeddings, indices)

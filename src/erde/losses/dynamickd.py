@@ -23,7 +23,7 @@ class ControllerConfig(Frozen):
     per_class: bool = Field(False, description="one number for each class's logit")
     per_sample: bool = Field(False, description="one number for each train image")
     gradient_factor: NotNegative = Field(
-        1.0, description="of the controller's gradient; 0 freezes it: plain KD"
+        0.1, description="of the controller's gradient; 0 freezes it: plain KD"
     )
 
 
