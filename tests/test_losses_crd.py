@@ -55,6 +55,16 @@ def test_contrastive_loss_by_hand() -> None:
     assert float(contrastive_loss(positive, negative, valid, 10)) == pytest.approx(0.8472979, abs=1e-5)
 
 
+def test_an_image_without_negatives_has_a_loss_and_a_gradient() -> None:
+    """As in a train split of one class."""
+    positive = torch.tensor([0.6], requires_grad=True)
+    negative = torch.tensor([[0.1, 0.4]], requires_grad=True)
+    loss = contrastive_loss(positive, negative, torch.zeros(1, 2, dtype=torch.bool), 10)
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    gradients = torch.autograd.grad(loss.sum(), (positive, negative))
+    assert all(bool(one.isfinite().all()) for one in gradients)
+
+
 def test_with_all_negatives_the_criterion_equals_the_oracle() -> None:
     """Through the whole criterion, over three steps: with more negatives asked than there are, nothing is drawn."""
     module = build("crd").double()

@@ -44,7 +44,8 @@ def contrastive_loss(positive: Tensor, negative: Tensor, valid: Tensor, images: 
     noise = valid.sum(dim=1).to(positive.dtype) / images
     own = (positive / (positive + noise + epsilon)).log()
     noise = noise.unsqueeze(1)
-    others = (noise / (negative + noise + epsilon)).log().masked_fill(~valid, 0.0)
+    # As a difference: without any negative the noise is 0, and a quotient's gradient would not be a number.
+    others = (noise.log() - (negative + noise + epsilon).log()).masked_fill(~valid, 0.0)
     return -own - others.sum(dim=1)
 
 
