@@ -170,7 +170,7 @@ def test_unknown_key(recipe: Path, override: str, key: str, meant: str) -> None:
             "data.augmentation.zzz=1",
             "unknown key 'data.augmentation.zzz' (choose from: crop_padding, cutout, flip)",
         ),
-        ("arms.kd.loss.zzz=1", "unknown key 'arms.kd.loss.zzz' (choose from: name)"),
+        ("arms.kd.loss.zzz=1", "unknown key 'arms.kd.loss.zzz' (choose from: name, standardise, weight)"),
     ],
 )
 def test_unknown_key_that_is_like_no_other(recipe: Path, override: str, message: str) -> None:

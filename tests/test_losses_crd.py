@@ -267,12 +267,14 @@ def criterion(name: str) -> nn.Module:
 def halves(name: str, rank: int | None) -> tuple[Any, Any]:
     """The arguments of a step; of the first three and last three images for a rank."""
     (student, teacher, labels), extras = batch(0)
+    # The first rank's answers are sure, the second's are not; together they are sure enough for phuong to act.
+    student = student * torch.tensor([10.0] * 3 + [0.1] * 4).unsqueeze(-1)
     part = slice(0, 6) if rank is None else slice(3 * rank, 3 * rank + 3)
     extras = {
         key: value[part] if isinstance(value, Tensor) else [one[part] for one in value]
         for key, value in extras.items()
     }
-    arguments = (3 * student[:, part], teacher[:, part], labels[part])
+    arguments = (student[:, part], teacher[:, part], labels[part])
     return arguments, extras if name == "crd" else {}
 
 

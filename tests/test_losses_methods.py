@@ -457,6 +457,18 @@ def test_own_targets_are_detached(loss: Any) -> None:
     np.testing.assert_allclose(gradient[-1].numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss", [phuong_loss, byot_loss, exit_ensemble_loss])
+def test_an_exit_without_a_weight_learns_nothing_from_the_others(loss: Any) -> None:
+    student, _, labels = sample()
+    student.requires_grad_()
+    features = torch.randn(EXITS, IMAGES, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with_features = {} if loss is phuong_loss else {"features": features, "feature_weight": 1.0}
+    value = loss(student, labels, exit_weights=[1.0, 0.0, 0.0], **with_features)["loss"]
+    for gradient in torch.autograd.grad(value, (student, features)[: 1 + len(with_features) // 2]):
+        assert float(gradient[0].abs().max()) > 0
+        assert float(gradient[1:].abs().max()) == 0
+
+
 def test_soft_cross_entropy_is_the_kl_and_the_teachers_entropy() -> None:
     student, teacher, _ = sample()
     difference = soft_cross_entropy(student, teacher, 2.0) - exit_kl(student, teacher, 2.0)
