@@ -22,9 +22,9 @@ from erde.data import DataSplits, TrainBatches, load_data, load_splits, stratifi
 from erde.errors import UserError
 from erde.exits import attach_exits
 from erde.images import to_array
+from erde.learner import Job
 from erde.losses import ExitSettings, build_loss
 from erde.splits import TrainSplit
-from erde.learner import Job
 
 torch.set_num_threads(1)
 

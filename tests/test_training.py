@@ -18,9 +18,9 @@ from erde import checkpoint, files, progress, training
 from erde.config import AugmentationConfig, DistillationConfig, TrainConfig, resolve_loss
 from erde.data import DataSplits
 from erde.exits import EarlyExitNetwork
-from erde.losses import cross_entropy_loss
 from erde.fit import build_criterion
 from erde.learner import FINAL, LAST, Job, Outcome, learning_rate_factor
+from erde.losses import cross_entropy_loss
 from erde.meter import Meter
 from erde.training import choose_device, train_network
 from tests.conftest import entries, user_error

@@ -181,6 +181,9 @@ class TeacherConfig(NetworkConfig):
     train: dict[str, Any] = Field({}, description="keys of train that differ for the teacher")
     train_subset: Count | None = Field(None, description="images of train that the teacher sees")
     disjoint: bool = Field(False, description="take them from outside data.train_subset, as unseen images")
+    cross_fit: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="folds: so many more teachers tell what each says of images that it did not see"
+    )
     cache: bool | str = Field(
         False, description="keep its answers on disk: true for <run>/teacher-cache, or a folder to share"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from erde.config import (
@@ -92,6 +93,10 @@ def _fit(
     settings: Mapping[str, Any],
 ) -> list[Epoch]:
     config, resolved = validate(TrainConfig, settings, "train."), resolve_loss(loss)
+    if "held_out_logits" in LOSSES[resolved.name].extras(resolved):
+        raise UserError(
+            "held-out teacher predictions are made by a recipe (teacher.cross_fit): from Python use another wrong_test"
+        )
     job = Job(
         name="network",
         network=network,
@@ -102,6 +107,7 @@ def _fit(
             teacher,
             data,
             label_smoothing=config.label_smoothing,
+            seed=seed,
         ),
         teacher=teacher if LOSSES[resolved.name].needs_teacher else None,
         train=data.train,
@@ -126,11 +132,12 @@ def build_criterion(
     *,
     label_smoothing: float = 0.0,
     train_images: int | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """The criterion of one arm, with the shared settings resolved for its network and its teacher.
 
     ``label_smoothing`` is that of ``train:``, for cross-entropy alone; ``train_images`` is how many the arm
-    sees, all of train where it is None.
+    sees, all of train where it is None; ``seed`` decides the start of what the criterion owns.
     """
     if LOSSES[loss.name].needs_teacher and teacher is None:
         raise UserError(f"the loss '{loss.name}' needs a teacher; without one use 'ce'")
@@ -144,4 +151,6 @@ def build_criterion(
         teacher_shapes=teacher.feature_shapes(data.input_size) if teacher is not None else (),
         train_images=len(data.train) if train_images is None else train_images,
     )
-    return build_loss(loss, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_loss(loss, settings)

@@ -21,7 +21,16 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from erde import calibration, checkpoint, environment, parallel, progress, run_evaluation, run_folder
+from erde import (
+    calibration,
+    checkpoint,
+    cross_fitting,
+    environment,
+    parallel,
+    progress,
+    run_evaluation,
+    run_folder,
+)
 from erde.backbones import build_backbone
 from erde.bundle import read as read_bundle
 from erde.bundle import stages_hash
@@ -254,7 +263,10 @@ class Run:
             )
         for arm in self.arms:
             network = self.new_network(arm)
-            self._job(arm, network, teacher).check()
+            job = self._job(arm, network, teacher)
+            job.check()
+            if "held_out_logits" in job.extras:
+                cross_fitting.check(self)
             cost = network_cost(network, self.data.input_size)
             if len(cost.macs) > 1:
                 for budget in self.config.calibration.budgets:
@@ -289,6 +301,7 @@ class Run:
                 self.data,
                 label_smoothing=settings.label_smoothing,
                 train_images=len(train),
+                seed=config.seed,
             ),
             teacher=teacher,
             train=train,
@@ -316,6 +329,11 @@ class Run:
         learn = any(arm != TEACHER and LOSSES[self.config.arms[arm].loss.name].needs_teacher for arm in arms)
         teacher = self.trained_network(TEACHER) if learn else None
         jobs = [self._job(arm, self.new_network(arm), teacher) for arm in arms]
+        if any("held_out_logits" in job.extras for job in jobs):
+            held_out = cross_fitting.held_out_logits(
+                self, self._job(TEACHER, self.new_network(TEACHER), None)
+            )
+            jobs = [dataclasses.replace(job, held_out_logits=held_out) for job in jobs]
         folders = [self.arm_folder(arm) / "checkpoints" for arm in arms]
         for arm, outcome in zip(arms, train_together(jobs, folders, self.log), strict=True):
             if parallel.is_first():
