@@ -21,12 +21,12 @@ from PIL import Image
 
 from erde.bundle import canonical_hash
 from erde.data import DataSplits
+from erde.encoded import decode
 from erde.errors import UserError
 from erde.images import load_image, to_array
 from erde.prediction import COLUMNS, find_images, predict_files
 from erde.profile import PROFILE
 from erde.runtime import Prediction, Session
-from erde.sources import decode
 from tests.conftest import entries, save_by_class, user_error
 from tests.e2e.conftest import erde, erde_process
 

@@ -30,6 +30,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
+CropShare = Annotated[float, Field(gt=0, le=1)]
 SmallShare = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -50,12 +51,37 @@ class AugmentationConfig(Frozen):
         None,
         description="each image in so many of its flips and shifts, always the same; None: in all of them",
     )
+    resized_crop: tuple[CropShare, CropShare] | None = Field(
+        None,
+        description="least and largest share of the image's area that a random part has; it takes the place of crop_padding",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_crop(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("resized_crop") is not None:
+            return {"crop_padding": 0, **value}
+        return value
 
     @model_validator(mode="after")
     def _finite(self) -> AugmentationConfig:
         if self.views is not None and self.cutout:
             raise ValueError(
                 "views counts flips and shifts, and cutout has places without number: set one of them"
+            )
+        if self.views is not None and self.resized_crop is not None:
+            raise ValueError(
+                "views counts flips and shifts, and resized_crop has parts without number: set one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _crops(self) -> AugmentationConfig:
+        if self.resized_crop is not None and self.resized_crop[0] > self.resized_crop[1]:
+            raise ValueError(f"resized_crop is {list(self.resized_crop)}: expected the lower share first")
+        if self.resized_crop is not None and self.crop_padding:
+            raise ValueError(
+                f"resized_crop and crop_padding={self.crop_padding} are two ways to crop: leave one of them out"
             )
         return self
 
@@ -80,6 +106,18 @@ class DataConfig(Frozen):
     streaming: Literal["auto", "always", "never"] = "auto"
     memory_limit_gib: Positive = Field(4.0, description="larger sets are streamed by a DataLoader")
     workers: int = Field(2, ge=0, description="DataLoader processes, for streamed sets")
+
+    @model_validator(mode="after")
+    def _encoded_for_crops(self) -> DataConfig:
+        if self.augmentation.resized_crop is None:
+            return self
+        if self.name == "digits" or self.streaming == "never":
+            what = "'digits' has no files" if self.name == "digits" else "data.streaming is 'never'"
+            raise ValueError(
+                f"augmentation.resized_crop cuts parts from image files while training, and {what}: "
+                "use augmentation.crop_padding"
+            )
+        return self
 
 
 class NetworkConfig(Frozen):

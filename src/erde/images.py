@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,16 @@ _CHANNELS = {
 }
 
 
-def open_image(source: bytes | Image.Image, where: str) -> Image.Image:
-    """Decode ``source``; ``where`` names it in the error."""
+def open_image(
+    source: bytes | Image.Image, where: str, prepare: Callable[[Image.Image], None] | None = None
+) -> Image.Image:
+    """Decode ``source``; ``where`` names it in the error. ``prepare`` sees the opened image before it is decoded."""
     if isinstance(source, Image.Image):
         return source
     try:
         image = Image.open(io.BytesIO(source))
+        if prepare is not None:
+            prepare(image)
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
@@ -49,17 +54,22 @@ def channels_of(image: Image.Image) -> int:
     return _CHANNELS.get(image.mode, len(image.getbands()))
 
 
+def converted(image: Image.Image, channels: int) -> Image.Image:
+    """The image with 8 bits, in gray or RGB; alpha is dropped."""
+    if image.mode.startswith("I"):
+        # 16-bit gray: Pillow's own conversion clips at 255 instead of scaling.
+        deep = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+        image = Image.fromarray(np.round(deep / 257).astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
 def to_array(image: Image.Image, height: int, width: int, channels: int) -> NDArray[np.uint8]:
     """uint8 (H, W, C): resized so that it covers height x width (bilinear), then cropped at the centre.
 
     An image that already has the size is left as it is. Colour becomes gray where ``channels`` is 1 and
     the other way round; alpha is dropped.
     """
-    if image.mode.startswith("I"):
-        # 16-bit gray: Pillow's own conversion clips at 255 instead of scaling.
-        deep = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        image = Image.fromarray(np.round(deep / 257).astype(np.uint8))
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = converted(image, channels)
     if image.size != (width, height):
         scale = max(height / image.height, width / image.width)
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

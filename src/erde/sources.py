@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from erde.config import DataConfig
+from erde.encoded import Index, StreamedImages, arrow_column, decode, pixels
 from erde.errors import UserError, nearest
-from erde.images import channels_of, open_image, to_array
+from erde.image_folders import open_image_folder
 from erde.splits import Images, ImageSource, Labels
-
-Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -66,43 +63,6 @@ def load_digits() -> tuple[Columns, None, list[str]]:
     return Columns(images, digits.target.astype(np.int64)), None, [str(name) for name in digits.target_names]
 
 
-class StreamedImages:
-    """Rows of a ``datasets`` table, decoded when asked for: for sets that do not fit in memory."""
-
-    def __init__(
-        self, table: Any, column: str, where: str, rows: Index, shape: tuple[int, int, int], same_size: bool
-    ) -> None:
-        self._table, self._column, self._where, self._rows = table, column, where, rows
-        self._image_shape, self._same_size = shape, same_size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, H, W, C)."""
-        return (len(self._rows), *self._image_shape)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Index | slice) -> Images:
-        rows = self._rows[index]
-        height, width, channels = self._image_shape
-        images = np.empty((len(rows), height, width, channels), dtype=np.uint8)
-        encoded = self._table[rows.tolist()][self._column] if len(rows) else []
-        for position, (row, value) in enumerate(zip(rows.tolist(), encoded, strict=True)):
-            place = f"{self._where}, row {row}"
-            image = decode(value, place, channels)
-            if self._same_size:
-                _check_same_size(image, place, height, width)
-            images[position] = to_array(image, height, width, channels)
-        return images
-
-    def part(self, rows: Index) -> StreamedImages:
-        """The images at ``rows`` of these."""
-        return StreamedImages(
-            self._table, self._column, self._where, self._rows[rows], self._image_shape, self._same_size
-        )
-
-
 def load_columns(config: DataConfig) -> tuple[Columns, Columns | None, list[str]]:
     """The train pool, the test split if the set has one, and the class names."""
     tables, shipped = _open_tables(config.name)
@@ -124,8 +84,7 @@ def load_columns(config: DataConfig) -> tuple[Columns, Columns | None, list[str]
             raise UserError(f"data.{key}: no column '{column}' in '{config.name}'{nearest(column, features)}")
     classes = getattr(features[label_column], "names", None)
     if classes is None:
-        numbers = (label for label in train[label_column] if isinstance(label, int))
-        classes = [str(label) for label in range(max(numbers, default=0) + 1)]
+        classes = [str(label) for label in range(_highest_label(train, label_column) + 1)]
     where = f"data set '{config.name}', split 'train'"
     pool = _columns(config, train, image_column, label_column, where, None, len(classes))
     test = None
@@ -150,6 +109,9 @@ def _open_tables(name: str) -> tuple[Any, Shipped | None]:
     try:
         if folder.is_dir():
             _check_parquet(folder)
+            plain = open_image_folder(folder)
+            if plain is not None:
+                return plain, shipped
             # A copy of the hub's repository can hold several configurations.
             configuration = shipped.configuration if shipped else None
             if configuration not in datasets.get_dataset_config_names(str(folder)):
@@ -213,13 +175,7 @@ def _columns(
 
     if len(table) == 0:
         raise UserError(f"{where} is empty")
-    raw_labels = table[label_column][:]
-    for row, label in enumerate(raw_labels):
-        if not isinstance(label, int) or not 0 <= label < classes:
-            raise UserError(
-                f"{where}, row {row}: the label is {label!r}, expected a number, 0 to {classes - 1}"
-            )
-    labels = np.asarray(raw_labels, dtype=np.int64)
+    labels = _labels(table, label_column, where, classes)
     table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     if shape is None:
         first = decode(table[0][image_column], f"{where}, row 0", config.channels)
@@ -227,56 +183,50 @@ def _columns(
         shape = (size or first.height, size or first.width, config.channels)
     same_size = config.image_size is None
     size_gib = len(table) * int(np.prod(shape)) / 2**30
-    if config.streaming == "always" or (config.streaming == "auto" and size_gib > config.memory_limit_gib):
+    # Random parts are cut from the files as they are, not from images that were brought to size.
+    needed = size_gib > config.memory_limit_gib or config.augmentation.resized_crop is not None
+    if config.streaming == "always" or (config.streaming == "auto" and needed):
         return Columns(
             StreamedImages(table, image_column, where, np.arange(len(table)), shape, same_size), labels
         )
     return Columns(_decode_all(table, image_column, where, shape, same_size), labels)
 
 
+def _highest_label(table: Any, column: str) -> int:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    numbers = arrow_column(table, column)
+    return max(pc.max(numbers).as_py() or 0, 0) if pa.types.is_integer(numbers.type) else 0
+
+
+def _labels(table: Any, column: str, where: str, classes: int) -> Labels:
+    """The labels as numbers, int64 (N,), by way of Arrow: a million as Python objects would be slow and large."""
+    import pyarrow as pa
+
+    found = arrow_column(table, column)
+    if pa.types.is_boolean(found.type):
+        found = found.cast(pa.int64())
+    wrong = 0
+    if pa.types.is_integer(found.type):
+        labels: Labels = found.fill_null(-1).to_numpy().astype(np.int64)
+        outside = np.flatnonzero((labels < 0) | (labels >= classes))
+        if not len(outside):
+            return labels
+        wrong = int(outside[0])
+    raise UserError(
+        f"{where}, row {wrong}: the label is {found[wrong].as_py()!r}, expected a number, 0 to {classes - 1}"
+    )
+
+
 def _decode_all(table: Any, column: str, where: str, shape: tuple[int, int, int], same_size: bool) -> Images:
-    height, width, channels = shape
     images = np.empty((len(table), *shape), dtype=np.uint8)
 
     def decode_chunk(start: int) -> None:
         for offset, value in enumerate(table[start : start + 512][column]):
-            place = f"{where}, row {start + offset}"
-            image = decode(value, place, channels)
-            if same_size:
-                _check_same_size(image, place, height, width)
-            images[start + offset] = to_array(image, height, width, channels)
+            images[start + offset] = pixels(value, f"{where}, row {start + offset}", shape, same_size)
 
     # Pillow decodes without the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(decode_chunk, range(0, len(table), 512)))
     return images
-
-
-def _check_same_size(image: Any, where: str, height: int, width: int) -> None:
-    if image.size != (width, height):
-        raise UserError(
-            f"{where} is {image.width}x{image.height}, the first image is {width}x{height}: "
-            "set data.image_size to bring all to one size"
-        )
-
-
-def decode(value: Any, where: str, channels: int) -> Image.Image:
-    """An encoded image of a ``datasets`` table as a Pillow image; ``where`` names it in errors."""
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        raise UserError(f"{where} has no image: remove the row")
-    source = value["bytes"]
-    if source is None:
-        where = f"{where} ({value['path']})"
-        try:
-            source = Path(value["path"]).read_bytes()
-        except OSError as error:
-            raise UserError(f"{where} cannot be read: {error.strerror}") from error
-    image = open_image(source, where)
-    found = channels_of(image)
-    if found != channels:
-        remedy = f"set data.channels={found} for a set that is all like it, or" if found in (1, 3) else ""
-        raise UserError(
-            f"{where} has {found} channel{'s' if found > 1 else ''}, data.channels is {channels} (what the networks "
-            f"are built for): {remedy} convert the image to {'gray' if channels == 1 else 'RGB'}"
-        )
-    return image

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from functools import cached_property
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,14 @@ class ImageSource(Protocol):
     def __getitem__(self, index: NDArray[np.int64] | slice, /) -> Images: ...
 
 
+@runtime_checkable
+class EncodedSource(ImageSource, Protocol):
+    """Images that need not be decoded to be told apart from others."""
+
+    def encoded_digest(self) -> bytes:
+        """A hash of the images as they are stored."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Images, uint8 (N, H, W, C), and their labels, int64 (N,). Use one of the four subclasses."""
@@ -44,6 +53,14 @@ class Split:
 
     def fingerprint(self) -> str:
         """SHA-256 over shape, labels and pixels, in order: equal only where the split is the same."""
+        # Decoded once for all who ask; an array may have changed since.
+        return self._pixels_hash() if isinstance(self.images, np.ndarray) else self._decoded_hash
+
+    @cached_property
+    def _decoded_hash(self) -> str:
+        return self._pixels_hash()
+
+    def _pixels_hash(self) -> str:
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
         digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
         for batch in self.batches(1024):
@@ -52,9 +69,22 @@ class Split:
 
 
 class TrainSplit(Split):
-    """What networks are trained on; int8 ranges come from here too."""
+    """What networks are trained on; int8 ranges come from here too.
+
+    Of streamed images the fingerprint covers how they are stored (``StreamedImages.encoded_digest``).
+    """
 
     name = "train"
+
+    @cached_property
+    def _decoded_hash(self) -> str:
+        # Training images may be millions: hashed as they are stored, not decoded.
+        if not isinstance(self.images, EncodedSource):
+            return self._pixels_hash()
+        digest = hashlib.sha256(repr(("encoded", *self.images.shape)).encode())
+        digest.update(np.ascontiguousarray(self.labels, dtype="<i8").tobytes())
+        digest.update(self.images.encoded_digest())
+        return digest.hexdigest()
 
 
 class TuneSplit(Split):

@@ -109,8 +109,8 @@ class CachedTeacher:
         views = batches.views
         if views is None:
             raise UserError(
-                "teacher.cache needs views that can be numbered, and cutout has places without number: set "
-                "data.augmentation.cutout=0 or teacher.cache=false"
+                "teacher.cache needs views that can be numbered, and cutout and resized_crop have places without number: "
+                "set data.augmentation.cutout=0 and resized_crop=null, or teacher.cache=false"
             )
         self._views = views.count
         example = teacher.ask(next(batches.view(0, np.arange(batches.batch_size)[None])))

@@ -30,7 +30,8 @@ class Views:
     @classmethod
     def of(cls, config: AugmentationConfig) -> Views | None:
         """The views of an augmentation; None where there are too many to number them."""
-        return None if config.cutout else cls(config.crop_padding, config.flip, config.views)
+        endless = config.cutout or config.resized_crop is not None
+        return None if endless else cls(config.crop_padding, config.flip, config.views)
 
     @property
     def all(self) -> int:

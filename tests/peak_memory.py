@@ -1,0 +1,76 @@
+"""Run as a script: load a folder of images, see one epoch of it, and print peak memory and throughput as JSON.
+
+Arguments: the folder, a cache folder, workers, batch size, image size, streaming (``always`` or ``never``).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+
+
+def main() -> None:
+    folder, cache, workers, batch_size, image_size, streaming = sys.argv[1:]
+    import datasets
+    import torch
+
+    from erde.config import AugmentationConfig
+    from erde.data import TrainBatches, load_data
+
+    datasets.config.HF_DATASETS_CACHE = cache
+    torch.set_num_threads(1)
+    seconds = {}
+    started = time.perf_counter()
+    data = load_data(
+        folder,
+        image_size=int(image_size),
+        tune_size=40,
+        certify_size=40,
+        test_size=40,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        streaming=streaming,
+    )
+    seconds["load"] = time.perf_counter() - started
+    started = time.perf_counter()
+    data.fingerprints()
+    seconds["fingerprints"] = time.perf_counter() - started
+    batches = TrainBatches(
+        data.train,
+        batch_size=int(batch_size),
+        seed=0,
+        augmentation=AugmentationConfig(resized_crop=(0.08, 1)),
+        mean=data.mean,
+        std=data.std,
+        device=torch.device("cpu"),
+        workers=int(workers),
+    )
+    if streaming == "never":
+        batches._augmentation = AugmentationConfig(crop_padding=0)
+    started = time.perf_counter()
+    for _ in batches.epoch(0):
+        pass
+    seconds["epoch"] = time.perf_counter() - started
+    images = batches.steps * int(batch_size)
+    del batches  # ends the workers, so that they are counted
+    peaks = {
+        "main": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "worker": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
+    }
+    print(
+        json.dumps(
+            {
+                "images": images,
+                "images_per_second": round(images / seconds["epoch"]),
+                "seconds": {name: round(value, 2) for name, value in seconds.items()},
+                # Linux counts in KiB.
+                "peak_mib": {name: round(value / 1024, 1) for name, value in peaks.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
