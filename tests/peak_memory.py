@@ -1,6 +1,6 @@
 """Run as a script: load a folder of images, see one epoch of it, and print peak memory and throughput as JSON.
 
-Arguments: the folder, a cache folder, workers, batch size, image size, streaming (``always`` or ``never``).
+Arguments: the folder, workers, batch size, image size, streaming (``always`` or ``never``).
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import time
 
 
 def main() -> None:
-    folder, cache, workers, batch_size, image_size, streaming = sys.argv[1:]
-    import datasets
+    folder, workers, batch_size, image_size, streaming = sys.argv[1:]
     import torch
 
     from erde.config import AugmentationConfig
     from erde.data import TrainBatches, load_data
 
-    datasets.config.HF_DATASETS_CACHE = cache
     torch.set_num_threads(1)
     seconds = {}
     started = time.perf_counter()
@@ -41,14 +39,12 @@ def main() -> None:
         data.train,
         batch_size=int(batch_size),
         seed=0,
-        augmentation=AugmentationConfig(resized_crop=(0.08, 1)),
+        augmentation=AugmentationConfig(resized_crop=(0.08, 1) if streaming == "always" else None),
         mean=data.mean,
         std=data.std,
         device=torch.device("cpu"),
         workers=int(workers),
     )
-    if streaming == "never":
-        batches._augmentation = AugmentationConfig(crop_padding=0)
     started = time.perf_counter()
     for _ in batches.epoch(0):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,7 @@ class DecodedBatches:
     ) -> None:
         self._plan: list[tuple[int, Index]] = []
         self._pass = 0
+        self._let_go: weakref.finalize[[Any], DecodedBatches] | None = None
         self._loader: DataLoader[Any] = DataLoader(
             _Batches(images, labels, crop),
             sampler=self._plan,  # whole batches of positions; read anew by each pass
@@ -79,10 +81,18 @@ class DecodedBatches:
                 raise UserError(found)
             images, labels = found
             yield torch.as_tensor(images), torch.as_tensor(labels)
+        assert current == self._pass, "an older pass goes on after a newer one began"
 
     def _decoded(self) -> Iterator[Any]:
         try:
-            yield from self._loader
+            iterator = iter(self._loader)
+            if self._let_go is None:
+                # Held from outside, the iterator outlives a reference cycle that it is part of (an error's
+                # traceback makes one). Else the queues that tell the workers to go could be collected before it,
+                # and each worker would be waited for in vain.
+                self._let_go = weakref.finalize(self, _do_nothing, iterator)
+                self._let_go.atexit = False
+            yield from iterator
         except RuntimeError as error:
             text = str(error)
             if "exited unexpectedly" in text or "shared memory" in text or "shm" in text:
@@ -91,3 +101,7 @@ class DecodedBatches:
                     "lower data.workers or train.batch_size, or decode without processes by data.workers=0"
                 ) from error
             raise
+
+
+def _do_nothing(iterator: Any) -> None:
+    """What holds ``iterator`` until it is called."""
