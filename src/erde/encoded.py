@@ -1,4 +1,4 @@
-"""Encoded images of a table: decoded when asked for, so that the set need not fit in memory. No torch.
+"""Encoded images of a table: decoded when asked for, so that the set need not fit in memory.
 
 The pixels of an image are a function of its bytes alone; with a :class:`ResizedCrop` of seed, epoch and
 position too, never of who decodes it or when.
