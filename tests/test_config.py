@@ -168,7 +168,7 @@ def test_unknown_key(recipe: Path, override: str, key: str, meant: str) -> None:
     [
         (
             "data.augmentation.zzz=1",
-            "unknown key 'data.augmentation.zzz' (choose from: crop_padding, cutout, flip, resized_crop)",
+            "unknown key 'data.augmentation.zzz' (choose from: crop_padding, cutout, flip, resized_crop, views)",
         ),
         ("arms.kd.loss.zzz=1", "unknown key 'arms.kd.loss.zzz' (choose from: name, standardise, weight)"),
     ],

@@ -25,10 +25,10 @@ from erde import encoded
 from erde.config import AugmentationConfig, DataConfig, validate
 from erde.data import DataSplits, TrainBatches, load_data
 from erde.encoded import ResizedCrop, StreamedImages, pixels
+from erde.fit import train
 from erde.image_folders import open_image_folder
 from erde.splits import TrainSplit
 from erde.streaming import PREFETCH, DecodedBatches
-from erde.training import train
 from tests.conftest import user_error
 
 CROP = AugmentationConfig(resized_crop=(0.08, 1.0))
@@ -78,7 +78,7 @@ def make_batches(split: TrainSplit, **arguments: Any) -> TrainBatches:
 
 
 def see(batches: TrainBatches, epoch: int, first_step: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(images, labels) for images, labels, *_ in batches.epoch(epoch, first_step)]
+    return [(batch.images, batch.labels) for batch in batches.epoch(epoch, first_step)]
 
 
 def same(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, ...]]) -> bool:
@@ -176,7 +176,7 @@ def test_training_on_streamed_images_resumes_to_the_bit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import erde
-    from erde import checkpoint, training
+    from erde import checkpoint, learner
 
     data = load(folder)
 
@@ -194,7 +194,7 @@ def test_training_on_streamed_images_resumes_to_the_bit(
             checkpoint_seconds=0,
             augmentation={"resized_crop": [0.2, 1]},
         )
-        return (place / training.FINAL).read_bytes()
+        return (place / learner.FINAL).read_bytes()
 
     whole = fit(tmp_path / "whole")
     saves, save = [], checkpoint.save
@@ -209,11 +209,11 @@ def test_training_on_streamed_images_resumes_to_the_bit(
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed")
     monkeypatch.setattr(checkpoint, "save", save)
-    tensors, state = checkpoint.load(tmp_path / "killed" / training.LAST)
+    tensors, state = checkpoint.load(tmp_path / "killed" / learner.LAST)
     assert (state["epoch"], 0 < state["step"] < 6) == (1, True)
     fit(tmp_path / "killed")
-    expected, _ = checkpoint.load(tmp_path / "whole" / training.FINAL)
-    found, _ = checkpoint.load(tmp_path / "killed" / training.FINAL)
+    expected, _ = checkpoint.load(tmp_path / "whole" / learner.FINAL)
+    found, _ = checkpoint.load(tmp_path / "killed" / learner.FINAL)
     assert whole
     assert all(torch.equal(found[name], one) for name, one in expected.items())
     assert not all(torch.equal(tensors[name], one) for name, one in expected.items() if name in tensors)

@@ -225,6 +225,24 @@ class TeacherConfig(NetworkConfig):
     cache: bool | str = Field(
         False, description="keep its answers on disk: true for <run>/teacher-cache, or a folder to share"
     )
+    trained: bool = Field(
+        False, description="weights hold a trained network: it is measured and used as it is"
+    )
+    match: Literal["name", "order"] = Field("name", description="how a trained teacher's tensors are found")
+    mean: list[float] | None = Field(None, description="its own normalisation; None: that of the data")
+    std: list[Positive] | None = None
+    classes: list[str] | None = Field(None, description="its own order of classes; None: that of the data")
+
+    @model_validator(mode="after")
+    def _as_it_is(self) -> TeacherConfig:
+        if not self.trained:
+            return self
+        if self.weights is None:
+            raise ValueError("trained asks for a teacher that is used as it is: name its file in weights")
+        for key in ("train", "train_subset", "disjoint"):
+            if getattr(self, key):
+                raise ValueError(f"trained says that the teacher is not trained here: leave out {key}")
+        return self
 
 
 class ArmConfig(Frozen):

@@ -35,7 +35,7 @@ from erde.backbones import build_backbone
 from erde.bundle import read as read_bundle
 from erde.bundle import stages_hash
 from erde.calibration_checks import Request, check_budget, check_classes, check_reuse
-from erde.config import Config, DistillationConfig, NetworkConfig, load_config
+from erde.config import Config, DistillationConfig, NetworkConfig, TeacherConfig, load_config
 from erde.cost import network_cost
 from erde.data import DataSplits, load_splits
 from erde.errors import UserError
@@ -58,6 +58,7 @@ from erde.results import Results
 from erde.run_evaluation import TEACHER
 from erde.settings import Settings
 from erde.stages import StageRunner
+from erde.teachers import WeightsReport, adapt_teacher, load_teacher_weights, measure_accuracy
 from erde.thresholds import Cost
 from erde.training import choose_device, train_together
 
@@ -96,6 +97,7 @@ class Run:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.seconds: dict[str, float] = {}
+        self.teacher_report: WeightsReport | None = None
 
     @classmethod
     def open(cls, config: Config, folder: Path, resume: bool) -> Run:
@@ -208,8 +210,11 @@ class Run:
         """The network of an arm."""
         return self.config.teacher if arm == TEACHER else self.config.student_of(self.trained_as(arm))
 
-    def new_network(self, arm: str) -> EarlyExitNetwork:
-        """A fresh network: arms with the same architecture start from the same weights."""
+    def new_network(self, arm: str, *, load: bool = True) -> EarlyExitNetwork:
+        """A fresh network: arms with the same architecture start from the same weights.
+
+        Without ``load`` the file of ``weights`` is not looked at: what was saved replaces it.
+        """
         network_config = self.network_config(arm)
         torch.manual_seed(self.config.seed)
         channels = self.data.image_shape[2]
@@ -221,8 +226,23 @@ class Run:
             head=network_config.head,
             dropout=network_config.dropout,
         )
-        if network_config.weights is not None:
-            checkpoint.load_weights(network, Path(network_config.weights))
+        if load and network_config.weights is not None:
+            if isinstance(network_config, TeacherConfig) and network_config.trained:
+                self.teacher_report = load_teacher_weights(
+                    network, Path(network_config.weights), network_config.match
+                )
+            else:
+                checkpoint.load_weights(network, Path(network_config.weights))
+        if isinstance(network_config, TeacherConfig):
+            adapt_teacher(
+                network,
+                mean=self.data.mean,
+                std=self.data.std,
+                classes=self.data.classes,
+                teacher_mean=network_config.mean,
+                teacher_std=network_config.std,
+                teacher_classes=network_config.classes,
+            )
         return network
 
     def trained_network(self, arm: str) -> EarlyExitNetwork:
@@ -231,7 +251,7 @@ class Run:
         if not path.exists():
             command = "erde train" if arm == TEACHER else "erde distill"
             raise UserError(f"arm '{arm}' of {self.folder} is not trained yet: run {command} first")
-        network = self.new_network(arm)
+        network = self.new_network(arm, load=False)
         checkpoint.load_weights(network, path)
         return network
 
@@ -241,8 +261,34 @@ class Run:
         """Train the teacher, if an arm needs one."""
         if parallel.is_first():
             write_json(self.folder / "environment.json", environment.describe(self.device, self.threads))
-        if self.needs_teacher:
+        if self.needs_teacher and self.config.teacher.trained:
+            parallel.first_only(self._take_teacher)
+        elif self.needs_teacher:
             self._train_arms([TEACHER])
+
+    def _take_teacher(self) -> None:
+        """Keep a teacher that was trained elsewhere as the run's own, and say how good it is, on tune."""
+        folder = self.arm_folder(TEACHER)
+        if (folder / "checkpoints" / FINAL).exists():
+            return
+        network, data = self.new_network(TEACHER), self.data
+        assert self.teacher_report is not None
+        accuracy = measure_accuracy(network, data.tune, data.mean, data.std, self.device)
+        progress.say(f"teacher: {self.teacher_report.line()}")
+        shown = " / ".join(f"{100 * one:.2f}" for one in accuracy)
+        progress.say(f"teacher: {shown} % right of {len(data.tune):,} tune images; it is not trained here")
+        if accuracy[-1] < 2 / len(data.classes):
+            progress.say(
+                "teacher: that is little better than guessing: see teacher.mean, teacher.std and teacher.classes"
+            )
+        make_folder(folder / "checkpoints")
+        write_json(folder / "weights.json", {**self.teacher_report.as_json(), "tune_accuracy": accuracy})
+        write_json(folder / "history.json", [])
+        write_json(folder / "timing.json", {"seconds": 0.0, "images_per_second": 0.0})
+        # Last: it says that the teacher is there.
+        tensors = checkpoint.with_prefix("network", network.state_dict())
+        checkpoint.save(folder / "checkpoints" / FINAL, tensors, {})
+        self.log.write("teacher", file=self.teacher_report.file, tune_accuracy=accuracy)
 
     def distill(self, only: str | None = None) -> None:
         """Train every arm, or the one that is named."""

@@ -85,12 +85,13 @@ def _arm(run: Run, arm: str, inputs: dict[str, ArmInput]) -> Arm:
     network_config, trained_as = run.network_config(arm), run.trained_as(arm)
     history_file = run.arm_folder(trained_as) / "history.json"
     history = [Epoch(**one) for one in json.loads(history_file.read_text("utf-8"))]
-    wrong = history[-1].parts.get("teacher_wrong")
+    # A teacher that was trained elsewhere has no history.
+    wrong = history[-1].parts.get("teacher_wrong") if history else None
     plain = len(exported.macs) == 1
     return Arm(
         role="teacher" if arm == TEACHER else "fixed" if plain else "student",
         precision=stages.precision,
-        loss="ce" if arm == TEACHER else run.config.arms[trained_as].loss.name,
+        loss=("ce" if history else "none") if arm == TEACHER else run.config.arms[trained_as].loss.name,
         backbone=network_config.backbone,
         head="none" if plain else network_config.head,
         parameters=exported.parameters[-1],

@@ -1,7 +1,8 @@
 """CIFAR ResNets (He et al. 2015, arXiv 1512.03385, section 4.2) as the distillation papers use them.
 
 Three groups of basic blocks, projection shortcuts (1x1 convolution and batch norm) where the shape
-changes, and for ``x4`` four times the channels with a stem of 32 (RepDistiller, arXiv 1910.10699).
+changes (``-a``: the paper's option A instead), and for ``x4`` four times the channels with a stem of 32
+(RepDistiller, arXiv 1910.10699).
 """
 
 from __future__ import annotations
@@ -14,17 +15,32 @@ from torch.nn import functional
 from erde.backbones.base import Backbone, initialise_convolutions
 
 
+class PaddedShortcut(nn.Module):
+    """The paper's option A: every ``stride``-th pixel, and ``channels`` of zeros, half before and half behind."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.before, self.behind, self.stride = channels // 2, channels - channels // 2, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C + channels, H / stride, W / stride)."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        return nn.functional.pad(x, (0, 0, 0, 0, self.before, self.behind))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, ReLU after the sum."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, padded_shortcut: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels:
+        if padded_shortcut and (stride != 1 or channels_in != channels):
+            self.shortcut = PaddedShortcut(channels - channels_in, stride)
+        elif stride != 1 or channels_in != channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
@@ -37,9 +53,16 @@ class BasicBlock(nn.Module):
 
 
 def cifar_resnet(
-    depth: int, classes: int, channels: int = 3, widths: tuple[int, int, int, int] = (16, 16, 32, 64)
+    depth: int,
+    classes: int,
+    channels: int = 3,
+    widths: tuple[int, int, int, int] = (16, 16, 32, 64),
+    padded_shortcut: bool = False,
 ) -> Backbone:
-    """A ResNet of ``depth`` = 6n + 2 layers; ``widths`` are the channels of the stem and the three groups."""
+    """A ResNet of ``depth`` = 6n + 2 layers; ``widths`` are the channels of the stem and the three groups.
+
+    ``padded_shortcut`` takes the paper's option A, without parameters, where the shape changes.
+    """
     assert (depth - 2) % 6 == 0, depth
     stem = nn.Sequential(
         OrderedDict(
@@ -53,7 +76,7 @@ def cifar_resnet(
     for group, width in enumerate(widths[1:], start=1):
         for number in range(1, (depth - 2) // 6 + 1):
             stride = 2 if group > 1 and number == 1 else 1
-            blocks[f"group{group}_block{number}"] = BasicBlock(channels_in, width, stride)
+            blocks[f"group{group}_block{number}"] = BasicBlock(channels_in, width, stride, padded_shortcut)
             channels_in = width
     classifier = nn.Sequential(
         OrderedDict(
