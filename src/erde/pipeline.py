@@ -226,13 +226,15 @@ class Run:
             head=network_config.head,
             dropout=network_config.dropout,
         )
-        if load and network_config.weights is not None:
-            if isinstance(network_config, TeacherConfig) and network_config.trained:
-                self.teacher_report = load_teacher_weights(
-                    network, Path(network_config.weights), network_config.match
-                )
+        trained = isinstance(network_config, TeacherConfig) and network_config.trained
+        # A teacher that the run took as it was is the run's own from then on.
+        taken = trained and (self.arm_folder(arm) / "checkpoints" / FINAL).exists()
+        if load and not taken and network_config.weights is not None:
+            path = Path(network_config.weights)
+            if isinstance(network_config, TeacherConfig) and trained:
+                self.teacher_report = load_teacher_weights(network, path, network_config.match)
             else:
-                checkpoint.load_weights(network, Path(network_config.weights))
+                checkpoint.load_weights(network, path)
         if isinstance(network_config, TeacherConfig):
             adapt_teacher(
                 network,
@@ -276,7 +278,11 @@ class Run:
         accuracy = measure_accuracy(network, data.tune, data.mean, data.std, self.device)
         progress.say(f"teacher: {self.teacher_report.line()}")
         shown = " / ".join(f"{100 * one:.2f}" for one in accuracy)
-        progress.say(f"teacher: {shown} % right of {len(data.tune):,} tune images; it is not trained here")
+        # Who trained it may well have used what tune and certify are cut from.
+        progress.say(
+            f"teacher: {shown} % right of {len(data.tune):,} tune images, which it may have been trained on; "
+            "it is not trained here"
+        )
         if accuracy[-1] < 2 / len(data.classes):
             progress.say(
                 "teacher: that is little better than guessing: see teacher.mean, teacher.std and teacher.classes"

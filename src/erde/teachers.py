@@ -73,15 +73,12 @@ def load_teacher_weights(
     Raises:
         UserError: no such file or not one of these, no name that matches, a tensor that is missing or has another shape.
     """
+    if match == "order" and path.suffix == ".safetensors":
+        raise UserError(
+            f"teacher.match is 'order', and {path} has none: safetensors files are sorted; use an .npz or 'name'"
+        )
     tensors = _read(path)
-    if match == "order":
-        if path.suffix != ".npz":
-            raise UserError(
-                f"teacher.match is 'order', and {path} has none: safetensors files are sorted; use an .npz or 'name'"
-            )
-        pairs = _by_order(network, tensors, path)
-    else:
-        pairs = _by_name(network, tensors, path)
+    pairs = (_by_order if match == "order" else _by_name)(network, tensors, path)
     own = network.state_dict()
     for name, given in pairs.items():
         if own[name].shape != tensors[given].shape:
