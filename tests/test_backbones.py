@@ -52,6 +52,9 @@ def by_formula(name: str, classes: int, channels: int = 3) -> int:
     if name.startswith("wrn"):
         _, depth, width = name.split("-")
         return wrn_parameters(int(depth), int(width), classes, channels)
+    if name.endswith("-a"):  # the same without the projections, at 16 to 32 and 32 to 64 channels
+        projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+        return by_formula(name.removesuffix("-a"), classes, channels) - projections
     depth, _, factor = name.removeprefix("resnet").partition("x")
     base = {"": 16, "0.25": 4, "0.5": 8, "0.75": 12, "4": 64}[factor]
     stem = {"4": 32}.get(factor, base)
