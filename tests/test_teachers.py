@@ -23,6 +23,7 @@ from erde.cost import network_cost
 from erde.data import DataSplits, load_data
 from erde.exits import EarlyExitNetwork, attach_exits
 from erde.losses.base import pair_exits
+from erde.teacher_answers import network_hash
 from erde.teachers import adapt_teacher, load_teacher_weights, measure_accuracy
 from tests.conftest import user_error
 
@@ -111,6 +112,16 @@ def test_an_adapted_teacher_in_float32_is_within_rounding() -> None:
         teacher, mean=MEAN, std=STD, classes=CLASSES, teacher_mean=THEIR_MEAN, teacher_std=THEIR_STD
     )
     torch.testing.assert_close(adapted(ours), other(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_tells_adapted_teachers_apart() -> None:
+    def hashed(**settings: Any) -> str:
+        return network_hash(adapt_teacher(make(), mean=MEAN, std=STD, classes=CLASSES, **settings))
+
+    turned = ["jabcdefghi", "ijabcdefgh"]
+    hashes = [hashed(), *(hashed(teacher_classes=list(one)) for one in turned)]
+    hashes += [hashed(teacher_mean=mean, teacher_std=THEIR_STD) for mean in (THEIR_MEAN, MEAN)]
+    assert len(set(hashes)) == 5
 
 
 def test_what_is_the_datas_own_changes_nothing() -> None:

@@ -207,6 +207,10 @@ class Renormalise(nn.Module):
             tensor = torch.tensor(value, dtype=torch.float32)[:, None, None]
             self.register_buffer(name, tensor, persistent=False)
 
+    def extra_repr(self) -> str:
+        """The numbers: a network's hash is of its state dict and of how it is printed."""
+        return f"scale={self.scale.flatten().tolist()}, shift={self.shift.flatten().tolist()}"
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         return x * self.scale + self.shift
@@ -220,6 +224,10 @@ class ReorderClasses(nn.Module):
     def __init__(self, order: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("order", torch.tensor(order), persistent=False)
+
+    def extra_repr(self) -> str:
+        """The order, as for :class:`Renormalise`."""
+        return str(self.order.tolist())
 
     def forward(self, logits: Tensor) -> Tensor:
         """``logits[:, order]``."""
