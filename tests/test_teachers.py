@@ -361,6 +361,7 @@ def test_parameters_with_option_a(depth: int, parameters: int) -> None:
         ({"trained": True, "weights": "x", "train": {"epochs": 1}}, r"not trained here: leave out train$"),
         ({"trained": True, "weights": "x", "train_subset": 5}, r"leave out train_subset$"),
         ({"trained": True, "weights": "x", "disjoint": True}, r"leave out disjoint$"),
+        ({"trained": True, "weights": "x", "cross_fit": 2}, r"leave out cross_fit$"),
         ({"match": "shape"}, r"^teacher\.match: expected 'name' or 'order', got 'shape'"),
         ({"std": [0.0]}, r"^teacher\.std\.0: expected greater than 0"),
     ],

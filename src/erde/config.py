@@ -239,7 +239,7 @@ class TeacherConfig(NetworkConfig):
             return self
         if self.weights is None:
             raise ValueError("trained asks for a teacher that is used as it is: name its file in weights")
-        for key in ("train", "train_subset", "disjoint"):
+        for key in ("train", "train_subset", "disjoint", "cross_fit"):
             if getattr(self, key):
                 raise ValueError(f"trained says that the teacher is not trained here: leave out {key}")
         return self
