@@ -486,6 +486,28 @@ def test_gradient_clip_bounds_the_step(digits: DataSplits) -> None:
     assert moved(1e6) == moved(None)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_layout_that_was_asked_for_reaches_the_network(channels_last: bool, digits: DataSplits) -> None:
+    torch.manual_seed(0)
+    backbone = erde.build_backbone("resnet8x0.5", classes=10, channels=1)
+    network = erde.attach_exits(backbone, 1, input_size=digits.input_size)
+    seen: list[bool] = []
+    # Behind the first convolution: one channel is both layouts.
+    network.stages[0].group1_block1.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    train_network(
+        make_job(
+            digits,
+            make_criterion(digits, "ce", network, None),
+            network=network,
+            epochs=1,
+            channels_last=channels_last,
+        )
+    )
+    assert set(seen) == {channels_last}
+
+
 def test_bf16_on_the_cpu(digits: DataSplits) -> None:
     half, full = make_job(digits, epochs=1, precision="bf16"), make_job(digits, epochs=1)
     history = train_network(half).history

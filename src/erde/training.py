@@ -169,6 +169,8 @@ class _Trainer:
         for step, batch in enumerate(self.batches.epoch(epoch, first), start=first):
             active = [learner for learner in learners if learner.position[1] == step]
             asked = any(one.job.teacher is not None and one.phase == "joint" for one in active)
+            if not self.config.channels_last:
+                batch = batch._replace(images=batch.images.contiguous())
             answer = teacher(batch) if asked and teacher is not None else None
             for learner in active:
                 learner.step(batch, answer if learner.job.teacher is not None else None)
