@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import json
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from erde.fit import build_criterion
 from erde.learner import FINAL, LAST, Job, Outcome, learning_rate_factor
 from erde.losses import cross_entropy_loss
 from erde.meter import Meter
+from erde.splits import TrainSplit
 from erde.training import choose_device, train_network
 from tests.conftest import entries, user_error
 
@@ -488,24 +491,15 @@ def test_gradient_clip_bounds_the_step(digits: DataSplits) -> None:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_the_layout_that_was_asked_for_reaches_the_network(channels_last: bool, digits: DataSplits) -> None:
-    torch.manual_seed(0)
-    backbone = erde.build_backbone("resnet8x0.5", classes=10, channels=1)
-    network = erde.attach_exits(backbone, 1, input_size=digits.input_size)
+    # One channel is both layouts at once.
+    colour = TrainSplit(np.repeat(digits.train.images[:BATCH], 3, axis=-1), digits.train.labels[:BATCH])
+    data = dataclasses.replace(digits, train=colour, mean=digits.mean * 3, std=digits.std * 3)
+    backbone = erde.build_backbone("resnet8x0.5", classes=10)
+    network = erde.attach_exits(backbone, 1, input_size=data.input_size)
     seen: list[bool] = []
-    # Behind the first convolution: one channel is both layouts.
-    network.stages[0].group1_block1.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    train_network(
-        make_job(
-            digits,
-            make_criterion(digits, "ce", network, None),
-            network=network,
-            epochs=1,
-            channels_last=channels_last,
-        )
-    )
-    assert set(seen) == {channels_last}
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    erde.train(network, data, epochs=1, batch_size=BATCH, device="cpu", channels_last=channels_last)
+    assert seen == [not channels_last]
 
 
 def test_bf16_on_the_cpu(digits: DataSplits) -> None:
