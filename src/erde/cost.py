@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
-    from erde.exits import EarlyExitNetwork
+    from erde.network import EarlyExitNetwork
 
 InputSize = tuple[int, int, int]
+# What a stage hands to the next.
+Handed = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,21 @@ def count_parameters(*modules: nn.Module) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def count_macs(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
+def count_macs(module: Callable[[Any], Any], x: Handed) -> tuple[int, Any]:
     """MACs of ``module(x)`` for the whole batch, and its output."""
     return _count(lambda: module(x))
 
 
-def _count(call: Callable[[], Tensor]) -> tuple[int, Tensor]:
+def _count(call: Callable[[], Any]) -> tuple[int, Any]:
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        output = call()
+    # The counter does not see inside torch's fused encoder layer; without it the same products are seen one by one.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), counter:
+            output = call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2, output
 
 
@@ -60,13 +69,13 @@ def network_cost(network: EarlyExitNetwork, input_size: InputSize) -> NetworkCos
     """Cost per exit for one image of ``input_size`` (C, H, W)."""
     was_training = network.training
     network.eval()  # batch norm must not learn from zeros
-    x = example_input(network, input_size)
+    x: Handed = example_input(network, input_size)
     stage_macs: list[int] = []
     head_macs: list[int] = []
-    for stage, head in zip(network.stages, network.heads, strict=True):
+    for index, stage in enumerate(network.stages):
         macs, x = count_macs(stage, x)
         stage_macs.append(macs)
-        head_macs.append(count_macs(head, x)[0])
+        head_macs.append(count_macs(partial(network.logits_of, index), x)[0])
     network.train(was_training)
     stage_parameters = [count_parameters(stage) for stage in network.stages]
     head_parameters = [count_parameters(head) for head in network.heads]

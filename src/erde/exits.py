@@ -1,145 +1,84 @@
-"""Exit heads, and putting them on a backbone: :func:`attach_exits` gives an :class:`EarlyExitNetwork`."""
+"""Putting exits on a backbone or any other classifier: :func:`attach_exits` gives an :class:`EarlyExitNetwork`."""
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from erde.backbones import Backbone
-from erde.cost import InputSize, count_macs, example_input
+from erde.cost import Handed, InputSize, count_macs, example_input
+from erde.cutting import Cut, build_stage
 from erde.errors import UserError, nearest
+from erde.heads import (
+    AUTO,
+    HEADS,
+    NATIVE,
+    ERDEHead,
+    Features,
+    LinearHead,
+    check_head,
+    make_head,
+    tokens_for,
+)
+from erde.network import EarlyExitNetwork
+from erde.places import Plan, plan_exits
+from erde.progress import say
+from erde.tracing import Opener, mode
 
+__all__ = ["HEADS", "ERDEHead", "EarlyExitNetwork", "LinearHead", "attach_exits"]
 
-class ERDEHead(nn.Sequential):
-    """ERDE's exit head: batch norm, ReLU, 2x2 average pool, dropout, one linear layer.
-
-    Takes a feature map (B, C, H, W) and gives logits (B, K). A map of a single pixel a side is not pooled.
-    """
-
-    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.5) -> None:
-        channels, height, width = feature_shape
-        pool = 2 if min(height, width) >= 2 else 1
-        super().__init__(
-            OrderedDict(
-                norm=nn.BatchNorm2d(channels),
-                relu=nn.ReLU(),
-                pool=nn.AvgPool2d(pool),
-                flatten=nn.Flatten(),
-                dropout=nn.Dropout(dropout),
-                linear=nn.Linear(channels * (height // pool) * (width // pool), classes),
-            )
-        )
-
-
-class LinearHead(nn.Sequential):
-    """Batch norm, ReLU, global average pool, dropout, one linear layer: (B, C, H, W) to (B, K)."""
-
-    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.5) -> None:
-        channels = feature_shape[0]
-        super().__init__(
-            OrderedDict(
-                norm=nn.BatchNorm2d(channels),
-                relu=nn.ReLU(),
-                pool=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
-                dropout=nn.Dropout(dropout),
-                linear=nn.Linear(channels, classes),
-            )
-        )
-
-
-HEADS: dict[str, Callable[[Sequence[int], int, float], nn.Module]] = {"erde": ERDEHead, "linear": LinearHead}
-
-
-class EarlyExitNetwork(nn.Module):
-    """Stages with a head each; called with images (B, C, H, W) it gives logits (E, B, K) of all exits."""
-
-    def __init__(
-        self, stages: Sequence[nn.Module], heads: Sequence[nn.Module], exit_names: Sequence[str]
-    ) -> None:
-        super().__init__()
-        assert len(stages) == len(heads) == len(exit_names)
-        self.stages = nn.ModuleList(stages)
-        self.heads = nn.ModuleList(heads)
-        self.exit_names = list(exit_names)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (E, B, K)."""
-        return self.forward_until(x, len(self.stages) - 1)
-
-    def forward_until(self, x: Tensor, exit: int) -> Tensor:
-        """Logits (exit+1, B, K) of the exits up to ``exit``; no later stage runs."""
-        logits = []
-        for stage, head in zip(self.stages[: exit + 1], self.heads[: exit + 1], strict=True):
-            x = stage(x)
-            logits.append(head(x))
-        return torch.stack(logits)
-
-    def forward_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits (E, B, K), and what each stage gave, in one pass."""
-        features = self.forward_features(x)
-        return torch.stack([head(one) for head, one in zip(self.heads, features, strict=True)]), features
-
-    def forward_features(self, x: Tensor) -> list[Tensor]:
-        """The stages' outputs, the last one included."""
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
-
-    def feature_shapes(self, input_size: InputSize) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what the stages give for one image (C, H, W), without the batch."""
-        was_training = self.training
-        self.eval()  # batch norm must not learn from zeros
-        with torch.no_grad():
-            features = self.forward_features(example_input(self, input_size))
-        self.train(was_training)
-        return tuple(tuple(one.shape[1:]) for one in features)
-
-    def forward_final(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of the final exit alone: the network without exits."""
-        for stage in self.stages:
-            x = stage(x)
-        output: Tensor = self.heads[-1](x)
-        return output
-
-    def backbone_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the network without exits: all stages and the final head."""
-        yield from self.stages.parameters()
-        yield from self.heads[-1].parameters()
+# float32 steps in another order differ in the last bits; relative to the largest logit.
+_SAME = 1e-5
+FINAL = "final"
 
 
 def attach_exits(
-    backbone: Backbone,
+    model: nn.Module,
     exits: int | Sequence[str] = 3,
     *,
     input_size: InputSize,
-    head: str = "erde",
+    head: str = AUTO,
     dropout: float = 0.5,
 ) -> EarlyExitNetwork:
-    """Put exits on ``backbone``, sharing its weights; its own classifier is the final exit.
+    """Put exits on a classifier, sharing its weights; its own classifier is the final exit.
+
+    Stage k+1 needs nothing but what stage k hands over. See docs/backbones.md.
 
     Args:
-        backbone: what ``erde.build_backbone`` gives, or a ``Backbone`` of one's own.
-        exits: how many in all, the final one included, placed at equal shares of the backbone's MACs;
-            or the names of blocks (``group1``: after its last block) for the intermediate ones.
+        model: what ``erde.build_backbone`` gives, a model of timm's, or any module that takes images (B, C, H, W) and
+            gives logits (B, K).
+        exits: how many in all, the final one included, placed at equal shares of the model's MACs; or the paths of
+            modules for the intermediate ones, such as ``layer1`` or ``blocks.3``: the exit stands behind it. Of a
+            ``Backbone`` the names of blocks (``group1``: after its last block).
         input_size: (C, H, W) of the images.
-        head: ``erde`` or ``linear``, for the intermediate exits.
+        head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``native`` (what a backbone brings along), or
+            ``auto``, which takes what fits the features.
         dropout: of those heads, during training.
 
     Raises:
-        UserError: an exit that does not exist, too many exits, an unknown head, an input that does not fit.
+        UserError: an exit that does not exist or cannot stand there, too many exits, an unknown head, an input that does
+            not fit, a model that cannot be traced or does not give logits.
     """
-    if head not in HEADS:
-        raise UserError(f"unknown exit head '{head}'{nearest(head, HEADS)}")
-    names, macs, shapes, classes = _trace_blocks(backbone, input_size)
+    check_head(head)
+    if isinstance(model, Backbone):
+        return _attach_to_blocks(model, exits, input_size, head, dropout)
+    return _attach_to_trace(model, exits, input_size, head, dropout)
+
+
+def _attach_to_blocks(
+    backbone: Backbone, exits: int | Sequence[str], input_size: InputSize, head: str, dropout: float
+) -> EarlyExitNetwork:
+    names, macs, handed, classes = _trace_blocks(backbone, input_size)
+    native = dict(getattr(backbone, "native_heads", {}))
+    if head == NATIVE and not native:
+        raise UserError(f"this backbone brings no exit heads of its own: choose {', '.join((AUTO, *HEADS))}")
     if isinstance(exits, int):
-        cuts = _place_by_macs(macs, exits, backbone)
+        own = [names.index(name) for name in native] if native and head in (AUTO, NATIVE) else None
+        cuts = _place_by_macs(macs, exits, backbone, own)
     else:
         cuts = sorted({_find_block(names, name) for name in exits})
         if cuts and cuts[-1] == len(names) - 1:
@@ -150,28 +89,66 @@ def attach_exits(
     blocks = list(backbone.blocks.named_children())
     bounds = [0, *(cut + 1 for cut in cuts), len(blocks)]
     stages = [nn.Sequential(OrderedDict(blocks[start:end])) for start, end in itertools.pairwise(bounds)]
-    heads = [HEADS[head](shapes[cut], classes, dropout) for cut in cuts]
+    heads: list[nn.Module] = []
+    looks_at: list[int | None] = []
+    for cut in cuts:
+        if head in (AUTO, NATIVE) and names[cut] in native:
+            heads.append(native[names[cut]])
+            looks_at.append(None)
+        elif head == NATIVE:
+            raise UserError(
+                f"the backbone brings no head for an exit at '{names[cut]}': it has them at {', '.join(native)}"
+            )
+        else:
+            which = _deepest(handed[cut], input_size)
+            looks_at.append(which if isinstance(handed[cut], tuple) else None)
+            shape = tuple(_tensor_at(handed[cut], which).shape[1:])
+            heads.append(_head_for_block(head, shape, input_size, classes, dropout, names[cut]))
     network = EarlyExitNetwork(
-        stages, [*heads, backbone.classifier], [*(names[cut] for cut in cuts), "final"]
+        stages,
+        [*heads, backbone.classifier],
+        [*(names[cut] for cut in cuts), FINAL],
+        [*looks_at, None],
     )
     # New modules start in training mode: without this a backbone in eval mode would give a mixture.
     return network.train(backbone.training)
 
 
+def _head_for_block(
+    head: str, shape: tuple[int, ...], input_size: InputSize, classes: int, dropout: float, name: str
+) -> nn.Module:
+    if len(shape) == 3:
+        # Blocks hand over maps, channels first; their own head is the paper's.
+        return HEADS["erde" if head == AUTO else head](shape, classes, dropout)
+    features = Features.of(shape, input_size)
+    return make_head(head, features, range(features.places), classes, dropout, name)
+
+
+def _deepest(handed: Handed, input_size: InputSize) -> int:
+    """Of what is handed over the tensor with most channels; of several the last."""
+    shapes = [tuple(one.shape[1:]) for one in ((handed,) if isinstance(handed, Tensor) else handed)]
+    channels = [Features.of(shape, input_size).channels for shape in shapes]
+    return max(range(len(shapes)), key=lambda index: (channels[index], index))
+
+
+def _tensor_at(handed: Handed, which: int) -> Tensor:
+    return handed if isinstance(handed, Tensor) else handed[which]
+
+
 def _trace_blocks(
     backbone: Backbone, input_size: InputSize
-) -> tuple[list[str], list[int], list[tuple[int, ...]], int]:
-    """Names, MACs and output shapes (without the batch) of the blocks, and the number of classes."""
+) -> tuple[list[str], list[int], list[Handed], int]:
+    """Names, MACs and outputs of the blocks, and the number of classes."""
     was_training = backbone.training
     backbone.eval()
-    x = example_input(backbone, input_size)
-    names, macs, shapes = [], [], []
+    x: Handed = example_input(backbone, input_size)
+    names, macs, handed = [], [], []
     try:
         for name, block in backbone.blocks.named_children():
             block_macs, x = count_macs(block, x)
             names.append(name)
             macs.append(block_macs)
-            shapes.append(tuple(x.shape[1:]))
+            handed.append(x)
         _, logits = count_macs(backbone.classifier, x)
     except RuntimeError as error:
         raise UserError(
@@ -179,13 +156,19 @@ def _trace_blocks(
         ) from error
     finally:
         backbone.train(was_training)
-    return names, macs, shapes, logits.shape[-1]
+    assert isinstance(logits, Tensor)
+    return names, macs, handed, logits.shape[-1]
 
 
-def _place_by_macs(macs: Sequence[int], exits: int, backbone: Backbone) -> list[int]:
-    """Blocks after which the intermediate exits stand: nearest to equal shares of the MACs, all different."""
+def _place_by_macs(
+    macs: Sequence[int], exits: int, backbone: Backbone, own: Sequence[int] | None = None
+) -> list[int]:
+    """Blocks after which the intermediate exits stand: nearest to equal shares of the MACs, all different.
+
+    ``own``: the blocks that bring a head along, and so the only places.
+    """
     # Nothing is learnt before the stem's first block, and the last block's end is the final exit's.
-    candidates = list(range(backbone.first_exit_block, len(macs) - 1))
+    candidates = list(range(backbone.first_exit_block, len(macs) - 1)) if own is None else sorted(own)
     if not 1 <= exits <= len(candidates) + 1:
         raise UserError(
             f"exits={exits} is not possible on this backbone: expected 1 to {len(candidates) + 1}, the final one included"
@@ -208,3 +191,119 @@ def _find_block(names: Sequence[str], wanted: str) -> int:
         groups = {name.split("_")[0] for name in names}
         raise UserError(f"no place '{wanted}' for an exit{nearest(wanted, {*names, *groups})}")
     return matches[-1]
+
+
+# ---------------------------------------------------------------- any model
+
+
+def _attach_to_trace(
+    model: nn.Module, exits: int | Sequence[str], input_size: InputSize, head: str, dropout: float
+) -> EarlyExitNetwork:
+    if head == NATIVE:
+        raise UserError("head native is for backbones that bring exit heads along: choose auto, erde, linear or conv")
+    expected = _check_model(model, input_size)
+    classes = expected.shape[-1]
+    plan = plan_exits(Opener(model, input_size), exits, input_size)
+    bounds: list[Cut | None] = [None, *plan.cuts, plan.tail]
+    stages = [build_stage(plan.trace, plan.facts, start, end) for start, end in itertools.pairwise(bounds)]
+    classifier = build_stage(plan.trace, plan.facts, plan.tail, None)
+    final = Features.of(plan.tail.shapes[0], input_size)
+    looked_at = _check_classifier(model, classifier, plan, final)
+    heads: list[nn.Module] = []
+    looks_at: list[int | None] = []
+    for cut, name in zip(plan.cuts, plan.names, strict=True):
+        kinds = [Features.of(shape, input_size) for shape in cut.shapes]
+        which = max(range(len(kinds)), key=lambda index: (kinds[index].channels, index))
+        looks_at.append(which if cut.tensors > 1 else None)
+        tokens = tokens_for(kinds[which], final, looked_at)
+        heads.append(make_head(head, kinds[which], tokens, classes, dropout, name))
+    network = EarlyExitNetwork(
+        stages, [*heads, classifier], [*plan.names, FINAL], [*looks_at, None], plan.notes
+    )
+    network.to(next(model.parameters()).device)
+    for note in plan.notes:
+        say(note)
+    _check_same(model, network, expected, input_size)
+    return _in_mode_of(network, model)
+
+
+def _probe(model: nn.Module, input_size: InputSize) -> Tensor:
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(20)
+    return torch.randn(2, *input_size, generator=generator).to(parameter)
+
+
+def _check_model(model: nn.Module, input_size: InputSize) -> Tensor:
+    """The logits of two random images, if the model gives logits for images of that size at all."""
+    name = type(model).__name__
+    if not any(True for _ in model.parameters()):
+        raise UserError(f"{name} has no parameters: there is nothing to put exits on")
+    try:
+        with mode(model, False), torch.no_grad():
+            logits = model(_probe(model, input_size))
+    except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name} does not take images of (C, H, W) = {tuple(input_size)}: {text}") from error
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"{name} gives a {type(logits).__name__}, expected a tensor of logits (B, K): wrap it in a module that returns "
+            "the logits alone"
+        )
+    if logits.ndim != 2 or len(logits) != 2:
+        raise UserError(
+            f"{name} gives shape {('B', *logits.shape[1:])} for a batch of B, expected logits (B, K): give it a classifier"
+        )
+    if getattr(model, "num_classes", None) == 0:
+        raise UserError(f"{name} has num_classes=0, so it gives features and no logits: build it with its classifier")
+    return logits
+
+
+def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final: Features) -> range:
+    """The tokens that the model's own classifier looks at; a :class:`UserError` where it looks at nothing."""
+    name = type(model).__name__
+    if not any(plan.facts.macs[plan.tail.place + 1 :]):
+        raise UserError(f"{name} ends without a classifier behind its features: build it with one")
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(21)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    features = drawn(torch.empty(2, *plan.tail.shapes[0])).to(parameter).requires_grad_()
+    # Classifiers often start at zero, which lets no gradient through either.
+    weights = {key: drawn(one) for key, one in classifier.named_parameters()}
+    with mode(classifier, False), torch.enable_grad():
+        logits = torch.func.functional_call(classifier, weights, (features,))
+    attached = logits.requires_grad
+    found = torch.autograd.grad(logits.square().sum(), features, allow_unused=True)[0] if attached else None
+    if found is None or not bool(found.abs().sum() > 0):
+        raise UserError(
+            f"{name}'s classifier is detached from its features: no gradient passes (detach() or no_grad() in between), so its "
+            "features could not be trained"
+        )
+    if final.kind != "tokens":
+        return range(1)
+    places = found.reshape(2, final.places, final.channels).abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
+    return range(places[0], places[-1] + 1)
+
+
+def _check_same(
+    model: nn.Module, network: EarlyExitNetwork, expected: Tensor, input_size: InputSize
+) -> None:
+    with mode(network, False), torch.no_grad():
+        found = network.forward_final(_probe(model, input_size))
+    difference = float((found - expected).abs().max())
+    if not difference <= _SAME * max(1.0, float(expected.abs().max())):
+        raise UserError(
+            f"cut at its exits {type(model).__name__} gives other logits than before (by {difference:.2g}): it keeps something "
+            "from one call to the next, or draws random numbers"
+        )
+
+
+def _in_mode_of(network: EarlyExitNetwork, model: nn.Module) -> EarlyExitNetwork:
+    """New modules follow the model's mode; the model's own stay in the mode that each of them is in."""
+    own = {id(module) for module in model.modules()}
+    for module in network.modules():
+        if id(module) not in own:
+            module.training = model.training
+    return network

@@ -1,0 +1,247 @@
+"""Where exits stand in a traced model: by name, or at equal shares of its MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from erde.cutting import Cut, Facts, find_cuts, gather_facts
+from erde.errors import UserError, nearest
+from erde.tracing import Opener, Trace
+
+# An exit may stand this far, in shares of the MACs, from where it was wanted.
+NEAR = 0.1
+# The classifier's features are taken before the pooling if that much was computed by then.
+_NEARLY_ALL = 0.85
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A traced model with the cuts for its exits in order, ``tail`` being the one before its own classifier.
+
+    ``notes`` say where an exit stands elsewhere than was asked for.
+    """
+
+    trace: Trace
+    facts: Facts
+    cuts: tuple[Cut, ...]
+    names: tuple[str, ...]
+    tail: Cut
+    notes: tuple[str, ...]
+
+
+def plan_exits(opener: Opener, exits: int | Sequence[str], input_size: Sequence[int]) -> Plan:
+    """Open ``opener``'s model as far as ``exits`` needs it, and choose the cuts.
+
+    Raises:
+        UserError: a name that is no module, a place that cannot be reached, more exits than places.
+    """
+    if not isinstance(exits, int):
+        _check_names(opener.model, exits)
+    elif exits < 1:
+        raise UserError(f"exits={exits} is not possible: expected 1 or more, the final one included")
+    while True:
+        facts = gather_facts(opener.trace, input_size)
+        if not opener.open(_worth_opening(opener.trace, facts, exits)):
+            break
+    map_of = _Map(opener.trace, facts)
+    if isinstance(exits, int):
+        cuts = map_of.at_shares(exits)
+    else:
+        cuts = map_of.at_names(exits)
+    return Plan(
+        opener.trace, facts, tuple(cuts), tuple(map_of.name(cut) for cut in cuts), map_of.tail, tuple(map_of.notes)
+    )
+
+
+def _check_names(model: nn.Module, names: Sequence[str]) -> None:
+    known = {path for path, _ in model.named_modules() if path}
+    for name in names:
+        if name not in known:
+            raise UserError(f"no place '{name}' for an exit: no module has that path{nearest(name, _hints(known, name))}")
+
+
+def _hints(known: set[str], name: str) -> set[str]:
+    # All paths of a large model are no help: those of about the same depth are.
+    depth = name.count(".")
+    return {path for path in known if path.count(".") == depth} or {path for path in known if "." not in path}
+
+
+def _worth_opening(trace: Trace, facts: Facts, exits: int | Sequence[str]) -> list[str]:
+    found = []
+    for node, macs in zip(facts.nodes, facts.macs, strict=True):
+        if node.op != "call_module":
+            continue
+        path, module = str(node.target), trace.lookup(str(node.target))
+        if isinstance(exits, int):
+            wanted = macs * 3 * exits > facts.total_macs and exits > 1
+        else:
+            wanted = any(name.startswith(f"{path}.") for name in exits)
+        # The classifier's features may stand inside the last module that holds everything.
+        wanted = wanted or macs * 2 > facts.total_macs or type(module) is nn.Sequential
+        if wanted:
+            found.append(path)
+    return found
+
+
+class _Map:
+    """The clean cuts of a traced model, with names."""
+
+    def __init__(self, trace: Trace, facts: Facts) -> None:
+        self.trace, self.facts = trace, facts
+        self.notes: list[str] = []
+        self.paths: dict[fx.Node, list[str]] = {}
+        for path, node in trace.ends.items():
+            self.paths.setdefault(node, []).append(path)
+        everything = find_cuts(facts)
+        self.tail = self._find_tail(everything)
+        self.cuts = [
+            cut for cut in everything if cut.place < self.tail.place and 0 < cut.share < self.tail.share
+        ]
+
+    def _find_tail(self, cuts: Sequence[Cut]) -> Cut:
+        """The last cut with maps or tokens of several places; else with any map or token; else before the last layer."""
+        single = [cut for cut in cuts if cut.tensors == 1]
+        weighted = [index for index, macs in enumerate(self.facts.macs) if macs > 0]
+        if not single or not weighted:
+            raise UserError(
+                f"{type(self.trace.model).__name__} has no place before its classifier through which everything flows"
+            )
+        spatial = [cut for cut in single if len(cut.shapes[0]) >= 2]
+        wide = [cut for cut in spatial if _several_places(cut.shapes[0]) and cut.share >= _NEARLY_ALL]
+        if wide and any(index > wide[-1].place for index in weighted):
+            return wide[-1]
+        before_last = [cut for cut in single if cut.place < weighted[-1]]
+        if not before_last:
+            raise UserError(
+                f"{type(self.trace.model).__name__} has a single layer: there is nothing before its classifier"
+            )
+        if spatial and spatial[-1].place < weighted[-1]:
+            return spatial[-1]
+        return before_last[-1]
+
+    # ------------------------------------------------------------ names
+
+    def name(self, cut: Cut) -> str:
+        """The shortest path of a module that ends here; else the last module before, with the step that follows it."""
+        node = self.facts.nodes[cut.place] if cut.tensors > 1 else cut.live[0]
+        if node in self.paths:
+            return min(self.paths[node], key=lambda path: (path.count("."), len(path)))
+        place = self.facts.place[node]
+        before = [one for one in self.facts.nodes[:place] if one in self.paths]
+        step = getattr(node.target, "__name__", str(node.target))
+        return f"{self.name_of(before[-1])}.{step}" if before else node.name
+
+    def name_of(self, node: fx.Node) -> str:
+        """The longest path of the modules that end at ``node``."""
+        return max(self.paths[node], key=len)
+
+    def at_names(self, names: Sequence[str]) -> list[Cut]:
+        """The cuts for ``names``, in order, each once."""
+        found = {cut.place: cut for cut in (self._at_name(name) for name in names)}
+        return [found[place] for place in sorted(found)]
+
+    def _at_name(self, name: str) -> Cut:
+        node, why = self._end_of(name)
+        if node is None:
+            raise UserError(f"no exit can stand at '{name}': {why}")
+        place = self.facts.place[node]
+        if place >= self.tail.place or self.facts.macs_until[place] >= self.facts.macs_until[self.tail.place]:
+            raise UserError(
+                f"exit '{name}' stands at the end of the network, where the final exit already is: leave it out"
+            )
+        exact = [cut for cut in self.cuts if cut.live == (node,) or cut.place == place]
+        single = [cut for cut in exact if cut.tensors == 1]
+        if single and why is None:
+            return single[0]
+        share = self.facts.macs_until[place] / self.facts.total_macs
+
+        def distance(cut: Cut) -> tuple[float, int]:
+            return abs(cut.share - share), abs(cut.place - place)
+
+        near = sorted((cut for cut in self.cuts if distance(cut)[0] <= NEAR), key=distance)
+        chosen = next((cut for cut in near if cut.tensors == 1), None) or next(iter(exact or near), None)
+        reason = why or "what is computed beside it is needed later too"
+        if chosen is None:
+            closest = min(self.cuts, key=distance, default=None)
+            where = "there is none" if closest is None else f"the nearest is '{self.name(closest)}' at {closest.share:.0%}"
+            raise UserError(
+                f"no exit can stand at '{name}' (at {share:.0%} of the MACs): {reason}, and no place nearby lets everything "
+                f"flow through: {where}"
+            )
+        if chosen not in exact or why is not None:
+            self.notes.append(
+                f"no exit can stand at '{name}', at {share:.1%} of the MACs: {reason}; it stands at "
+                f"'{self.name(chosen)}' instead, at {chosen.share:.1%}"
+            )
+        return chosen
+
+    def _end_of(self, name: str) -> tuple[fx.Node | None, str | None]:
+        """The node with what the module ``name`` gives; or of the nearest around it that was traced, and why."""
+        if name in self.trace.ends:
+            return self.trace.ends[name], None
+        # A list is never called itself: its last member is meant.
+        module = self.trace.model.get_submodule(name)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            called = [path for path in self.trace.ends if path.startswith(f"{name}.")]
+            if called:
+                last = max(called, key=lambda path: self.facts.place[self.trace.ends[path]])
+                return self.trace.ends[last], None
+        parts = name.split(".")
+        for length in range(len(parts) - 1, 0, -1):
+            outer = ".".join(parts[:length])
+            if outer in self.trace.ends:
+                return self.trace.ends[outer], f"'{outer}' can only be run as a whole"
+        return None, "the model does not call it when it classifies"
+
+    # ------------------------------------------------------------ shares
+
+    def at_shares(self, exits: int) -> list[Cut]:
+        """The cuts nearest to equal shares of the MACs; several tensors flow only where one has no place nearby."""
+        like_tail = [cut for cut in self.cuts if len(cut.shapes[0]) >= min(2, len(self.tail.shapes[0]))]
+        single = self._representatives([cut for cut in like_tail if cut.tensors == 1])
+        several = self._representatives([cut for cut in like_tail if cut.tensors > 1])
+        places = {cut.share: cut for cut in single}
+        for number in range(1, exits):
+            share = number / exits
+            if min((abs(one - share) for one in places), default=1.0) > 0.4 / exits:
+                for cut in several:
+                    if abs(cut.share - share) <= 0.5 / exits:
+                        places.setdefault(cut.share, cut)
+        if len(places) < exits - 1:
+            for cut in several:
+                places.setdefault(cut.share, cut)
+        ordered = sorted(places.values(), key=lambda cut: cut.place)
+        if exits > len(ordered) + 1:
+            raise UserError(
+                f"exits={exits} is not possible on this model: expected 1 to {len(ordered) + 1}, the final one included"
+            )
+        chosen: list[Cut] = []
+        for number in range(1, exits):
+            free = [cut for cut in ordered if not chosen or cut.place > chosen[-1].place]
+            free = free[: len(free) - (exits - 1 - number)]
+            chosen.append(min(free, key=lambda cut: abs(cut.share - number / exits)))
+        return chosen
+
+    def _representatives(self, cuts: Sequence[Cut]) -> list[Cut]:
+        """One cut of those between the same layers: where a block ends, the outermost; else the last, after activations."""
+        groups: dict[int, list[Cut]] = {}
+        for cut in cuts:
+            groups.setdefault(self.facts.macs_until[cut.place], []).append(cut)
+        return [min(group, key=self._preference) for group in groups.values()]
+
+    def _preference(self, cut: Cut) -> tuple[int, int, int]:
+        node = self.facts.nodes[cut.place] if cut.tensors > 1 else cut.live[0]
+        blocks = [
+            path.count(".")
+            for path in self.paths.get(node, [])
+            if any(True for _ in self.trace.model.get_submodule(path).children())
+        ]
+        return cut.tensors, min(blocks, default=99), -cut.place
+
+
+def _several_places(shape: Sequence[int]) -> bool:
+    # Of a map in either layout, or of tokens: more than one number beside the channels.
+    return sorted(shape)[-2] > 1 if len(shape) == 2 else sorted(shape)[1] > 1
