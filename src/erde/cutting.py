@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
+from erde.cost import MacCounter
 from erde.tracing import BATCHES, Trace, example_batches, mode, run_node
 
 # More tensors than these are no place for an exit.
@@ -53,6 +53,7 @@ class Cut:
     place: int
     live: tuple[fx.Node, ...]
     shapes: tuple[tuple[int, ...], ...]  # of each tensor, without the batch
+    folds: tuple[int, ...]  # so many rows of each tensor belong to one image; they are handed over as an axis
     share: float  # of the model's MACs before it
 
     @property
@@ -77,16 +78,10 @@ def gather_facts(trace: Trace, input_size: Sequence[int]) -> Facts:
     values: dict[fx.Node, list[Any]] = {node: [] for node in nodes}
     macs: list[list[int]] = []
     changed_by: dict[fx.Node, list[int]] = {}
-    # torch's counter does not see inside the fused encoder layers.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        # Without computing: fake tensors have shapes only, and no statistic learns from them.
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), mode(trace.model, False):
-            for images in example_batches(trace.model, input_size):
-                macs.append(_run(trace, nodes, images, values, changed_by))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    # Without computing: fake tensors have shapes only, and no statistic learns from them.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), mode(trace.model, False):
+        for images in example_batches(trace.model, input_size):
+            macs.append(_run(trace, nodes, images, values, changed_by))
     kinds: dict[fx.Node, str] = {}
     for node in nodes:
         kinds[node] = _kind(node, kinds, values)
@@ -108,7 +103,7 @@ def _run(
     versions: dict[fx.Node, list[int]] = {}
     current: dict[fx.Node, Any] = {}
     for index, node in enumerate(nodes):
-        counter = FlopCounterMode(display=False)
+        counter = MacCounter()
         if node.op == "placeholder":
             current[node] = image
         elif node.op == "output":
@@ -116,7 +111,7 @@ def _run(
         else:
             with counter:
                 current[node] = run_node(node, trace.lookup, current.__getitem__)
-        macs.append(counter.get_total_flops() // 2)
+        macs.append(counter.macs)
         for earlier, before in versions.items():
             now = [one._version for one in _tensors(current[earlier])]
             if now != before:
@@ -170,9 +165,9 @@ def find_cuts(facts: Facts) -> list[Cut]:
         if not live or live in seen:
             continue
         seen.add(live)
-        shapes = _clean_shapes(live, facts)
-        if shapes is not None:
-            cuts.append(Cut(place, live, shapes, facts.macs_until[place] / max(1, facts.total_macs)))
+        found = _clean_shapes(live, facts)
+        if found is not None:
+            cuts.append(Cut(place, live, *found, facts.macs_until[place] / max(1, facts.total_macs)))
     return cuts
 
 
@@ -190,15 +185,21 @@ def _sources(node: fx.Node, facts: Facts) -> set[fx.Node]:
     return found
 
 
-def _clean_shapes(live: Sequence[fx.Node], facts: Facts) -> tuple[tuple[int, ...], ...] | None:
-    shapes = []
+def _clean_shapes(
+    live: Sequence[fx.Node], facts: Facts
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] | None:
+    """Shapes and folds of what flows; None where it is not numbers for each image, or too many tensors."""
+    shapes, folds = [], []
     for node in live:
         for one, other in zip(*(_tensors(value) for value in facts.values[node]), strict=True):
-            follows = one.ndim >= 2 and (one.shape[0], other.shape[0]) == BATCHES
-            if not follows or one.shape[1:] != other.shape[1:] or not one.dtype.is_floating_point:
+            if one.ndim < 2 or one.shape[1:] != other.shape[1:] or not one.dtype.is_floating_point:
                 return None
-            shapes.append(tuple(one.shape[1:]))
-    return tuple(shapes) if 1 <= len(shapes) <= MOST_TENSORS else None
+            fold = one.shape[0] // BATCHES[0]
+            if (one.shape[0], other.shape[0]) != tuple(fold * batch for batch in BATCHES) or fold == 0:
+                return None
+            shapes.append((*([fold] if fold > 1 else []), *one.shape[1:]))
+            folds.append(fold)
+    return (tuple(shapes), tuple(folds)) if 1 <= len(shapes) <= MOST_TENSORS else None
 
 
 def _needed(facts: Facts, wanted: Sequence[fx.Node], places: range) -> set[fx.Node]:
@@ -255,6 +256,8 @@ class _StageBuilder:
                 one = x if single else self.graph.call_function(_item, (x, index))
                 if index == 0:
                     self.carrier = one
+                if self.start is not None and self.start.folds[index] > 1:
+                    one = self.graph.call_method("flatten", (one, 0, 1))
                 return self.graph.call_method("clone", (one,)) if copied else one
 
             self.found[node] = pytree.tree_map(take, self.facts.values[node][0])
@@ -267,8 +270,13 @@ class _StageBuilder:
             value, own = self.facts.values[node][0], self.found[node]
             for path, leaf in pytree.tree_leaves_with_path(value):
                 if isinstance(leaf, Tensor):
-                    given.append(self._pick(own, path))
+                    given.append(self._fold(self._pick(own, path), leaf.shape, self.end.folds[len(given)]))
         return given[0] if len(given) == 1 else tuple(given)
+
+    def _fold(self, own: fx.Node, shape: Sequence[int], fold: int) -> fx.Node:
+        if fold == 1:
+            return own
+        return self.graph.call_method("unflatten", (own, 0, (-1, fold)))
 
     def _pick(self, own: Any, path: Sequence[Any]) -> Any:
         for key in path:

@@ -207,7 +207,8 @@ def _attach_to_trace(
     bounds: list[Cut | None] = [None, *plan.cuts, plan.tail]
     stages = [build_stage(plan.trace, plan.facts, start, end) for start, end in itertools.pairwise(bounds)]
     classifier = build_stage(plan.trace, plan.facts, plan.tail, None)
-    final = Features.of(plan.tail.shapes[0], input_size)
+    kinds = [Features.of(shape, input_size) for shape in plan.tail.shapes]
+    final = max(kinds, key=lambda one: one.channels)
     looked_at = _check_classifier(model, classifier, plan, final)
     heads: list[nn.Module] = []
     looks_at: list[int | None] = []
@@ -269,21 +270,23 @@ def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final
     def drawn(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    features = drawn(torch.empty(2, *plan.tail.shapes[0])).to(parameter).requires_grad_()
+    features = [drawn(torch.empty(2, *shape)).to(parameter).requires_grad_() for shape in plan.tail.shapes]
     # Classifiers often start at zero, which lets no gradient through either.
-    weights = {key: drawn(one) for key, one in classifier.named_parameters()}
+    weights = {key: one.detach() + 0.02 * drawn(one) for key, one in classifier.named_parameters()}
     with mode(classifier, False), torch.enable_grad():
-        logits = torch.func.functional_call(classifier, weights, (features,))
-    attached = logits.requires_grad
-    found = torch.autograd.grad(logits.square().sum(), features, allow_unused=True)[0] if attached else None
-    if found is None or not bool(found.abs().sum() > 0):
+        handed = features[0] if len(features) == 1 else tuple(features)
+        logits = torch.func.functional_call(classifier, weights, (handed,))
+        loss = (logits * drawn(logits)).sum()
+    found = torch.autograd.grad(loss, features, allow_unused=True) if loss.requires_grad else [None]
+    if any(one is None or not bool(one.abs().sum() > 0) for one in found):
         raise UserError(
             f"{name}'s classifier is detached from its features: no gradient passes (detach() or no_grad() in between), so its "
             "features could not be trained"
         )
     if final.kind != "tokens":
         return range(1)
-    places = found.reshape(2, final.places, final.channels).abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
+    widest = next(one for one in found if one is not None and tuple(one.shape[1:]) == final.shape)
+    places = widest.reshape(2, final.places, final.channels).abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
     return range(places[0], places[-1] + 1)
 
 

@@ -13,8 +13,12 @@ from erde.tracing import Opener, Trace
 
 # An exit may stand this far, in shares of the MACs, from where it was wanted.
 NEAR = 0.1
-# The classifier's features are taken before the pooling if that much was computed by then.
-_NEARLY_ALL = 0.85
+# Where the classifier begins: most of the MACs are spent by then, and before a pooling if little follows it.
+_MOST = 0.5
+_LITTLE = 0.03
+# The end of a block is preferred within this part of the distance between two exits.
+_BLOCK_END = 0.35
+_NO_BLOCK = 99
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ def plan_exits(opener: Opener, exits: int | Sequence[str], input_size: Sequence[
         cuts = map_of.at_shares(exits)
     else:
         cuts = map_of.at_names(exits)
-    return Plan(
-        opener.trace, facts, tuple(cuts), tuple(map_of.name(cut) for cut in cuts), map_of.tail, tuple(map_of.notes)
-    )
+    names = [map_of.name(cut) for cut in cuts]
+    for index, cut in enumerate(cuts):
+        if names.count(names[index]) > 1:
+            names[index] = f"{names[index]}.{facts.nodes[cut.place].name}"
+    return Plan(opener.trace, facts, tuple(cuts), tuple(names), map_of.tail, tuple(map_of.notes))
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -103,40 +109,39 @@ class _Map:
 
     def _find_tail(self, cuts: Sequence[Cut]) -> Cut:
         """The last cut with maps or tokens of several places; else with any map or token; else before the last layer."""
-        single = [cut for cut in cuts if cut.tensors == 1]
         weighted = [index for index, macs in enumerate(self.facts.macs) if macs > 0]
-        if not single or not weighted:
-            raise UserError(
-                f"{type(self.trace.model).__name__} has no place before its classifier through which everything flows"
-            )
-        spatial = [cut for cut in single if len(cut.shapes[0]) >= 2]
-        wide = [cut for cut in spatial if _several_places(cut.shapes[0]) and cut.share >= _NEARLY_ALL]
-        if wide and any(index > wide[-1].place for index in weighted):
-            return wide[-1]
-        before_last = [cut for cut in single if cut.place < weighted[-1]]
+        before_last = [cut for cut in cuts if weighted and cut.place < weighted[-1]]
         if not before_last:
             raise UserError(
-                f"{type(self.trace.model).__name__} has a single layer: there is nothing before its classifier"
+                f"{type(self.trace.model).__name__} has no place before its last layer through which everything flows, so there "
+                "is none for an exit"
             )
-        if spatial and spatial[-1].place < weighted[-1]:
-            return spatial[-1]
-        return before_last[-1]
+        single = [cut for cut in before_last if cut.tensors == 1 and cut.share >= _MOST]
+        spatial = [cut for cut in single if len(cut.shapes[0]) >= 2]
+        wide = [cut for cut in spatial if _several_places(cut.shapes[0])]
+        if wide and spatial[-1].share - wide[-1].share <= _LITTLE:
+            return wide[-1]
+        for found in (spatial, single):
+            if found:
+                return found[-1]
+        # Two streams, each with a classifier: all of them are what the last exit looks at.
+        streams = [cut for cut in before_last if all(len(shape) >= 2 for shape in cut.shapes)]
+        return (streams or before_last)[-1]
 
     # ------------------------------------------------------------ names
 
     def name(self, cut: Cut) -> str:
-        """The shortest path of a module that ends here; else the last module before, with the step that follows it."""
-        node = self.facts.nodes[cut.place] if cut.tensors > 1 else cut.live[0]
+        """The shortest path of a module that ends here; else the step's own name behind the module in whose code it stands."""
+        node = cut.live[0]
+        if cut.tensors > 1:
+            # The module that was done last.
+            done = (one for one in reversed(self.facts.nodes[: cut.place + 1]) if one in self.paths)
+            node = next(done, self.facts.nodes[cut.place])
         if node in self.paths:
             return min(self.paths[node], key=lambda path: (path.count("."), len(path)))
-        place = self.facts.place[node]
-        before = [one for one in self.facts.nodes[:place] if one in self.paths]
-        step = getattr(node.target, "__name__", str(node.target))
-        return f"{self.name_of(before[-1])}.{step}" if before else node.name
-
-    def name_of(self, node: fx.Node) -> str:
-        """The longest path of the modules that end at ``node``."""
-        return max(self.paths[node], key=len)
+        stack = [str(one[0]) for one in (node.meta.get("nn_module_stack") or {}).values()]
+        scope = stack[-1].removeprefix("model").removeprefix(".") if stack else ""
+        return f"{scope}.{node.name}" if scope else node.name
 
     def at_names(self, names: Sequence[str]) -> list[Cut]:
         """The cuts for ``names``, in order, each once."""
@@ -207,9 +212,8 @@ class _Map:
         for number in range(1, exits):
             share = number / exits
             if min((abs(one - share) for one in places), default=1.0) > 0.4 / exits:
-                for cut in several:
-                    if abs(cut.share - share) <= 0.5 / exits:
-                        places.setdefault(cut.share, cut)
+                near = (cut for cut in several if abs(cut.share - share) <= 0.5 / exits)
+                places |= {cut.share: cut for cut in near if cut.share not in places}
         if len(places) < exits - 1:
             for cut in several:
                 places.setdefault(cut.share, cut)
@@ -220,10 +224,16 @@ class _Map:
             )
         chosen: list[Cut] = []
         for number in range(1, exits):
+            share = number / exits
             free = [cut for cut in ordered if not chosen or cut.place > chosen[-1].place]
             free = free[: len(free) - (exits - 1 - number)]
-            chosen.append(min(free, key=lambda cut: abs(cut.share - number / exits)))
+            # Where a block ends rather than amid one, unless that is far.
+            ends = [cut for cut in free if self._ends_block(cut) and abs(cut.share - share) <= _BLOCK_END / exits]
+            chosen.append(min(ends or free, key=lambda cut: abs(cut.share - share)))
         return chosen
+
+    def _ends_block(self, cut: Cut) -> bool:
+        return self._preference(cut)[1] < _NO_BLOCK
 
     def _representatives(self, cuts: Sequence[Cut]) -> list[Cut]:
         """One cut of those between the same layers: where a block ends, the outermost; else the last, after activations."""
@@ -239,7 +249,7 @@ class _Map:
             for path in self.paths.get(node, [])
             if any(True for _ in self.trace.model.get_submodule(path).children())
         ]
-        return cut.tensors, min(blocks, default=99), -cut.place
+        return cut.tensors, min(blocks, default=_NO_BLOCK), -cut.place
 
 
 def _several_places(shape: Sequence[int]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from erde.errors import UserError
 
@@ -126,6 +127,7 @@ class _ValueTracer(_Tracer):
     def __init__(self, opened: Collection[str], wrapper: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__(opened)
         self.wrapper, self.inputs = wrapper, inputs
+        self.computes = False
         self.values: dict[fx.Node, tuple[Any, ...]] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -138,12 +140,27 @@ class _ValueTracer(_Tracer):
         if kind == "placeholder":
             self.values[node] = tuple(self.inputs)
         elif kind != "output":
-            with torch.no_grad():
-                self.values[node] = tuple(
-                    run_node(node, self._lookup, lambda one, which=which: self.values[one][which])
-                    for which in range(len(self.inputs))
-                )
+            self.computes = True
+            try:
+                with torch.no_grad():
+                    self.values[node] = tuple(
+                        run_node(node, self._lookup, lambda one, which=which: self.values[one][which])
+                        for which in range(len(self.inputs))
+                    )
+            finally:
+                self.computes = False
         return node
+
+    # fx looks at every module's call and attributes while it traces; what is computed is none of its business.
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """As in fx, but for what is computed."""
+        return forward(*args, **kwargs) if self.computes else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As in fx, but for what is computed."""
+        return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _lookup(self, path: str) -> Any:
         return attribute(self.wrapper, path)
@@ -168,7 +185,8 @@ class _ValueTracer(_Tracer):
 
 def run_node(node: fx.Node, lookup: Callable[[str], Any], fetch: Callable[[fx.Node], Any]) -> Any:
     """Compute one step of a graph; ``lookup`` knows its targets, ``fetch`` what the steps before gave."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fetch)
+    args = [fill(one, fetch) for one in node.args]
+    kwargs = {key: fill(one, fetch) for key, one in node.kwargs.items()}
     target: Any = node.target
     if node.op == "get_attr":
         return lookup(target)
@@ -177,6 +195,21 @@ def run_node(node: fx.Node, lookup: Callable[[str], Any], fetch: Callable[[fx.No
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
     return target(*args, **kwargs)
+
+
+def fill(argument: Any, fetch: Callable[[fx.Node], Any]) -> Any:
+    """A node's argument with values for nodes, in lists of its own: a module may write to those it is given."""
+    if isinstance(argument, fx.Node):
+        return pytree.tree_map(lambda one: one, fetch(argument))
+    if isinstance(argument, slice):
+        return slice(*(fill(one, fetch) for one in (argument.start, argument.stop, argument.step)))
+    if isinstance(argument, dict):
+        return {key: fill(one, fetch) for key, one in argument.items()}
+    if isinstance(argument, list):
+        return [fill(one, fetch) for one in argument]
+    if type(argument) is tuple:
+        return tuple(fill(one, fetch) for one in argument)
+    return argument
 
 
 def attribute(owner: nn.Module, path: str) -> Any:
@@ -350,8 +383,11 @@ class Opener:
             return False
         before = set(self.opened)
         self.opened |= wanted
-        self.trace = self._trace()
-        return self.opened != before
+        found = self._trace()
+        if self.opened == before:
+            return False
+        self.trace = found
+        return True
 
     def _trace(self) -> Trace:
         while True:
