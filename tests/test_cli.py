@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from erde import cli
+from erde import cli, cli_about
 from erde.backbones import BACKBONES, build_backbone
 from erde.config import shipped_recipes
 from erde.cost import network_cost
@@ -32,7 +32,7 @@ def run(
     ("what", "names"),
     [
         ("recipes", set(shipped_recipes())),
-        ("backbones", set(BACKBONES)),
+        ("backbones", {*BACKBONES, "timm/<name>"}),
         ("losses", set(LOSSES)),
         ("scores", set(SCORES)),
         ("datasets", {"digits", "cifar10", "cifar100", "svhn"}),
@@ -90,7 +90,7 @@ def test_stopping_by_hand_is_no_traceback(
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.LISTS, "losses", interrupt)
+    monkeypatch.setitem(cli_about.LISTS, "losses", interrupt)
     code, _, err = run(monkeypatch, capsys, "list", "losses")
     assert code == 130
     assert err == "stopped; a run continues with --resume\n"

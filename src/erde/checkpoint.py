@@ -25,6 +25,12 @@ FORMAT_VERSION = 1
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and JSON-able ``state`` to ``path``; a reader sees the old file or the new one."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # A module that two stages share stands under both names; the format wants memory of its own for each.
+    seen: set[int] = set()
+    for name, tensor in contiguous.items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            contiguous[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
     # In the order given: what is written again after a resume must be the same to the byte.
     metadata = {"erde": json.dumps({"format_version": FORMAT_VERSION, **state})}
     # Not safetensors' own save_file: a full disk is an OSError here, and a kill leaves only what is swept.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from erde import cli_bundles
+from erde import cli_about, cli_bundles
 from erde.cli_common import Json, finish
 from erde.errors import UserError, nearest
 
@@ -478,110 +477,8 @@ app.add_typer(cli_bundles.bundle_app, name="bundle")
 
 # ---------------------------------------------------------------- what there is
 
-
-@app.command(epilog="Example: erde cost resnet56 --exits 4")
-def cost(
-    backbone: Annotated[str, typer.Argument(help="A backbone's name.")],
-    exits: Annotated[str, typer.Option(help="How many, or names separated by commas.")] = "3",
-    head: Annotated[str, typer.Option(help="erde or linear.")] = "erde",
-    classes: Annotated[int, typer.Option(min=2)] = 10,
-    input_size: Annotated[str, typer.Option(help="Channels x height x width.")] = "3x32x32",
-    as_json: Json = False,
-) -> None:
-    """MACs and parameters per exit, heads included, before anything is trained."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from erde.backbones import build_backbone
-    from erde.cost import network_cost
-    from erde.exits import attach_exits
-
-    try:
-        channels, height, width = (int(part) for part in input_size.lower().split("x"))
-    except ValueError as error:
-        raise UserError(
-            f"--input-size is '{input_size}', expected channels x height x width, such as 3x32x32"
-        ) from error
-    size = (channels, height, width)
-    where: int | list[str] = int(exits) if exits.isdigit() else exits.split(",")
-    network = attach_exits(
-        build_backbone(backbone, classes=classes, channels=channels), where, input_size=size, head=head
-    )
-    found = network_cost(network, size)
-    table = Table(title=f"{backbone}, {classes} classes, input {input_size}: cumulative, heads included")
-    for column in ("exit", "after", "MACs", "of no-exit", "parameters"):
-        table.add_column(column, justify="left" if column == "after" else "right")
-    for index, name in enumerate(found.exit_names):
-        share = found.macs[index] / found.no_exit_macs
-        table.add_row(
-            str(index), name, f"{found.macs[index]:,}", f"{share:.1%}", f"{found.parameters[index]:,}"
-        )
-    table.add_row("", "no exits", f"{found.no_exit_macs:,}", "100.0%", f"{found.no_exit_parameters:,}")
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
-    finish(as_json, {name: getattr(found, name) for name in found.__dataclass_fields__})
-
-
-def _list_recipes() -> dict[str, str]:
-    from importlib import resources
-
-    from erde.config import shipped_recipes
-
-    folder = resources.files("erde") / "recipes"
-    # A recipe's first line says what it is.
-    return {
-        name: (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for name in shipped_recipes()
-    }
-
-
-def _list_backbones() -> dict[str, str]:
-    from erde.backbones import BACKBONES
-
-    return dict.fromkeys(BACKBONES, "")
-
-
-def _list_losses() -> dict[str, str]:
-    from erde.losses import LOSSES
-
-    return {name: spec.summary for name, spec in LOSSES.items()}
-
-
-def _list_scores() -> dict[str, str]:
-    from erde.policy import OWN_SCORES, SCORES, HarmParameters, agreement_run
-
-    described = {name: function.__doc__ for name, function in OWN_SCORES.items()}
-    described |= {"patience": agreement_run.__doc__, "harm": HarmParameters.score.__doc__}
-    return {name: str(described[name]).splitlines()[0].replace("``", "") for name in SCORES}
-
-
-def _list_datasets() -> dict[str, str]:
-    from erde.sources import SHIPPED
-
-    return {name: source.hub_id if source else "comes with scikit-learn" for name, source in SHIPPED.items()}
-
-
-LISTS: dict[str, Callable[[], dict[str, str]]] = {
-    "recipes": _list_recipes,
-    "backbones": _list_backbones,
-    "losses": _list_losses,
-    "scores": _list_scores,
-    "datasets": _list_datasets,
-}
-
-
-@app.command("list", epilog="Example: erde list recipes")
-def list_names(
-    what: Annotated[str, typer.Argument(help="recipes, backbones, losses, scores or datasets.")],
-    as_json: Json = False,
-) -> None:
-    """What is shipped, by name."""
-    if what not in LISTS:
-        raise UserError(f"nothing to list under '{what}'{nearest(what, LISTS)}")
-    found = LISTS[what]()
-    width = max(len(name) for name in found)
-    for name, summary in found.items():
-        print(f"{name:{width}}  {summary}".rstrip())
-    finish(as_json, found)
+app.command(epilog="Example: erde cost timm/efficientnet_b0 --exits 4")(cli_about.cost)
+app.command("list", epilog="Example: erde list recipes")(cli_about.list_names)
 
 
 if __name__ == "__main__":

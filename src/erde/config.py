@@ -125,9 +125,10 @@ class NetworkConfig(Frozen):
 
     backbone: str = "resnet20"
     exits: Count | Annotated[list[str], Field(min_length=1)] = 3
-    head: Literal["erde", "linear"] = "erde"
+    head: Literal["auto", "erde", "linear", "conv", "native"] = "auto"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     weights: str | None = Field(None, description="safetensors to start from")
+    pretrained: bool = Field(False, description="timm's own weights, for backbones of timm's")
 
 
 class TrainConfig(Frozen):
@@ -322,7 +323,7 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _cross_references(self) -> Config:
-        from erde.backbones import BACKBONES
+        from erde.backbones import check_backbone_name
         from erde.policy import SCORES
 
         if self.export.arm not in self.arms:
@@ -342,10 +343,10 @@ class Config(Frozen):
         networks = {"teacher": self.teacher, "student": self.student}
         networks |= {f"arms.{arm}.student": self.student_of(arm) for arm in self.arms}
         for where, network in networks.items():
-            if network.backbone not in BACKBONES:
-                raise UserError(
-                    f"{where}.backbone: unknown backbone '{network.backbone}'{nearest(network.backbone, BACKBONES)}"
-                )
+            try:
+                check_backbone_name(network.backbone)
+            except UserError as error:
+                raise UserError(f"{where}.backbone: {error}") from error
         for arm in self.arms:
             self.distillation_of(arm)
         score = self.calibration.score

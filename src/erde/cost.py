@@ -8,7 +8,8 @@ as is the custom of the field.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,18 @@ if TYPE_CHECKING:
 InputSize = tuple[int, int, int]
 # What a stage hands to the next.
 Handed = Tensor | tuple[Tensor, ...]
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All of ``model`` in one mode; afterwards each module is in its own again."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
 
 
 @dataclass(frozen=True)
@@ -47,14 +60,14 @@ def count_macs(module: Callable[[Any], Any], x: Handed) -> tuple[int, Any]:
     return _count(lambda: module(x))
 
 
-class MacCounter(TorchDispatchMode):
+class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the MACs of what is computed while it is on, by torch's own formulas for convolutions and products.
 
     Fused encoder layers, which torch's formulas do not know, are kept apart meanwhile.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self._fused = True
 
@@ -66,11 +79,11 @@ class MacCounter(TorchDispatchMode):
     def __enter__(self) -> MacCounter:
         self._fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         torch.backends.mha.set_fastpath_enabled(self._fused)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,28 +108,36 @@ def example_input(module: nn.Module, input_size: InputSize) -> Tensor:
     return torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
 
 
+def head_macs(network: EarlyExitNetwork, input_size: InputSize) -> tuple[int, ...]:
+    """MACs of each exit's head alone, the final one's included, for one image of ``input_size`` (C, H, W)."""
+    return tuple(_macs_of_parts(network, input_size)[1])
+
+
+def _macs_of_parts(network: EarlyExitNetwork, input_size: InputSize) -> tuple[list[int], list[int]]:
+    stage_macs: list[int] = []
+    heads: list[int] = []
+    with mode(network, False):  # batch norm must not learn from zeros
+        x: Handed = example_input(network, input_size)
+        for index, stage in enumerate(network.stages):
+            macs, x = count_macs(stage, x)
+            stage_macs.append(macs)
+            heads.append(count_macs(partial(network.logits_of, index), x)[0])
+    return stage_macs, heads
+
+
 def network_cost(network: EarlyExitNetwork, input_size: InputSize) -> NetworkCost:
     """Cost per exit for one image of ``input_size`` (C, H, W)."""
-    was_training = network.training
-    network.eval()  # batch norm must not learn from zeros
-    x: Handed = example_input(network, input_size)
-    stage_macs: list[int] = []
-    head_macs: list[int] = []
-    for index, stage in enumerate(network.stages):
-        macs, x = count_macs(stage, x)
-        stage_macs.append(macs)
-        head_macs.append(count_macs(partial(network.logits_of, index), x)[0])
-    network.train(was_training)
+    stage_macs, heads = _macs_of_parts(network, input_size)
     stage_parameters = [count_parameters(stage) for stage in network.stages]
     head_parameters = [count_parameters(head) for head in network.heads]
 
-    def cumulative(stages: list[int], heads: list[int]) -> tuple[int, ...]:
-        return tuple(sum(stages[: index + 1]) + sum(heads[: index + 1]) for index in range(len(stages)))
+    def cumulative(stages: list[int], exits: list[int]) -> tuple[int, ...]:
+        return tuple(sum(stages[: index + 1]) + sum(exits[: index + 1]) for index in range(len(stages)))
 
     return NetworkCost(
         exit_names=tuple(network.exit_names),
-        macs=cumulative(stage_macs, head_macs),
+        macs=cumulative(stage_macs, heads),
         parameters=cumulative(stage_parameters, head_parameters),
-        no_exit_macs=sum(stage_macs) + head_macs[-1],
+        no_exit_macs=sum(stage_macs) + heads[-1],
         no_exit_parameters=sum(stage_parameters) + head_parameters[-1],
     )

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from erde.cost import MacCounter
-from erde.tracing import BATCHES, Trace, example_batches, mode, run_node
+from erde.cost import MacCounter, mode
+from erde.tracing import BATCHES, Trace, example_batches, run_node
 
 # More tensors than these are no place for an exit.
 MOST_TENSORS = 4
@@ -76,12 +76,13 @@ def gather_facts(trace: Trace, input_size: Sequence[int]) -> Facts:
     prune(trace.graph)
     nodes = list(trace.graph.nodes)
     values: dict[fx.Node, list[Any]] = {node: [] for node in nodes}
-    macs: list[list[int]] = []
     changed_by: dict[fx.Node, list[int]] = {}
     # Without computing: fake tensors have shapes only, and no statistic learns from them.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), mode(trace.model, False):
-        for images in example_batches(trace.model, input_size):
-            macs.append(_run(trace, nodes, images, values, changed_by))
+        macs = [
+            _run(trace, nodes, images, values, changed_by)
+            for images in example_batches(trace.model, input_size)
+        ]
     kinds: dict[fx.Node, str] = {}
     for node in nodes:
         kinds[node] = _kind(node, kinds, values)
@@ -160,7 +161,9 @@ def find_cuts(facts: Facts) -> list[Cut]:
         if node.op in ("placeholder", "get_attr"):
             continue
         live = tuple(
-            one for one in facts.nodes[: place + 1] if facts.kinds[one] == _DATA and last_use.get(one, -1) > place
+            one
+            for one in facts.nodes[: place + 1]
+            if facts.kinds[one] == _DATA and last_use.get(one, -1) > place
         )
         if not live or live in seen:
             continue
@@ -265,7 +268,7 @@ class _StageBuilder:
     def _give_out(self) -> Any:
         if self.end is None:
             return fx.node.map_arg(self.facts.nodes[-1].args[0], self._fetch)
-        given = []
+        given: list[fx.Node] = []
         for node in self.end.live:
             value, own = self.facts.values[node][0], self.found[node]
             for path, leaf in pytree.tree_leaves_with_path(value):
@@ -339,4 +342,3 @@ def _keep_persistence(stage: nn.Module, model: nn.Module) -> None:
         for name in module._buffers:
             if (f"{path}.{name}" if path else name) not in kept:
                 module._non_persistent_buffers_set.add(name)
-

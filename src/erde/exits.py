@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from erde.backbones import Backbone
-from erde.cost import Handed, InputSize, count_macs, example_input
+from erde.cost import Handed, InputSize, count_macs, example_input, mode
 from erde.cutting import Cut, build_stage
 from erde.errors import UserError, nearest
 from erde.heads import (
@@ -27,7 +27,7 @@ from erde.heads import (
 from erde.network import EarlyExitNetwork
 from erde.places import Plan, plan_exits
 from erde.progress import say
-from erde.tracing import Opener, mode
+from erde.tracing import Opener
 
 __all__ = ["HEADS", "ERDEHead", "EarlyExitNetwork", "LinearHead", "attach_exits"]
 
@@ -200,7 +200,9 @@ def _attach_to_trace(
     model: nn.Module, exits: int | Sequence[str], input_size: InputSize, head: str, dropout: float
 ) -> EarlyExitNetwork:
     if head == NATIVE:
-        raise UserError("head native is for backbones that bring exit heads along: choose auto, erde, linear or conv")
+        raise UserError(
+            "head native is for backbones that bring exit heads along: choose auto, erde, linear or conv"
+        )
     expected = _check_model(model, input_size)
     classes = expected.shape[-1]
     plan = plan_exits(Opener(model, input_size), exits, input_size)
@@ -255,7 +257,9 @@ def _check_model(model: nn.Module, input_size: InputSize) -> Tensor:
             f"{name} gives shape {('B', *logits.shape[1:])} for a batch of B, expected logits (B, K): give it a classifier"
         )
     if getattr(model, "num_classes", None) == 0:
-        raise UserError(f"{name} has num_classes=0, so it gives features and no logits: build it with its classifier")
+        raise UserError(
+            f"{name} has num_classes=0, so it gives features and no logits: build it with its classifier"
+        )
     return logits
 
 
@@ -286,13 +290,13 @@ def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final
     if final.kind != "tokens":
         return range(1)
     widest = next(one for one in found if one is not None and tuple(one.shape[1:]) == final.shape)
-    places = widest.reshape(2, final.places, final.channels).abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
+    places = (
+        widest.reshape(2, final.places, final.channels).abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
+    )
     return range(places[0], places[-1] + 1)
 
 
-def _check_same(
-    model: nn.Module, network: EarlyExitNetwork, expected: Tensor, input_size: InputSize
-) -> None:
+def _check_same(model: nn.Module, network: EarlyExitNetwork, expected: Tensor, input_size: InputSize) -> None:
     with mode(network, False), torch.no_grad():
         found = network.forward_final(_probe(model, input_size))
     difference = float((found - expected).abs().max())

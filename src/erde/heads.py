@@ -213,7 +213,9 @@ def make_head(
 ) -> nn.Module:
     """A head for ``features`` at the exit ``exit_name``; ``tokens`` are those that the model itself would look at."""
     if features.kind == "map":
-        head = HEADS[choose_map_head(features) if name == AUTO else name](features.map_shape, classes, dropout)
+        head = HEADS[choose_map_head(features) if name == AUTO else name](
+            features.map_shape, classes, dropout
+        )
         return _in_front("channels_first", ChannelsFirst(), head) if features.channels_last else head
     if name == "conv":
         raise UserError(

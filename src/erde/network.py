@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from erde.cost import Handed, InputSize, example_input
+from erde.cost import Handed, InputSize, example_input, mode
 from erde.errors import UserError
-from erde.tracing import mode
 
 
 class EarlyExitNetwork(nn.Module):
@@ -114,7 +113,11 @@ class EarlyExitNetwork(nn.Module):
             if original is None:
                 continue
             if original not in state or state[original].shape != tensor.shape:
-                given = "it is missing" if original not in state else f"its shape is {tuple(state[original].shape)}"
+                given = (
+                    "it is missing"
+                    if original not in state
+                    else f"its shape is {tuple(state[original].shape)}"
+                )
                 raise UserError(
                     f"the state dict does not fit: '{original}' should have shape {tuple(tensor.shape)}, and {given}"
                 )

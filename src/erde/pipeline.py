@@ -218,7 +218,14 @@ class Run:
         network_config = self.network_config(arm)
         torch.manual_seed(self.config.seed)
         channels = self.data.image_shape[2]
-        backbone = build_backbone(network_config.backbone, classes=len(self.data.classes), channels=channels)
+        backbone = build_backbone(
+            network_config.backbone,
+            classes=len(self.data.classes),
+            channels=channels,
+            image_size=self.data.input_size[1:],
+            # What was saved replaces them.
+            pretrained=network_config.pretrained and network_config.weights is None,
+        )
         network = attach_exits(
             backbone,
             network_config.exits,

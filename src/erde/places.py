@@ -51,10 +51,7 @@ def plan_exits(opener: Opener, exits: int | Sequence[str], input_size: Sequence[
         if not opener.open(_worth_opening(opener.trace, facts, exits)):
             break
     map_of = _Map(opener.trace, facts)
-    if isinstance(exits, int):
-        cuts = map_of.at_shares(exits)
-    else:
-        cuts = map_of.at_names(exits)
+    cuts = map_of.at_shares(exits) if isinstance(exits, int) else map_of.at_names(exits)
     names = [map_of.name(cut) for cut in cuts]
     for index, cut in enumerate(cuts):
         if names.count(names[index]) > 1:
@@ -66,7 +63,9 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
     known = {path for path, _ in model.named_modules() if path}
     for name in names:
         if name not in known:
-            raise UserError(f"no place '{name}' for an exit: no module has that path{nearest(name, _hints(known, name))}")
+            raise UserError(
+                f"no place '{name}' for an exit: no module has that path{nearest(name, _hints(known, name))}"
+            )
 
 
 def _hints(known: set[str], name: str) -> set[str]:
@@ -171,7 +170,11 @@ class _Map:
         reason = why or "what is computed beside it is needed later too"
         if chosen is None:
             closest = min(self.cuts, key=distance, default=None)
-            where = "there is none" if closest is None else f"the nearest is '{self.name(closest)}' at {closest.share:.0%}"
+            where = (
+                "there is none"
+                if closest is None
+                else f"the nearest is '{self.name(closest)}' at {closest.share:.0%}"
+            )
             raise UserError(
                 f"no exit can stand at '{name}' (at {share:.0%} of the MACs): {reason}, and no place nearby lets everything "
                 f"flow through: {where}"
@@ -228,7 +231,9 @@ class _Map:
             free = [cut for cut in ordered if not chosen or cut.place > chosen[-1].place]
             free = free[: len(free) - (exits - 1 - number)]
             # Where a block ends rather than amid one, unless that is far.
-            ends = [cut for cut in free if self._ends_block(cut) and abs(cut.share - share) <= _BLOCK_END / exits]
+            ends = [
+                cut for cut in free if self._ends_block(cut) and abs(cut.share - share) <= _BLOCK_END / exits
+            ]
             chosen.append(min(ends or free, key=lambda cut: abs(cut.share - share)))
         return chosen
 

@@ -10,6 +10,7 @@ import contextlib
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from erde.cost import mode
 from erde.errors import UserError
 
 # Two sizes tell what follows the batch from what does not.
@@ -134,7 +136,9 @@ class _ValueTracer(_Tracer):
         """A proxy with values."""
         return _ValueProxy(node, self)
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **others: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **others: Any
+    ) -> fx.Node:
         """As in fx; what the step gives is computed besides."""
         node = super().create_node(kind, target, args, kwargs, *rest, **others)
         if kind == "placeholder":
@@ -144,7 +148,7 @@ class _ValueTracer(_Tracer):
             try:
                 with torch.no_grad():
                     self.values[node] = tuple(
-                        run_node(node, self._lookup, lambda one, which=which: self.values[one][which])
+                        run_node(node, self._lookup, partial(self._value, which))
                         for which in range(len(self.inputs))
                     )
             finally:
@@ -161,6 +165,9 @@ class _ValueTracer(_Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """As in fx, but for what is computed."""
         return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _value(self, which: int, node: fx.Node) -> Any:
+        return self.values[node][which]
 
     def _lookup(self, path: str) -> Any:
         return attribute(self.wrapper, path)
@@ -180,7 +187,8 @@ class _ValueTracer(_Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Items of a tuple, whatever takes them."""
-        return iter([obj[index] for index in range(len(self.values[obj.node][0]))])
+        items: Any = obj
+        return iter([items[index] for index in range(len(self.values[obj.node][0]))])
 
 
 def run_node(node: fx.Node, lookup: Callable[[str], Any], fetch: Callable[[fx.Node], Any]) -> Any:
@@ -229,27 +237,12 @@ def example_batches(model: nn.Module, input_size: Sequence[int]) -> list[Tensor]
 
 
 @contextlib.contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All of ``model`` in one mode; afterwards each module is in its own again."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, was_training in before:
-            module.training = was_training
-
-
-@contextlib.contextmanager
 def _seen_factories(tracer: fx.Tracer) -> Iterator[None]:
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
     def seen(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found: list[fx.Node] = []
-            fx.node.map_aggregate(
-                (args, kwargs), lambda one: found.append(one.node) if isinstance(one, fx.Proxy) else None
-            )
+            found = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, fx.Proxy)]
             if not found:
                 return original(*args, **kwargs)
             return tracer.create_proxy("call_function", original, args, kwargs)
@@ -276,7 +269,9 @@ def _trace_once(model: nn.Module, opened: Collection[str], inputs: Sequence[Tens
             graph = tracer.trace(wrapper)
     except Exception as error:
         path = tracer.failed_in
-        raise _TracingError(error, None if path in (None, _ROOT) else path.removeprefix(f"{_ROOT}.")) from error
+        raise _TracingError(
+            error, None if path in (None, _ROOT) else path.removeprefix(f"{_ROOT}.")
+        ) from error
     constants = {}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
@@ -433,7 +428,9 @@ class Opener:
                 if node.name == name:
                     stack = [str(one[0]) for one in (node.meta.get("nn_module_stack") or {}).values()]
                     inside = [
-                        path.removeprefix(f"{_ROOT}.") for path in stack if path.removeprefix(f"{_ROOT}.") in self.opened
+                        path.removeprefix(f"{_ROOT}.")
+                        for path in stack
+                        if path.removeprefix(f"{_ROOT}.") in self.opened
                     ]
                     if inside:
                         return inside[-1]
@@ -454,6 +451,4 @@ def _explain(model: nn.Module, error: BaseException) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, fx.proxy.TraceError) or "symbolically traced" in text:
         text = "its control flow depends on what it computes"
-    return (
-        f"{type(model).__name__} cannot be cut{where}: {text}; put that step into a module of its own, which stays whole"
-    )
+    return f"{type(model).__name__} cannot be cut{where}: {text}; put that step into a module of its own, which stays whole"

@@ -1,11 +1,15 @@
-"""Backbones by name. A new family is one new file here and its lines in ``BACKBONES``."""
+"""Backbones by name. A new family is one new file here and its lines in ``BACKBONES``; ``timm/<name>`` is timm's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from erde.backbones.base import Backbone
 from erde.backbones.resnet import cifar_resnet
+from erde.backbones.timm import PREFIX, is_timm, timm_model
+from erde.backbones.timm import check_name as check_timm_name
 from erde.backbones.wrn import wide_resnet
 from erde.errors import UserError, nearest
 
@@ -34,11 +38,40 @@ BACKBONES: dict[str, Callable[[int, int], Backbone]] = {
 }
 
 
-def build_backbone(name: str, *, classes: int, channels: int = 3) -> Backbone:
-    """The backbone ``name`` with fresh weights from torch's global generator."""
-    if name not in BACKBONES:
-        raise UserError(f"unknown backbone '{name}'{nearest(name, BACKBONES)}")
+def build_backbone(
+    name: str,
+    *,
+    classes: int,
+    channels: int = 3,
+    image_size: tuple[int, int] | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """The backbone ``name`` with fresh weights from torch's global generator, a ``Backbone`` or a model of timm's.
+
+    ``image_size`` (H, W) is for those of timm's models that are built for one size, and ``pretrained`` takes timm's
+    weights; erde's own backbones look at neither size nor weights.
+
+    Raises:
+        UserError: an unknown name; ``pretrained`` for a backbone that has no published weights, or that cannot be had.
+    """
+    if is_timm(name):
+        return timm_model(
+            name, classes=classes, channels=channels, image_size=image_size, pretrained=pretrained
+        )
+    check_backbone_name(name)
+    if pretrained:
+        raise UserError(
+            f"backbone '{name}' has no pretrained weights: take one of timm's ({PREFIX}<name>), or give a file with weights"
+        )
     return BACKBONES[name](classes, channels)
 
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone"]
+def check_backbone_name(name: str) -> None:
+    """Refuse a name that is no backbone; timm is imported for its own names only."""
+    if is_timm(name):
+        check_timm_name(name)
+    elif name not in BACKBONES:
+        raise UserError(f"unknown backbone '{name}'{nearest(name, BACKBONES)}")
+
+
+__all__ = ["BACKBONES", "Backbone", "build_backbone", "check_backbone_name"]

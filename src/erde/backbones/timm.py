@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from types import ModuleType
 from typing import Any
 
 from torch import library, nn
@@ -23,7 +22,7 @@ def is_timm(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def import_timm() -> ModuleType:
+def import_timm() -> Any:
     """The ``timm`` package, also where torchvision's compiled operators are missing.
 
     Raises:
@@ -44,7 +43,7 @@ def _is_missing_operator(error: RuntimeError) -> bool:
 
 
 def _declare_operators() -> None:
-    fragment = library.Library("torchvision", "FRAGMENT")
+    fragment: Any = library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in _MISSING:
         fragment.define(name + _SCHEMA)
     _declared.append(fragment)  # what is declared goes with the object
@@ -65,7 +64,12 @@ def check_name(name: str) -> None:
 
 
 def timm_model(
-    name: str, *, classes: int, channels: int = 3, image_size: tuple[int, int] | None = None, pretrained: bool = False
+    name: str,
+    *,
+    classes: int,
+    channels: int = 3,
+    image_size: tuple[int, int] | None = None,
+    pretrained: bool = False,
 ) -> nn.Module:
     """The timm model ``timm/<name>`` with a classifier for ``classes``.
 
@@ -85,16 +89,18 @@ def timm_model(
         raise
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = "timm's weights for it cannot be had here: pretrained=false starts from random ones" if pretrained else (
-            f"timm cannot build it for {classes} classes, {channels} channels and images of {image_size}"
+        what = (
+            "timm's weights for it cannot be had here: pretrained=false starts from random ones"
+            if pretrained
+            else (
+                f"timm cannot build it for {classes} classes, {channels} channels and images of {image_size}"
+            )
         )
         raise UserError(f"backbone '{name}': {what} ({text})") from error
     return model
 
 
-def _create(
-    timm: ModuleType, name: str, arguments: dict[str, Any], image_size: tuple[int, int] | None
-) -> nn.Module:
+def _create(timm: Any, name: str, arguments: dict[str, Any], image_size: tuple[int, int] | None) -> nn.Module:
     if image_size is not None:
         # Only models that are built for one size take this argument; the others say so by a TypeError.
         try:
@@ -106,3 +112,12 @@ def _create(
             return model
     built: nn.Module = timm.create_model(name, **arguments)
     return built
+
+
+def default_input_size(name: str) -> tuple[int, int, int]:
+    """(C, H, W) of the images that ``timm/<name>`` was made for."""
+    timm = import_timm()
+    check_name(name)
+    settings = timm.get_pretrained_cfg(name.removeprefix(PREFIX))
+    channels, height, width = settings.input_size if settings is not None else (3, 224, 224)
+    return channels, height, width
