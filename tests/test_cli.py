@@ -103,7 +103,7 @@ def test_a_missing_extra_is_named(
     def missing() -> None:
         raise ModuleNotFoundError(f"No module named '{module}'", name=module)
 
-    monkeypatch.setitem(cli.LISTS, "losses", missing)
+    monkeypatch.setitem(cli_about.LISTS, "losses", missing)
     code, _, err = run(monkeypatch, capsys, "list", "losses")
     assert code == 2
     assert f"pip install 'erde[{extra}]'" in err
@@ -113,7 +113,7 @@ def test_a_bug_of_our_own_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken() -> None:
         raise KeyError("ours")
 
-    monkeypatch.setitem(cli.LISTS, "losses", broken)
+    monkeypatch.setitem(cli_about.LISTS, "losses", broken)
     monkeypatch.setattr(sys, "argv", ["erde", "list", "losses"])
     with pytest.raises(KeyError, match="ours"):
         cli.main()

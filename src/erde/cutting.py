@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from erde.cost import MacCounter, mode
-from erde.tracing import BATCHES, Trace, example_batches, run_node
+from erde.tracing import BATCHES, Trace, example_batches, run_node, without_computing
 
 # More tensors than these are no place for an exit.
 MOST_TENSORS = 4
@@ -77,8 +75,7 @@ def gather_facts(trace: Trace, input_size: Sequence[int]) -> Facts:
     nodes = list(trace.graph.nodes)
     values: dict[fx.Node, list[Any]] = {node: [] for node in nodes}
     changed_by: dict[fx.Node, list[int]] = {}
-    # Without computing: fake tensors have shapes only, and no statistic learns from them.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), mode(trace.model, False):
+    with without_computing(trace.model), mode(trace.model, False):
         macs = [
             _run(trace, nodes, images, values, changed_by)
             for images in example_batches(trace.model, input_size)

@@ -119,13 +119,25 @@ class _Map:
         spatial = [cut for cut in single if len(cut.shapes[0]) >= 2]
         wide = [cut for cut in spatial if _several_places(cut.shapes[0])]
         if wide and spatial[-1].share - wide[-1].share <= _LITTLE:
-            return wide[-1]
+            return self._as_a_map(wide)
         for found in (spatial, single):
             if found:
-                return found[-1]
+                return self._as_a_map(found)
         # Two streams, each with a classifier: all of them are what the last exit looks at.
         streams = [cut for cut in before_last if all(len(shape) >= 2 for shape in cut.shapes)]
         return (streams or before_last)[-1]
+
+    def _as_a_map(self, cuts: Sequence[Cut]) -> Cut:
+        """Of ``cuts`` behind the same layers as the last: the last one before axes are joined, or values dropped."""
+        group = [cut for cut in cuts if cut.share == cuts[-1].share]
+        kept = [cut for cut in group if not self._drops(cut.live[0])] or group
+        rank = max(len(cut.shapes[0]) for cut in kept)
+        return [cut for cut in kept if len(cut.shapes[0]) == rank][-1]
+
+    def _drops(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return "dropout" in type(self.trace.lookup(str(node.target))).__name__.lower()
+        return "dropout" in str(getattr(node.target, "__name__", node.target))
 
     # ------------------------------------------------------------ names
 
@@ -165,8 +177,10 @@ class _Map:
         def distance(cut: Cut) -> tuple[float, int]:
             return abs(cut.share - share), abs(cut.place - place)
 
-        near = sorted((cut for cut in self.cuts if distance(cut)[0] <= NEAR), key=distance)
-        chosen = next((cut for cut in near if cut.tensors == 1), None) or next(iter(exact or near), None)
+        within = [cut for cut in self.cuts if distance(cut)[0] <= NEAR]
+        near = sorted(self._representatives([cut for cut in within if cut.tensors == 1]), key=distance)
+        near += sorted((cut for cut in within if cut.tensors > 1), key=distance)
+        chosen = next((cut for cut in near if cut.tensors == 1), None) or next(iter([*exact, *near]), None)
         reason = why or "what is computed beside it is needed later too"
         if chosen is None:
             closest = min(self.cuts, key=distance, default=None)

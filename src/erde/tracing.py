@@ -237,6 +237,20 @@ def example_batches(model: nn.Module, input_size: Sequence[int]) -> list[Tensor]
 
 
 @contextlib.contextmanager
+def without_computing(model: nn.Module) -> Iterator[None]:
+    """Tensors have shapes only meanwhile, so that nothing is computed and no statistic of ``model`` learns."""
+    # Counters are an exception of fake tensors': single integers are computed all the same.
+    counters = [(one, one.clone()) for one in model.buffers() if one.ndim == 0]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for one, before in counters:
+                one.copy_(before)
+
+
+@contextlib.contextmanager
 def _seen_factories(tracer: fx.Tracer) -> Iterator[None]:
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
@@ -418,7 +432,7 @@ class Opener:
                 if error.path is not None and error.path in self.opened:
                     raise
                 self._uses_values = True
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with without_computing(self.model):
             return _trace_once(self.model, self.opened, example_batches(self.model, self.input_size))
 
     def _innermost(self, found: Trace, training: Trace, name: str) -> str | None:
