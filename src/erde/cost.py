@@ -93,7 +93,18 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=output)
+        elif func._schema.name.startswith("aten::_scaled_dot_product"):
+            self.flops += 2 * _attention_macs(*args[:3])
+        elif func._schema.name == "aten::mkldnn_rnn_layer":
+            steps, batch = args[0].shape[:2]
+            self.flops += 2 * steps * batch * (args[1].numel() + args[2].numel())
         return output
+
+
+def _attention_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of ``softmax(Q K^T) V`` for (B, heads, N, D): the two products. torch's formulas lack the CPU's fused kernel."""
+    batch, heads, queries, width = query.shape
+    return batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
 
 
 def _count(call: Callable[[], Any]) -> tuple[int, Any]:
