@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from erde.cost import head_macs, network_cost
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork, attach_exits
+from erde.export import export_stages
+from erde.stages import StageRunner
 
 torch.set_num_threads(1)
 
@@ -283,6 +287,81 @@ def test_sizes_of_the_image_may_decide() -> None:
         assert torch.equal(network.eval()(images(number))[-1], model(images(number)))
 
 
+# ---------------------------------------------------------------- export
+
+
+def check_stages(network: EarlyExitNetwork, folder: Path, size: tuple[int, int, int] = SIZE) -> StageRunner:
+    """Export; every exit and batch size, against torch on what the stage's own preprocessing gives."""
+    channels, height, width = size
+    exported = export_stages(network, (height, width, channels), (0.5,) * 3, (0.25,) * 3, folder)
+    runner = StageRunner(exported.paths(folder), threads=1)
+    for batch in (1, 2, 7):
+        pixels = np.random.default_rng(batch).integers(0, 256, (batch, height, width, channels), np.uint8)
+        normalised = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+        with torch.no_grad():
+            expected = network.eval()(normalised).numpy()
+        assert np.allclose(runner.all_logits(pixels), expected, atol=1e-4)
+    return runner
+
+
+def test_several_tensors_are_packed_into_one_for_the_next_stage(tmp_path: Path) -> None:
+    _, network = make(TwoStreams(), 3)
+    runner = check_stages(network, tmp_path / "stages")
+    features, _ = runner.run(0, np.zeros((2, 16, 16, 3), np.uint8))
+    assert features is not None
+    assert features.shape == (2, 12 * 16 * 16)
+    assert runner.all_logits(np.zeros((0, 16, 16, 3), np.uint8)).shape == (3, 0, 5)
+
+
+class FoldsWindows(nn.Module):
+    """Moves pieces of the image into the batch, and cuts there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        x = x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(batch * 4, 16, 12)
+        x = torch.relu(self.third(torch.relu(self.second(torch.relu(self.first(x))))))
+        return self.fc(x.reshape(batch, 64, 8).mean(dim=1))
+
+
+def test_pieces_of_an_image_in_the_batch_are_handed_over_by_image(tmp_path: Path) -> None:
+    model, network = make(FoldsWindows(), ["first", "second"])
+    assert network.feature_shapes(SIZE)[0] == (4, 16, 8)
+    for number in (1, 3):
+        assert torch.equal(network.eval()(images(number))[-1], model(images(number)))
+    check_stages(network, tmp_path / "stages")
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.conv2, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv2(torch.relu(self.conv(x))))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(self.features(x).mean(dim=(2, 3)))
+
+
+class NoEmptyBatch(Small):
+    def forward(self, x: Tensor) -> Any:
+        x = self.features(x)
+        return self.fc(x.reshape(x.shape[0], 4, -1).mean(dim=-1))
+
+
+def test_a_model_that_takes_no_empty_batch_is_exported_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, network = make(NoEmptyBatch(), 2)
+    check_stages(network, tmp_path / "stages")
+    assert "this network takes no empty batch" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- places
 
 
@@ -357,18 +436,6 @@ def test_an_exit_far_from_any_place_is_refused() -> None:
 
 
 # ---------------------------------------------------------------- what is refused
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.conv2, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
-
-    def features(self, x: Tensor) -> Tensor:
-        return torch.relu(self.conv2(torch.relu(self.conv(x))))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.fc(self.features(x).mean(dim=(2, 3)))
 
 
 class ByValue(Small):

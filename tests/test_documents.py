@@ -266,3 +266,19 @@ def test_no_file_speaks_of_the_place_where_it_was_written() -> None:
             if words.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
     assert not found
+
+
+def test_python_of_backbones_runs(tmp_path: Path) -> None:
+    found = blocks(ROOT / "docs" / "backbones.md", "python")
+    assert len(found) == 4
+    out = execute([sys.executable, "-c", "\n".join(found)], tmp_path)
+    assert (tmp_path / "own-bundle" / "manifest.json").is_file()
+    # What the comments say is what is printed.
+    promised = [
+        line.split("  # ")[1]
+        for block in found
+        for line in block.splitlines()
+        if line.startswith("print") and "  # " in line
+    ]
+    assert len(promised) == 3
+    assert [line for line in out.splitlines() if line.startswith("['")] == promised
