@@ -274,11 +274,7 @@ def test_python_of_backbones_runs(tmp_path: Path) -> None:
     out = execute([sys.executable, "-c", "\n".join(found)], tmp_path)
     assert (tmp_path / "own-bundle" / "manifest.json").is_file()
     # What the comments say is what is printed.
-    promised = [
-        line.split("  # ")[1]
-        for block in found
-        for line in block.splitlines()
-        if line.startswith("print") and "  # " in line
-    ]
+    lines = [line for block in found for line in block.splitlines() if line.startswith("print")]
+    promised = [line.split("  # ")[1] for line in lines if "  # " in line]
     assert len(promised) == 3
     assert [line for line in out.splitlines() if line.startswith("['")] == promised
