@@ -356,3 +356,82 @@ def test_cost_leaves_mode_and_statistics_alone(training: bool) -> None:
     network_cost(network, SIZE)
     assert all(module.training == training for module in network.modules())
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+# ---------------------------------------------------------------- tuples, and heads of the backbone's own
+
+
+class Scales(nn.Module):
+    """From one tensor or several to two scales: (B, 4, 8, 8) and (B, 6, 4, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.LazyConv2d(4, 3, padding=1), nn.LazyConv2d(6, 3, stride=2, padding=1)
+
+    def forward(self, x: Any) -> tuple[Tensor, Tensor]:
+        first = x if isinstance(x, Tensor) else x[0]
+        return torch.relu(self.fine(first)), torch.relu(self.coarse(first))
+
+
+class CoarseHead(nn.Module):
+    """A native head: it takes all scales, and looks at the coarse one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: tuple[Tensor, ...]) -> Tensor:
+        logits: Tensor = self.linear(x[-1].mean(dim=(2, 3)))
+        return logits
+
+
+def scales(native: tuple[str, ...] = ("one", "two")) -> Backbone:
+    torch.manual_seed(0)
+    blocks = OrderedDict((name, Scales()) for name in ("one", "two", "three", "four"))
+    backbone = Backbone(blocks, CoarseHead(), first_exit_block=0)
+    backbone.native_heads = nn.ModuleDict({name: CoarseHead() for name in native})
+    with torch.no_grad():
+        backbone(images())
+    return backbone
+
+
+@pytest.mark.parametrize("head", ["auto", "native"])
+def test_native_heads_stand_where_the_backbone_has_them(head: str) -> None:
+    backbone = scales()
+    network = attach_exits(backbone, 3, input_size=SIZE, head=head).eval()
+    assert network.exit_names == ["one", "two", "final"]
+    assert list(network.heads[:2]) == list(backbone.native_heads.values())
+    handed = network.stages[0](images())
+    assert torch.equal(network(images())[0], backbone.native_heads["one"](handed))
+    assert torch.equal(network(images())[-1], backbone.eval()(images()))
+    # For losses, the last of what is handed over stands for an exit.
+    assert network.feature_shapes(SIZE) == ((6, 4, 4),) * 3
+    logits, features = network.forward_with_features(images())
+    assert torch.equal(features[0], handed[-1])
+    assert torch.equal(logits, network(images()))
+
+
+def test_generic_heads_on_tuples_look_at_the_tensor_with_most_channels() -> None:
+    network = attach_exits(scales(), ["one", "three"], input_size=SIZE, head="linear").eval()
+    assert network.looks_at == [1, 1, None]
+    logits, features = network.forward_with_features(images())
+    assert torch.equal(network.heads[0](features[0]), logits[0])
+    assert torch.equal(network.forward_until(images(), 0), logits[:1])
+    assert network_cost(network, SIZE).macs[0] == 64 * 4 * 27 + 16 * 6 * 27 + 6 * 5
+
+
+@pytest.mark.parametrize(
+    ("exits", "head", "message"),
+    [
+        (4, "auto", "exits=4 is not possible on this backbone: expected 1 to 3"),
+        (["three"], "native", "the backbone brings no head for an exit at 'three': it has them at one, two"),
+    ],
+)
+def test_native_heads_that_there_are_not(exits: Any, head: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        attach_exits(scales(), exits, input_size=SIZE, head=head)
+
+
+def test_a_backbone_without_native_heads() -> None:
+    with pytest.raises(UserError, match="this backbone brings no exit heads of its own: choose auto, erde"):
+        make(head="native")
