@@ -11,7 +11,7 @@ import pytest
 from erde import cli, cli_about
 from erde.backbones import BACKBONES, build_backbone
 from erde.config import shipped_recipes
-from erde.cost import network_cost
+from erde.cost import NetworkCost, network_cost
 from erde.exits import attach_exits
 from erde.losses import LOSSES
 from erde.policy import SCORES
@@ -76,6 +76,30 @@ def test_cost_is_that_of_the_network(
     assert found["exit_names"] == ["group1_block2", "group2_block1", "final"]
     for macs in expected.macs:
         assert f"{macs:,}" in out
+
+
+def test_cost_of_a_timm_model_draws_where_the_exits_stand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(
+        monkeypatch, capsys, "cost", "timm/test_resnet", "--exits", "3", "--input-size", "3x64x64", "--json"
+    )
+    assert code == 0
+    *lines, shares, last = out.splitlines()
+    found = json.loads(last)
+    line = lines[-1].split("|")[1]
+    for index, macs in enumerate(found["macs"]):
+        assert line.index(str(index)) == round(64 * macs / found["macs"][-1])
+        assert f"{macs / found['no_exit_macs']:.0%}" in shares
+        assert f"{found['head_macs'][index]:,}" in out
+    assert set(line) == {"-", "0", "1", "2"}
+
+
+def test_shares_that_stand_close_do_not_run_into_each_other() -> None:
+    cost = NetworkCost(("a", "b", "c", "final"), (10, 11, 50, 100), (1, 2, 3, 4), 100, 4)
+    line, shares = cli_about.draw(cost).splitlines()
+    assert line == "MACs 0 |------01------------------------2-------------------------------3| 100"
+    assert shares.split() == ["10%", "50%", "100%"]
 
 
 def test_cost_of_a_wrong_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
