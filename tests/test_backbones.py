@@ -48,6 +48,10 @@ def wrn_parameters(depth: int, width: int, classes: int, channels: int) -> int:
     return total + 2 * before + before * classes + classes
 
 
+# The other families have their formulas in test_backbone_families.py.
+RESNETS = [name for name in BACKBONES if name.startswith(("resnet", "wrn"))]
+
+
 def by_formula(name: str, classes: int, channels: int = 3) -> int:
     if name.startswith("wrn"):
         _, depth, width = name.split("-")
@@ -65,7 +69,7 @@ def test_every_published_model_is_there() -> None:
     assert PUBLISHED.keys() <= BACKBONES.keys()
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", RESNETS)
 def test_parameters(name: str) -> None:
     found = count_parameters(build_backbone(name, classes=100))
     assert found == by_formula(name, 100)
@@ -77,12 +81,14 @@ def test_parameters(name: str) -> None:
 def test_contract(name: str) -> None:
     torch.manual_seed(0)
     backbone = build_backbone(name, classes=7, channels=1)
-    logits = backbone(torch.randn(2, 1, 8, 8))
-    assert logits.shape == (2, 7)
+    # Four images: where the map ends at one pixel, a batch norm over two would leave only signs.
+    logits = backbone(torch.randn(4, 1, 16, 16))
+    assert logits.shape == (4, 7)
     logits.square().sum().backward()
     silent = [
         key
         for key, parameter in backbone.named_parameters()
+        if not key.startswith("native_heads.")
         if parameter.grad is None or not bool(parameter.grad.abs().sum() > 0)
     ]
     assert silent == []

@@ -116,11 +116,11 @@ def _list_recipes() -> dict[str, str]:
 
 
 def _list_backbones() -> dict[str, str]:
-    from erde.backbones import BACKBONES
+    from erde.backbones import SUMMARIES
     from erde.backbones.timm import PREFIX
 
     return {
-        **dict.fromkeys(BACKBONES, ""),
+        **SUMMARIES,
         f"{PREFIX}<name>": "any classifier of timm's; timm.list_models() names them",
     }
 

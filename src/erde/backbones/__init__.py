@@ -7,9 +7,14 @@ from collections.abc import Callable
 from torch import nn
 
 from erde.backbones.base import Backbone
+from erde.backbones.densenet import densenet_bc
+from erde.backbones.mobilenet import cifar_mobilenet_v2
+from erde.backbones.msdnet import cifar_msdnet
 from erde.backbones.resnet import cifar_resnet
+from erde.backbones.shufflenet import cifar_shufflenet_v1, cifar_shufflenet_v2
 from erde.backbones.timm import PREFIX, is_timm, timm_model
 from erde.backbones.timm import check_name as check_timm_name
+from erde.backbones.vgg import cifar_vgg
 from erde.backbones.wrn import wide_resnet
 from erde.errors import UserError, nearest
 
@@ -35,6 +40,50 @@ BACKBONES: dict[str, Callable[[int, int], Backbone]] = {
     "wrn-16-2": lambda classes, channels: wide_resnet(16, 2, classes, channels),
     "wrn-40-1": lambda classes, channels: wide_resnet(40, 1, classes, channels),
     "wrn-40-2": lambda classes, channels: wide_resnet(40, 2, classes, channels),
+    "vgg8": lambda classes, channels: cifar_vgg(8, classes, channels),
+    "vgg13": lambda classes, channels: cifar_vgg(13, classes, channels),
+    "vgg16": lambda classes, channels: cifar_vgg(16, classes, channels),
+    "mobilenetv2": cifar_mobilenet_v2,
+    "shufflenetv1": cifar_shufflenet_v1,
+    "shufflenetv2": cifar_shufflenet_v2,
+    "densenet-bc-100-12": lambda classes, channels: densenet_bc(100, 12, classes, channels),
+    "msdnet": lambda classes, channels: cifar_msdnet((4, *[2] * 9), classes, channels),
+    "msdnet-7": lambda classes, channels: cifar_msdnet((4, *[2] * 6), classes, channels),
+    "msdnet-budgeted": lambda classes, channels: cifar_msdnet((1, 2, 3, 4, 5), classes, channels),
+}
+
+# name -> one line for people, in the same order.
+SUMMARIES: dict[str, str] = {
+    "resnet8": "CIFAR ResNet of 8 layers",
+    "resnet14": "CIFAR ResNet of 14 layers",
+    "resnet20": "CIFAR ResNet of 20 layers",
+    "resnet32": "CIFAR ResNet of 32 layers",
+    "resnet44": "CIFAR ResNet of 44 layers",
+    "resnet56": "CIFAR ResNet of 56 layers",
+    "resnet110": "CIFAR ResNet of 110 layers",
+    "resnet20-a": "CIFAR ResNet of 20 layers with shortcuts without parameters (option A)",
+    "resnet32-a": "CIFAR ResNet of 32 layers with shortcuts without parameters (option A)",
+    "resnet56-a": "CIFAR ResNet of 56 layers with shortcuts without parameters (option A)",
+    "resnet8x0.25": "CIFAR ResNet of 8 layers with a quarter of the channels",
+    "resnet8x0.5": "CIFAR ResNet of 8 layers with half of the channels",
+    "resnet8x0.75": "CIFAR ResNet of 8 layers with three quarters of the channels",
+    "resnet20x0.5": "CIFAR ResNet of 20 layers with half of the channels",
+    "resnet8x4": "CIFAR ResNet of 8 layers with 4 times the channels (stem 32)",
+    "resnet32x4": "CIFAR ResNet of 32 layers with 4 times the channels (stem 32)",
+    "wrn-16-1": "wide ResNet of 16 layers, width 1",
+    "wrn-16-2": "wide ResNet of 16 layers, width 2",
+    "wrn-40-1": "wide ResNet of 40 layers, width 1",
+    "wrn-40-2": "wide ResNet of 40 layers, width 2",
+    "vgg8": "CIFAR VGG of 8 layers with batch norm",
+    "vgg13": "CIFAR VGG of 13 layers with batch norm",
+    "vgg16": "CIFAR VGG of 16 layers with batch norm",
+    "mobilenetv2": "MobileNetV2 at half width, as in the distillation papers",
+    "shufflenetv1": "ShuffleNet V1 with 3 groups, as in the distillation papers",
+    "shufflenetv2": "ShuffleNet V2 at width 1, as in the distillation papers",
+    "densenet-bc-100-12": "DenseNet-BC of 100 layers, growth rate 12",
+    "msdnet": "MSDNet with 10 exits of its own, for anytime prediction",
+    "msdnet-7": "MSDNet with 7 exits of its own, for anytime prediction",
+    "msdnet-budgeted": "MSDNet with 5 exits of its own, wider and wider apart",
 }
 
 
@@ -74,4 +123,4 @@ def check_backbone_name(name: str) -> None:
         raise UserError(f"unknown backbone '{name}'{nearest(name, BACKBONES)}")
 
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone", "check_backbone_name"]
+__all__ = ["BACKBONES", "SUMMARIES", "Backbone", "build_backbone", "check_backbone_name"]
