@@ -169,6 +169,7 @@ def test_msdnet_hands_over_its_scales() -> None:
         assert shape == [(shape[-1][0] // 4 * 2**s, sides[s], sides[s]) for s in range(finest, 3)]
     assert [len(shape) for shape in shapes] == [3, 3, 3, 2, 2, 2, 2, 1, 1, 1]
     assert list(backbone.native_heads) == [f"block{number}" for number in range(1, 10)]
+    assert backbone.first_exit_block == 0
 
 
 def test_msdnet_coarse_scales_come_from_finer_ones_and_their_own() -> None:

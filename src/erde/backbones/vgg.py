@@ -37,7 +37,7 @@ def cifar_vgg(depth: int, classes: int, channels: int = 3) -> Backbone:
                 block = nn.Sequential(OrderedDict([("pool", pool), *block.named_children()]))
             blocks[f"group{group}_block{number}"] = block
             channels_in = width
-    backbone = Backbone(blocks, pooled_classifier(channels_in, classes), first_exit_block=0)
+    backbone = Backbone(blocks, pooled_classifier(channels_in, classes))
     initialise_convolutions(backbone)
     initialise_linear(backbone)
     return backbone
