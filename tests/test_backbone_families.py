@@ -20,6 +20,7 @@ from erde.exits import attach_exits
 from erde.export import export_stages
 from tests import family_costs
 from tests.known_weights import scramble_norms
+from tests.test_cli import run
 from tests.test_msdnet import MSDNETS
 
 torch.set_num_threads(1)
@@ -209,3 +210,13 @@ def test_every_backbone_has_a_summary_of_one_line() -> None:
     assert list(SUMMARIES) == list(BACKBONES)
     assert all(0 < len(one) <= 80 and "\n" not in one for one in SUMMARIES.values())
     assert len(set(SUMMARIES.values())) == len(SUMMARIES)
+
+
+def test_list_prints_the_summaries(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(monkeypatch, capsys, "list", "backbones", "--json")
+    assert code == 0
+    assert [line.split(maxsplit=1) for line in out.splitlines()[:-1]] == [
+        list(one) for one in SUMMARIES.items()
+    ]
