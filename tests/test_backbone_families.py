@@ -217,6 +217,6 @@ def test_list_prints_the_summaries(
 ) -> None:
     code, out, _ = run(monkeypatch, capsys, "list", "backbones", "--json")
     assert code == 0
-    assert [line.split(maxsplit=1) for line in out.splitlines()[:-1]] == [
-        list(one) for one in SUMMARIES.items()
-    ]
+    *lines, timm = [line.split(maxsplit=1) for line in out.splitlines()[:-1]]
+    assert lines == [list(one) for one in SUMMARIES.items()]
+    assert timm[0] == "timm/<name>"

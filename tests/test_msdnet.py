@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from erde.backbones import Backbone, build_backbone
 from erde.backbones.msdnet import cifar_msdnet
 from erde.cost import count_macs, count_parameters, network_cost
-from erde.errors import UserError
 from erde.exits import EarlyExitNetwork, attach_exits
 from erde.export import export_stages
 from tests import family_costs
@@ -154,12 +153,7 @@ def test_every_native_exit_learns(name: str) -> None:
 
 
 def with_native_exits(backbone: Backbone, exits: int | list[str]) -> EarlyExitNetwork:
-    try:
-        return attach_exits(backbone, exits, input_size=(3, 32, 32), head="auto")
-    except UserError as error:
-        if "unknown exit head 'auto'" not in str(error):
-            raise
-        pytest.skip("attach_exits does not take native heads yet")
+    return attach_exits(backbone, exits, input_size=(3, 32, 32), head="auto")
 
 
 def test_msdnet_with_all_its_exits_costs_what_it_should() -> None:
