@@ -293,6 +293,10 @@ def _export_graph(
                 opset_version=opset,
                 verbose=False,
             )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        text = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise UserError(f"torch cannot write {path.name} as ONNX: {text.strip()}") from error
     finally:
         logger.setLevel(level)
     assert program is not None
@@ -328,7 +332,8 @@ def _takes_no_images(
     """Whether a batch of no images passes; some models of others refuse one, which is said and no reason to stop."""
     images = _random_images(0, exported.input_shape)
     try:
-        with torch.no_grad():
+        # torch.fx writes about an error to the terminal besides raising it.
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             network(preprocess(images))
         runner.all_logits(images.numpy())
     except (RuntimeError, IndexError, ZeroDivisionError, UserError):
