@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import erde
 from erde import teacher_answers
@@ -127,7 +127,11 @@ def test_folding_batch_norm_changes_nothing_but_the_last_bits(
     images = torch.randn(7, 1, 8, 8)
     with torch.no_grad():
         expected, features = teacher.eval().forward_with_features(images)
-    answer = Teacher(copy.deepcopy(teacher), torch.device("cpu"), features=True).ask(images)
+    asked = Teacher(copy.deepcopy(teacher), torch.device("cpu"), features=True)
+    answer = asked.ask(images)
+    # Those behind convolutions are gone; heads begin with one of their own.
+    norms = [sum(isinstance(one, nn.BatchNorm2d) for one in of.modules()) for of in (teacher, asked._call)]
+    assert norms[0] > norms[1] == 2
     torch.testing.assert_close(answer.logits, expected, rtol=1e-4, atol=1e-5)
     for one, other in zip(answer.features, features, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

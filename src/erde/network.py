@@ -59,7 +59,7 @@ class EarlyExitNetwork(nn.Module):
 
     def features_of(self, index: int, handed: Handed) -> Tensor:
         """The one tensor that stands for exit ``index``: what its head looks at, of a tuple for a native head the last."""
-        if isinstance(handed, Tensor):
+        if not isinstance(handed, tuple):
             return handed
         which = self.looks_at[index]
         return handed[-1 if which is None else which]

@@ -66,7 +66,8 @@ def train_together(
         assert np.array_equal(job.train.labels, first.train.labels)
         assert (job.seed, job.augmentation, job.device) == (first.seed, first.augmentation, first.device)
         assert (job.config.epochs, job.config.batch_size) == (first.config.epochs, first.config.batch_size)
-    if first.device.type == "cpu":
+    if first.device.type == "cpu" and isinstance(first.train.images, np.ndarray):
+        # Not where images are decoded meanwhile: there, buffers of all sizes would pile up.
         _keep_memory()
     trained = [one for job in jobs for one in job.network.parameters() if one.requires_grad]
     try:
