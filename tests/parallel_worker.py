@@ -89,7 +89,7 @@ def main() -> None:
         batch_size=64,
         device="cpu",
         checkpoint_seconds=0,
-        tensorboard=False,
+        tensorboard=True,
     )
     if parallel.is_first():
         flat = {f"{loss}/{name}": one for loss, all_ in found.items() for name, one in all_.items()}

@@ -269,3 +269,87 @@ def test_a_cache_from_python(digits: DataSplits, teacher: EarlyExitNetwork, tmp_
 
     assert distilled(tmp_path) == distilled(None)
     assert len(entries(tmp_path)) == 1
+
+
+# ---------------------------------------------------------------- in a recipe
+
+
+def open_run(folder: Path, *overrides: str) -> Any:
+    from erde.config import load_config
+    from erde.pipeline import Run
+
+    small = ["arms={kd: {loss: kd}}", "export.arm=kd", "device=cpu", "threads=1"]
+    return Run.open(load_config("digits", [*small, *overrides]), folder, resume=False)
+
+
+def test_what_is_wrong_with_a_cache_is_said_before_the_teacher_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with user_error(r"teacher\.cache needs views that can be numbered.*set data\.augmentation\.cutout=0"):
+        open_run(tmp_path / "run", "teacher.cache=true", "data.augmentation.cutout=2")
+    (tmp_path / "file").write_text("")
+    with user_error("cannot create the folder"):
+        open_run(tmp_path / "run", f"teacher.cache={tmp_path / 'file'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with user_error(
+            r"the teacher cache cannot be written to .* is read-only; set teacher\.cache to a folder"
+        ):
+            open_run(tmp_path / "run", "teacher.cache=true")
+    with monkeypatch.context() as patch:
+        # 9 views of 500 images, 3 exits and 10 classes, 4 bytes each: 540,000.
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, teacher_answers.SPARE_BYTES + 539_999))
+        with user_error(r"the teacher cache takes 0\.00 GB in .*: set teacher\.cache to a larger disk"):
+            open_run(tmp_path / "run", "teacher.cache=true")
+        patch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, teacher_answers.SPARE_BYTES + 540_000))
+        open_run(tmp_path / "other", "teacher.cache=true")
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_that_would_do_nothing(tmp_path: Path) -> None:
+    with user_error(r"teacher\.cross_fit is set, and no arm asks for held-out predictions"):
+        open_run(tmp_path / "run", "teacher.cross_fit=3", "teacher.disjoint=false")
+    with user_error("disjoint and cross_fit are two ways"):
+        open_run(tmp_path / "run", "teacher.cross_fit=3")
+    with user_error("match is for a teacher that was trained elsewhere"):
+        open_run(tmp_path / "run", "teacher.match=order")
+
+
+def test_a_run_goes_on_with_other_means(tmp_path: Path) -> None:
+    from erde.config import load_config
+    from erde.pipeline import Run
+
+    open_run(tmp_path / "run")
+    small = ["arms={kd: {loss: kd}}", "export.arm=kd", "device=cpu", "threads=1"]
+    config = load_config("digits", [*small, "train.together=true", "teacher.cache=true", "data.workers=0"])
+    assert Run.open(config, tmp_path / "run", resume=True).config.train.together
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    other = load_config("digits", [*small, "train.epochs=3"])
+    with user_error(r"belongs to another recipe: there train\.epochs is 40, now it is 3"):
+        Run.open(other, tmp_path / "run", resume=True)
+
+
+def test_networks_that_differ_in_code_alone(teacher: EarlyExitNetwork) -> None:
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x
+
+    class Power(nn.Module):
+        def __init__(self, exponent: float) -> None:
+            super().__init__()
+            self.exponent = exponent
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x**self.exponent
+
+    def graph(function: Any) -> str:
+        class Own(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return function(x)
+
+        return network_hash(torch.fx.symbolic_trace(Own()))
+
+    assert network_hash(Power(2.0)) != network_hash(Power(3.0))
+    assert network_hash(Square()) != network_hash(Power(2.0))
+    assert graph(torch.relu) != graph(torch.tanh)
+    assert graph(torch.relu) == graph(torch.relu)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import erde
 from erde import checkpoint, parallel, training
 from erde.data import DataSplits
 from erde.exits import EarlyExitNetwork
@@ -131,7 +132,7 @@ def test_out_of_memory_together(digits: DataSplits) -> None:
 
     jobs = [make_job(digits, Toy()), dataclasses.replace(make_job(digits, Toy(1, no_memory)), name="other")]
     with user_error(
-        r"out of memory while training 'arm' and 'other' on cpu .*: set train\.together=false, lower"
+        r"out of memory while training 'arm' and 'other' on cpu .*: continue with train\.together=false --resume, or lower"
     ):
         train_together(jobs, [None, None])
 
@@ -269,10 +270,15 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_scalars_for_tensorboard(digits: DataSplits, tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
+
+    def job(*arguments: Any, **settings: Any) -> Job:
+        made = make_job(digits, *arguments, tensorboard=True, **settings)
+        return dataclasses.replace(made, scalars=tmp_path / "tensorboard")
+
     with pytest.raises(KilledError):
-        train_network(make_job(digits, Toy(8), tensorboard=True, checkpoint_seconds=3600), checkpoints)
+        train_network(job(Toy(8), checkpoint_seconds=3600), checkpoints)
     # Killed before its first checkpoint: what it wrote of epochs that come again is not shown twice.
-    outcome = train_network(make_job(digits, tensorboard=True), checkpoints)
+    outcome = train_network(job(), checkpoints)
     found = read_scalars(tmp_path / "tensorboard")
     assert {f"accuracy/exit_{index}" for index in range(3)} < set(found)
     assert {"loss", "share", "learning_rate", "images_per_second", "ce/exit_2"} < set(found)
@@ -280,8 +286,16 @@ def test_scalars_for_tensorboard(digits: DataSplits, tmp_path: Path) -> None:
         expected = [entry.parts["accuracy"][index] for entry in outcome.history]  # type: ignore[index]
         assert [step for step, _ in found[f"accuracy/exit_{index}"]] == [1, 2, 3]
         assert [value for _, value in found[f"accuracy/exit_{index}"]] == pytest.approx(expected)
-    train_network(make_job(digits), tmp_path / "other" / "checkpoints")
-    assert entries(tmp_path / "other") == ["checkpoints"]
+
+
+def test_scalars_from_python(digits: DataSplits, tmp_path: Path) -> None:
+    arguments = {"epochs": 1, "batch_size": 256, "device": "cpu"}
+    erde.train(new_network(digits), digits, folder=tmp_path, tensorboard=True, **arguments)
+    assert entries(tmp_path) == [FINAL, "tensorboard"]
+    with user_error("writes into the folder of the training: give one"):
+        erde.train(new_network(digits), digits, tensorboard=True, **arguments)
+    with user_error("train.together is for the arms of a recipe"):
+        erde.train(new_network(digits), digits, together=True, **arguments)
 
 
 def test_tensorboard_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

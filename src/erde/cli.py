@@ -73,8 +73,10 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    # Of several processes (torchrun) all come across the same bad input: one line is enough.
-    if os.environ.get("RANK", "0") == "0":
+    # Of several processes (torchrun) all come across the same bad input: one line is enough. Once they have
+    # found each other, what stops one of them may be its own: part of the images, its memory.
+    parallel = sys.modules.get("erde.parallel")
+    if os.environ.get("LOCAL_RANK", "0") == "0" or (parallel is not None and parallel.processes() > 1):
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 

@@ -97,6 +97,9 @@ class DataConfig(Frozen):
     train_subset: Count | None = Field(
         None, description="images of train that students see; limits train only"
     )
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="of the four splits; None: seed. Set, runs with other seeds have the same splits"
+    )
     tune_size: Count = 2500
     certify_size: Count = 2500
     test_size: Count = Field(2500, description="only used where the data set has no test split of its own")
@@ -236,7 +239,20 @@ class TeacherConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _as_it_is(self) -> TeacherConfig:
+        if self.disjoint and self.cross_fit is not None:
+            raise ValueError(
+                "disjoint and cross_fit are two ways to images that a teacher did not see: leave one out"
+            )
         if not self.trained:
+            for key in ("mean", "std", "classes"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{key} is for a teacher that was trained elsewhere: set trained, or leave it out"
+                    )
+            if self.match != "name":
+                raise ValueError(
+                    "match is for a teacher that was trained elsewhere: set trained, or leave it out"
+                )
             return self
         if self.weights is None:
             raise ValueError("trained asks for a teacher that is used as it is: name its file in weights")
@@ -324,8 +340,20 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _cross_references(self) -> Config:
         from erde.backbones import check_backbone_name
+        from erde.losses import LOSSES
         from erde.policy import SCORES
 
+        if self.teacher.cache and (self.data.augmentation.cutout or self.data.augmentation.resized_crop):
+            raise UserError(
+                "teacher.cache needs views that can be numbered, and cutout and resized_crop have endless ones: set "
+                "data.augmentation.cutout=0 and leave resized_crop out, or set teacher.cache=false"
+            )
+        asks = any("held_out_logits" in LOSSES[arm.loss.name].extras(arm.loss) for arm in self.arms.values())
+        if self.teacher.cross_fit is not None and not asks:
+            raise UserError(
+                "teacher.cross_fit is set, and no arm asks for held-out predictions: give an arm erde's "
+                "wrong_test: held_out, or leave cross_fit out"
+            )
         if self.export.arm not in self.arms:
             raise UserError(
                 f"export.arm is '{self.export.arm}', which is no arm{nearest(self.export.arm, self.arms)}"

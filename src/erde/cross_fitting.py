@@ -48,6 +48,8 @@ def held_out_logits(run: Run, teacher_job: Job) -> Tensor:
     """
     folder = make_folder(run.arm_folder("teacher"))
     path = folder / HELD_OUT
+    # All look before the first one can have written it.
+    parallel.wait()
     if not path.exists():
         students = run.data.train_share(run.config.data.train_subset)
         if run.config.teacher.disjoint:
@@ -72,7 +74,11 @@ def _cross_fit(run: Run, teacher_job: Job, students: TrainSplit) -> Tensor:
         train = TrainSplit(part_of(teacher_job.train.images, rest), teacher_job.train.labels[rest])
         network = run.new_network("teacher")
         job = dataclasses.replace(
-            teacher_job, name=f"teacher, fold {fold + 1} of {folds}", network=network, train=train
+            teacher_job,
+            scalars=None,
+            name=f"teacher, fold {fold + 1} of {folds}",
+            network=network,
+            train=train,
         )
         train_network(job, run.arm_folder("teacher") / "folds" / str(fold), run.log)
         rows = asked[asked % folds == fold]

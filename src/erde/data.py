@@ -37,6 +37,7 @@ class DataSplits:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    workers: int = 0  # processes that decode, where images are streamed
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -79,6 +80,7 @@ def load_data(name: str, *, seed: int = 0, **settings: Any) -> DataSplits:
 
 def load_splits(config: DataConfig, seed: int) -> DataSplits:
     """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine."""
+    seed = seed if config.split_seed is None else config.split_seed
     pool, test, classes = load_digits() if config.name == "digits" else load_columns(config)
     if test is None:
         order = stratified_order(pool.labels, seed + 1)
@@ -113,6 +115,7 @@ def load_splits(config: DataConfig, seed: int) -> DataSplits:
         tuple(classes),
         mean,
         std,
+        config.workers,
     )
 
 

@@ -93,6 +93,10 @@ def _fit(
     settings: Mapping[str, Any],
 ) -> list[Epoch]:
     config, resolved = validate(TrainConfig, settings, "train."), resolve_loss(loss)
+    if config.together:
+        raise UserError("train.together is for the arms of a recipe: leave it out")
+    if config.tensorboard and folder is None:
+        raise UserError("train.tensorboard writes into the folder of the training: give one, folder=...")
     if "held_out_logits" in LOSSES[resolved.name].extras(resolved):
         raise UserError(
             "held-out teacher predictions are made by a recipe (teacher.cross_fit): from Python use another wrong_test"
@@ -119,6 +123,8 @@ def _fit(
         device=choose_device(device),
         extras=tuple(LOSSES[resolved.name].extras(resolved)),
         teacher_cache=Path(teacher_cache) if teacher_cache is not None else None,
+        workers=data.workers,
+        scalars=Path(folder) / "tensorboard" if config.tensorboard and folder is not None else None,
     )
     return train_network(job, Path(folder) if folder is not None else None).history
 

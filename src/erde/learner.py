@@ -46,6 +46,7 @@ class Job:
     workers: int = 0
     extras: tuple[Extra, ...] = ()  # what the criterion asks for beyond logits and labels
     teacher_cache: Path | None = None
+    scalars: Path | None = None  # the folder of TensorBoard's files
     held_out_logits: Tensor | None = None  # (N, Et, K), of teachers that were not trained on the image
 
     def check(self) -> None:
@@ -153,7 +154,7 @@ class Learner:
         self.outcome = Outcome()
         self.meter = Meter()
         self.position = (0, 0)
-        self.scalars = Scalars(folder.parent if job.config.tensorboard and folder is not None else None)
+        self.scalars = Scalars(job.scalars if parallel.is_first() else None)
         self._model: tuple[str, nn.Module] | None = None
 
     # ------------------------------------------------------------ one epoch, one step
@@ -229,7 +230,10 @@ class Learner:
                     assert answer is not None
                     extras["teacher_features"] = [one[rows] for one in answer.features]
             teacher_logits = None if answer is None else answer.logits[:, rows]
-            found.append((batch.images[rows], batch.labels[rows], teacher_logits, extras))
+            images = batch.images[rows]
+            if not self.job.config.channels_last:
+                images = images.contiguous()
+            found.append((images, batch.labels[rows], teacher_logits, extras))
         return found
 
     def _update_average(self) -> None:
@@ -330,7 +334,8 @@ class Learner:
         """Continue from the folder's checkpoint, if there is one; True where training had ended."""
         if self.folder is None:
             return False
-        make_folder(self.folder)
+        if parallel.is_first():
+            make_folder(self.folder)
         finished = (self.folder / FINAL).exists()
         path = self.folder / (FINAL if finished else LAST)
         if not path.exists():

@@ -43,8 +43,16 @@ def is_first() -> bool:
 
 def start(device: str) -> None:
     """Join the others, if ``torchrun`` started this process as one of several: NCCL on GPUs, Gloo on CPUs."""
-    if _started() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _started() or os.environ.get("WORLD_SIZE", "1") == "1":
         return
+    missing = [
+        name for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR") if name not in os.environ
+    ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {missing[0]} is not set: start several processes with torchrun, "
+            "or unset WORLD_SIZE"
+        )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()

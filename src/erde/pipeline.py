@@ -58,11 +58,21 @@ from erde.results import Results
 from erde.run_evaluation import TEACHER
 from erde.settings import Settings
 from erde.stages import StageRunner
+from erde.teacher_answers import check_cache
 from erde.teachers import WeightsReport, adapt_teacher, load_teacher_weights, measure_accuracy
 from erde.thresholds import Cost
 from erde.training import choose_device, train_together
 
 PHASES = ("train", "distill", "export", "calibrate", "evaluate")
+# Keys that leave the results as they are: a run may go on with others.
+FREE_TO_CHANGE = (
+    ("train", "together"),
+    ("train", "checkpoint_seconds"),
+    ("train", "tensorboard"),
+    ("teacher", "cache"),
+    ("data", "workers"),
+    ("data", "memory_limit_gib"),
+)
 # What several processes can share; the first one does the rest alone.
 TRAINING = ("train", "distill")
 
@@ -120,6 +130,7 @@ class Run:
                 )
             _check_same_recipe(config, saved)
             sweep_leftovers(folder)
+            write_text(saved, config.to_yaml())
         elif folder.is_dir() and any(folder.iterdir()):
             advice = "continue it with --resume" if saved.is_file() else "it holds other files"
             raise UserError(f"{folder} is not empty: {advice}, or choose another folder with --out")
@@ -326,6 +337,9 @@ class Run:
             job.check()
             if "held_out_logits" in job.extras:
                 cross_fitting.check(self)
+            if job.teacher_cache is not None:
+                logits = len(job.teacher.heads) * len(self.data.classes) if job.teacher is not None else 0
+                check_cache(job.teacher_cache, job.augmentation, len(job.train), logits)
             cost = network_cost(network, self.data.input_size)
             if len(cost.macs) > 1:
                 for budget in self.config.calibration.budgets:
@@ -373,6 +387,7 @@ class Run:
             workers=config.data.workers,
             extras=tuple(LOSSES[loss.name].extras(loss)),
             teacher_cache=self.teacher_cache if teacher is not None else None,
+            scalars=self.arm_folder(arm) / "tensorboard" if settings.tensorboard else None,
         )
 
     @property
@@ -392,7 +407,10 @@ class Run:
             held_out = cross_fitting.held_out_logits(
                 self, self._job(TEACHER, self.new_network(TEACHER), None)
             )
-            jobs = [dataclasses.replace(job, held_out_logits=held_out) for job in jobs]
+            jobs = [
+                dataclasses.replace(job, held_out_logits=held_out) if "held_out_logits" in job.extras else job
+                for job in jobs
+            ]
         folders = [self.arm_folder(arm) / "checkpoints" for arm in arms]
         for arm, outcome in zip(arms, train_together(jobs, folders, self.log), strict=True):
             if parallel.is_first():
@@ -551,6 +569,9 @@ class Run:
 
 def _check_same_recipe(config: Config, saved: Path) -> None:
     old, new = yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(config.to_yaml())
+    for group, key in FREE_TO_CHANGE:
+        # A recipe of an earlier version may lack the key.
+        old.setdefault(group, {})[key] = new[group][key]
     difference = _first_difference(old, new)
     if difference is not None:
         key, before, now = difference

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Scalars:
-    """Event files below ``<folder>/tensorboard``; with no folder nothing is written."""
+    """Event files in a folder; without one nothing is written."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -37,7 +37,7 @@ class Scalars:
             from torch.utils.tensorboard import SummaryWriter
 
             # What a killed process wrote of this epoch and later ones is not shown.
-            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=entry.epoch)
+            self._writer = SummaryWriter(str(self._folder), purge_step=entry.epoch)
         self._writer.add_scalar("learning_rate", entry.learning_rate, entry.epoch)
         self._writer.add_scalar("images_per_second", images_per_second, entry.epoch)
         for name, value in entry.parts.items():

@@ -6,8 +6,10 @@ image, so that arms, epochs, resumed runs and other runs with the same teacher a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -23,10 +25,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from erde import parallel, progress
+from erde.config import AugmentationConfig
 from erde.data import Batch, TrainBatches
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork
-from erde.files import make_folder, write_json
+from erde.files import check_folder, make_folder, write_json
+from erde.views import Views
 
 MANIFEST = "manifest.json"
 # How often the place that was reached is written down; what came after it is computed again after a kill.
@@ -57,11 +61,13 @@ class Teacher:
     ) -> None:
         self.network = network.to(device).eval()
         self.device, self.features, self.autocast = device, features, autocast
-        self._channels_last, self._compiled = channels_last, compiled
+        self._channels_last, self.compiled = channels_last, compiled
         self._call: Any = None
 
     def ask(self, images: Tensor) -> Answer:
         """Of normalised images (B, C, H, W)."""
+        if not self._channels_last:
+            images = images.contiguous()
         if self._call is None:
             self._call = self._prepare(images[:2])
         with (
@@ -81,7 +87,7 @@ class Teacher:
         call = _fold_batch_norm(plain, images)
         if self._channels_last:
             call = call.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return torch.compile(call, dynamic=False) if self._compiled else call
+        return torch.compile(call, dynamic=False) if self.compiled else call
 
 
 class _WithFeatures(nn.Module):
@@ -130,6 +136,7 @@ class CachedTeacher:
             **identity,
             "teacher": network_hash(teacher.network),
             "precision": "bf16" if teacher.autocast else "fp32",
+            "computed": [teacher.device.type, teacher.compiled],
             "images": images,
             "views": [views.padding, views.flip, views.count],
             "arrays": {name: list(shape) for name, shape in shapes.items()},
@@ -165,7 +172,7 @@ class CachedTeacher:
     def _compute(
         self, teacher: Teacher, files: dict[str, NDArray[np.float32]], done: int, total: int
     ) -> None:
-        # The shape of training's own batches, so that a library takes the same path through its kernels.
+        # Whole batches also at the end, so that a library takes the same path through its kernels.
         size, saved = self._batches.batch_size, time.monotonic()
         with progress.task("teacher cache", total, done) as task:
             while done < total:
@@ -222,10 +229,7 @@ class CachedTeacher:
             there = sum(one.stat().st_blocks * 512 for one in self.folder.glob("*.f32"))
             missing, free = self._size(shapes) - there, shutil.disk_usage(self.folder).free - SPARE_BYTES
             if missing > free:
-                raise UserError(
-                    f"the teacher cache takes {_gigabytes(self._size(shapes))} in {root}, where {_gigabytes(max(free, 0))} "
-                    "can be used: set teacher.cache to a larger disk, lower data.augmentation.views, or set teacher.cache=false"
-                )
+                raise _too_large(self._size(shapes), root, free)
             for name, shape in shapes.items():
                 with (self.folder / f"{name}.f32").open("ab") as file:
                     file.truncate(self._bytes(shape))
@@ -257,9 +261,46 @@ class CachedTeacher:
         return np.memmap(path, dtype="<f4", mode=mode, shape=(self._views, self._images, *shape))
 
 
+def check_cache(root: Path, augmentation: AugmentationConfig, images: int, logits: int) -> None:
+    """What can be said of a cache before the teacher is trained: whether ``root`` can be written to, and has the space.
+
+    ``logits`` is how many numbers the teacher gives for an image: exits times classes.
+    """
+    views = Views.of(augmentation)
+    assert views is not None
+    check_folder(root)
+    parent = next(one for one in (root, *root.absolute().parents) if one.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(
+            f"the teacher cache cannot be written to {root}: {parent} is read-only; set teacher.cache to a folder that "
+            "you may write to"
+        )
+    size = 4 * views.count * images * logits
+    free = shutil.disk_usage(parent).free - SPARE_BYTES
+    if size > free + sum(one.stat().st_size for one in root.glob("*/*.f32")):
+        raise _too_large(size, root, free)
+
+
+def _too_large(size: int, root: Path, free: int) -> UserError:
+    return UserError(
+        f"the teacher cache takes {_gigabytes(size)} in {root}, where {_gigabytes(max(free, 0))} can be used: set "
+        "teacher.cache to a larger disk, lower data.augmentation.views, or set teacher.cache=false"
+    )
+
+
 def network_hash(network: nn.Module) -> str:
-    """SHA-256 over the structure, as printed, and all tensors of the state dict, by name."""
+    """SHA-256 over the structure, as printed, plain attributes, code, and all tensors of the state dict, by name."""
     digest = hashlib.sha256(repr(network).encode())
+    for name, module in network.named_modules():
+        plain = {
+            key: one for key, one in vars(module).items() if isinstance(one, bool | int | float | str | tuple)
+        }
+        plain.pop("training", None)
+        code = getattr(module, "code", None)
+        if not isinstance(code, str):
+            with contextlib.suppress(OSError, TypeError):
+                code = inspect.getsource(type(module))
+        digest.update(repr((name, sorted(plain.items()), code)).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())

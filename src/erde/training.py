@@ -1,7 +1,7 @@
 """The one training loop: for teachers, students, fixed networks and every method.
 
 One batch goes: ``data.TrainBatches`` -> :meth:`_Trainer._epoch` here -> ``learner.Learner.step`` ->
-``exits.EarlyExitNetwork`` -> a criterion of ``losses/``. Several networks with the same batches and the
+``network.EarlyExitNetwork`` -> a criterion of ``losses/``. Several networks with the same batches and the
 same teacher may go through it together.
 """
 
@@ -98,12 +98,11 @@ def _keep_memory() -> None:
 
 def _out_of_memory(jobs: Sequence[Job]) -> UserError:
     names, first = " and ".join(f"'{job.name}'" for job in jobs), jobs[0]
-    remedy = "lower the batch size, or raise train.accumulate"
+    remedy = "lower the batch size or raise train.accumulate, in a new run"
     if len(jobs) > 1:
-        remedy = f"set train.together=false, {remedy}"
+        remedy = f"continue with train.together=false --resume, or {remedy}"
     return UserError(
-        f"out of memory while training {names} on {first.device} with train.batch_size={first.config.batch_size}: "
-        f"{remedy}, then start again (finished networks are kept with --resume)"
+        f"out of memory while training {names} on {first.device} with train.batch_size={first.config.batch_size}: {remedy}"
     )
 
 
@@ -170,8 +169,6 @@ class _Trainer:
         for step, batch in enumerate(self.batches.epoch(epoch, first), start=first):
             active = [learner for learner in learners if learner.position[1] == step]
             asked = any(one.job.teacher is not None and one.phase == "joint" for one in active)
-            if not self.config.channels_last:
-                batch = batch._replace(images=batch.images.contiguous())
             answer = teacher(batch) if asked and teacher is not None else None
             for learner in active:
                 learner.step(batch, answer if learner.job.teacher is not None else None)
@@ -235,7 +232,8 @@ class _Clock:
     def stop(self) -> None:
         seconds = time.perf_counter() - self._started
         for learner in self._learners:
-            learner.outcome.seconds += seconds
+            # Together they share the time: each has its part of it.
+            learner.outcome.seconds += seconds / len(self._learners)
             learner.outcome.images += self.steps * self._batch_size
 
 
