@@ -185,8 +185,8 @@ def variants(run: Run, given: argparse.Namespace, folder: Path) -> dict[str, Wor
         made = run._job(arm, run.new_network(arm), teacher)
         return dataclasses.replace(made, config=made.config.model_copy(update=settings))
 
-    def cached() -> Job:
-        made = job()
+    def cached(**settings: Any) -> Job:
+        made = job(**settings)
         augmentation = made.augmentation.model_copy(update={"views": given.views})
         return dataclasses.replace(made, augmentation=augmentation, teacher_cache=folder)
 
@@ -199,6 +199,7 @@ def variants(run: Run, given: argparse.Namespace, folder: Path) -> dict[str, Wor
     }
     if given.compile:
         found["erde, compiled"] = ours([job(compile=True)], given.steps)
+        found["erde, teacher cache, compiled"] = ours([cached(compile=True)], given.steps)
     if given.bf16:
         found["erde, bf16"] = ours([job(precision="bf16")], given.steps)
     return found
