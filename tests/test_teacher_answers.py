@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 import erde
 from erde import teacher_answers
-from erde.config import AugmentationConfig
+from erde.config import AugmentationConfig, resolve_loss
 from erde.data import DataSplits, TrainBatches
 from erde.exits import EarlyExitNetwork
 from erde.learner import Job
+from erde.losses import LOSSES
 from erde.teacher_answers import MANIFEST, Answer, CachedTeacher, Teacher, network_hash
 from erde.training import train_network
 from tests.conftest import entries, user_error
@@ -39,7 +40,8 @@ def cached_job(
         digits, make_criterion(digits, loss, network, teacher), network=network, teacher=teacher, **settings
     )
     augmentation = AugmentationConfig(crop_padding=1, views=VIEWS)
-    return dataclasses.replace(job, augmentation=augmentation, teacher_cache=cache)
+    extras = tuple(LOSSES[loss].extras(resolve_loss(loss)))
+    return dataclasses.replace(job, augmentation=augmentation, teacher_cache=cache, extras=extras)
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def forbidden(*_: Any) -> Answer:
     raise AssertionError("the teacher was asked")
 
 
-@pytest.mark.parametrize("loss", ["kd", "erde"])
+@pytest.mark.parametrize("loss", ["kd", "erde", "crd"])
 def test_training_from_the_cache_is_bit_for_bit_that_without(
     loss: str, digits: DataSplits, teacher: EarlyExitNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
