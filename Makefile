@@ -15,7 +15,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15 --cov --cov-report=term
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
