@@ -22,8 +22,9 @@ from erde import bundle
 from erde.config import AugmentationConfig
 from erde.cost import network_cost
 from erde.data import DataSplits, TrainBatches
+from erde.errors import UserError
 from erde.exits import EarlyExitNetwork
-from erde.export import ExportedStages, _check_equal, export_plain, export_stages
+from erde.export import ExportedStages, _check_batches, _check_equal, export_plain, export_stages
 from erde.splits import TrainSplit
 from erde.stages import StageRunner
 from tests.conftest import entries, user_error
@@ -447,3 +448,24 @@ def test_export_can_be_called_in_any_order_of_imports(tmp_path: Path) -> None:
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert len(found) == 8
     assert all(name == "UserError" and "exists already" in message for _, name, message in found)
+
+
+@pytest.mark.parametrize("refused", [0, 2])
+def test_int8_stages_may_refuse_a_batch_of_nothing_only(
+    refused: int, single: tuple[EarlyExitNetwork, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = single[1]
+    all_logits = StageRunner.all_logits
+
+    def refuse(self: StageRunner, images: Any, *arguments: Any, **settings: Any) -> Any:
+        if len(images) == refused:
+            raise UserError(f"no batch of {refused}")
+        return all_logits(self, images, *arguments, **settings)
+
+    monkeypatch.setattr(StageRunner, "all_logits", refuse)
+    exported = ExportedStages.read(folder)
+    if refused:
+        with user_error("no batch of 2"):
+            _check_batches(exported, folder)
+    else:
+        _check_batches(exported, folder)

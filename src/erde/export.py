@@ -348,7 +348,12 @@ def _check_batches(exported: ExportedStages, folder: Path) -> None:
     images = _random_images(max(PARITY_BATCHES), exported.input_shape).numpy()
     alone = runner.all_logits(images, batch_size=1)
     for batch in PARITY_BATCHES:
-        together = runner.all_logits(images[:batch])
+        try:
+            together = runner.all_logits(images[:batch])
+        except UserError:
+            if batch == 0:  # some models of others refuse it; their float stages have said so
+                continue
+            raise
         for index, name in enumerate(exported.cost.exit_names):
             _check_equal(together[index], alone[index, :batch], name, batch, "itself for single images")
 
