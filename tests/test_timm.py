@@ -33,7 +33,8 @@ QUICK: dict[str, int] = {
     "eva02_tiny_patch14_224": 56, "test_resnet": 64,
 }  # fmt: skip
 SLOW: dict[str, int] = {
-    "densenet121": 32, "ghostnet_050": 64, "vgg11": 64, "inception_v3": 96, "xception41": 64, "res2net50_14w_8s": 64, "dpn68": 64, "cspresnet50": 64,
+    "densenet121": 32,
+    "ghostnet_050": 64, "vgg11": 64, "inception_v3": 96, "xception41": 64, "res2net50_14w_8s": 64, "dpn68": 64, "cspresnet50": 64,
     "darknet53": 64, "hrnet_w18_small": 64, "selecsls42": 64, "repvgg_a0": 64, "mobileone_s0": 64, "fastvit_t8": 64,
     "gmixer_24_224": 64, "xcit_nano_12_p16_224": 64, "cait_xxs24_224": 64, "pit_ti_224": 224, "pvt_v2_b0": 64,
     "twins_svt_small": 224, "tnt_s_patch16_224": 224, "levit_128s": 224, "swin_tiny_patch4_window7_224": 224,
