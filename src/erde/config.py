@@ -5,6 +5,7 @@ Unknown keys and wrong types are errors that name the key, the nearest valid one
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
@@ -129,7 +130,7 @@ class NetworkConfig(Frozen):
     backbone: str = "resnet20"
     exits: Count | Annotated[list[str], Field(min_length=1)] = 3
     head: Literal["auto", "erde", "linear", "conv", "native"] = "auto"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weights: str | None = Field(None, description="safetensors to start from")
     pretrained: bool = Field(False, description="timm's own weights, for backbones of timm's")
 
@@ -158,6 +159,11 @@ class TrainConfig(Frozen):
         False,
         description="after backbone_epochs, or from the start, train heads only; a network with one exit is trained whole",
     )
+    refit_heads: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="epochs after the others that train new intermediate heads on the finished backbone; 0: none; "
+        "auto: a quarter of epochs, rounded up",
+    )
     channels_last: bool = True
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU")
     compile: bool = Field(False, description="torch.compile; the first steps take minutes")
@@ -172,6 +178,13 @@ class TrainConfig(Frozen):
         if self.backbone_epochs > self.epochs:
             raise ValueError(f"backbone_epochs ({self.backbone_epochs}) exceeds epochs ({self.epochs})")
         return self
+
+    @property
+    def refit_epochs(self) -> int:
+        """Epochs of the refit, where the network has intermediate heads."""
+        if self.refit_heads == "auto" and self.freeze_backbone:
+            return 0  # heads were trained on a frozen backbone all along
+        return math.ceil(self.epochs / 4) if self.refit_heads == "auto" else self.refit_heads
 
 
 class DistillationConfig(Frozen):

@@ -242,6 +242,11 @@ class TrainBatches:
             draw = {name: one.to(self._device) for name, one in self.views.unpack(numbers).items()}
             yield self._augment(images, draw)
 
+    def plain(self, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images at ``batches`` (n, B), normalised and not augmented (B, C, H, W), and their labels (B,)."""
+        for images, labels in self._gather(0, batches):
+            yield self._normalise(images).permute(0, 3, 1, 2), labels
+
     def _gather(self, epoch: int, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
         if self._resident is not None:
             if self._augmentation.resized_crop is not None:
@@ -313,11 +318,14 @@ class TrainBatches:
             # One gather does crop and flip.
             index = torch.arange(batch, device=images.device)[:, None, None]
             images = images[index, rows[:, :, None], columns[:, None, :]]
-        x = images.to(torch.float32) * self._scale + self._shift
+        x = self._normalise(images)
         if self._augmentation.cutout:
             x = x * self._cutout_mask(draw, height, width)
         # NHWC seen as NCHW is channels-last already: no copy.
         return x.permute(0, 3, 1, 2)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32) * self._scale + self._shift
 
     def _cutout_mask(self, draw: dict[str, Tensor], height: int, width: int) -> Tensor:
         side = self._augmentation.cutout

@@ -42,7 +42,7 @@ def attach_exits(
     *,
     input_size: InputSize,
     head: str = AUTO,
-    dropout: float = 0.5,
+    dropout: float = 0.1,
 ) -> EarlyExitNetwork:
     """Put exits on a classifier, sharing its weights; its own classifier is the final exit.
 
