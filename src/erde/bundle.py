@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from erde.errors import UserError, nearest
+from erde.errors import UserError, in_one_line, nearest
 from erde.files import replacing_folder, write_json, write_text
 from erde.graph_files import check_graph_file
 from erde.policy import SCORES, Ensemble, ExitRule, HarmParameters, harm_feature_count
@@ -31,7 +31,6 @@ CARD = "README.md"
 MAX_MANIFEST_BYTES = 64 * 2**20
 # An ONNX graph is a protobuf message, which cannot be larger; a larger file is refused before it is hashed.
 MAX_FILE_BYTES = 2 * 2**30 - 1
-MAX_ERROR = 500
 
 
 class _Model(BaseModel):
@@ -355,12 +354,6 @@ def read(folder: Path) -> Manifest:
     for stage in manifest.stages:
         check_graph_file(folder / stage.file)
     return manifest
-
-
-def in_one_line(text: str) -> str:
-    """``text`` that somebody else wrote, fit for an error message: no line breaks, no control characters, not long."""
-    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[: MAX_ERROR + 1])
-    return line if len(line) <= MAX_ERROR else f"{line[:MAX_ERROR]}..."
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from erde.bundle import in_one_line
-from erde.errors import UserError
+from erde.errors import UserError, in_one_line
 from erde.splits import ImageSource
 
 Providers = Sequence[str | tuple[str, dict[str, Any]]]
