@@ -23,7 +23,12 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (choose from: {', '.join(choices)})" if choices else ""
 
 
+def printable(text: str) -> str:
+    """``text`` that somebody else wrote, for a terminal: control characters and line breaks as escapes."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def in_one_line(text: str) -> str:
-    """``text`` that somebody else wrote, fit for a message: no line breaks, no control characters, not long."""
-    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[: MAX_ERROR + 1])
+    """The same for an error message: not longer than ``MAX_ERROR`` characters."""
+    line = printable(text[: MAX_ERROR + 1])
     return line if len(line) <= MAX_ERROR else f"{line[:MAX_ERROR]}..."

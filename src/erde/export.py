@@ -43,7 +43,7 @@ PARITY_BATCHES = (0, 1, 2, 7, 32)
 PARITY_TOLERANCE = 1e-4
 # Of int8 stages on another machine: a last bit that differs may tip a rounding. Switching off every optimisation
 # of ONNX Runtime, which computes in float then, moves logits by 0.3 % of the largest; rounding itself, by 3 % and more.
-INT8_TOLERANCE = 0.02
+INT8_TOLERANCE = bundle.MAX_TOLERANCE
 REFERENCE_IMAGES = 2
 
 

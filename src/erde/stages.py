@@ -52,6 +52,8 @@ class StageRunner:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Every stage has threads of its own: those of one must not wait actively while the next one works.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Not by the file's name or content: bundle.py has looked at ONNX files, and at no others.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         chosen = list(providers or [CPU])
         _check_available(chosen)
         self._sessions = []
