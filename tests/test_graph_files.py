@@ -116,7 +116,9 @@ def test_operators_that_no_stage_has(tmp_path: Path) -> None:
         ("Custom\n\x1b[31m", ""),
         ("", ""),
     ):
-        bad = model(helper.make_node("Relu", ["x"], ["z"]), helper.make_node(operator, ["z"], ["y"], domain=domain))
+        bad = model(
+            helper.make_node("Relu", ["x"], ["z"]), helper.make_node(operator, ["z"], ["y"], domain=domain)
+        )
         with user_error(r"stage.onnx has the (operator|operators of the domain) '.*', which no stage needs"):
             check_graph_file(save(bad, tmp_path))
     for domain in ("", "ai.onnx"):

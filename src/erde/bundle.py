@@ -278,9 +278,6 @@ class Manifest(_Model):
         for stage in self.stages:
             if stage.file not in self.files:
                 raise ValueError(f"{stage.file} has no checksum")
-            # ONNX Runtime tells formats by the name: what is not ONNX was not looked at by graph_files.py.
-            if not stage.file.endswith(".onnx"):
-                raise ValueError(f"the stage {stage.file} is no .onnx file")
         if len({stage.file for stage in self.stages}) < len(self.stages):
             raise ValueError("two stages have the same file")
 
@@ -375,6 +372,10 @@ def read(folder: Path) -> Manifest:
         raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {what}") from error
     for name in manifest.files:
         _check_file(folder, name)
+    for stage in manifest.stages:
+        # ONNX Runtime tells formats by the name too, and graph_files.py looks at ONNX only.
+        if not stage.file.endswith(".onnx"):
+            raise UserError(f"bundle {folder}: the stage {stage.file} is no .onnx file")
     for name, expected in manifest.files.items():
         if file_hash(folder / name) != expected:
             raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 MAX_ERROR = 500
 
+
 class UserError(ValueError):
     """Bad input: the message says what was given, what was expected and what to do, in one line.
 
