@@ -3,9 +3,11 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from erde.exits import attach_exits
 from erde.images import to_array
 from erde.learner import Job
 from erde.losses import ExitSettings, build_loss
+from erde.pipeline import Run
 from erde.splits import TrainSplit
 
 torch.set_num_threads(1)
@@ -772,19 +775,19 @@ def test_a_set_without_copies_is_split_as_ever(tmp_path: Path, streaming: str) -
 
 @pytest.mark.parametrize("streaming", ["never", "always"])
 def test_copies_stand_on_one_side(tmp_path: Path, streaming: str, capsys: pytest.CaptureFixture[str]) -> None:
-    # Each picture three times, and half of the test pictures in train as well.
-    pictures = [picture(row // 3) for row in range(240)]
+    # Each picture twice, and half of the test pictures in train as well.
+    pictures = [picture(row // 2) for row in range(600)]
     pictures[:30] = [picture(10_000 + row) for row in range(30)]
     write_split(
         tmp_path / "set" / "data" / "train-0.parquet",
         list(map(png, pictures)),
-        [row // 3 % 10 for row in range(240)],
+        [row // 2 % 10 for row in range(600)],
     )
     tests = [picture(10_000 + row) for row in range(60)]
     write_split(
         tmp_path / "set" / "data" / "test-0.parquet", list(map(png, tests)), [row % 10 for row in range(60)]
     )
-    config = DataConfig(name=str(tmp_path / "set"), streaming=streaming, **SIZES)
+    config = DataConfig(name=str(tmp_path / "set"), streaming=streaming, tune_size=90, certify_size=90)
     before = seen_in(load_splits(config, 0, copies_apart=False))
     assert set(before[0]) & set(before[2])
     capsys.readouterr()
@@ -798,6 +801,21 @@ def test_copies_stand_on_one_side(tmp_path: Path, streaming: str, capsys: pytest
     gone = [len(old) - len(new) for old, new in zip(before, after, strict=True)]
     said = f"{sum(gone)} left out ({gone[0]} of train, {gone[1]} of tune, {gone[2]} of certify)"
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_began_with_copies_goes_on(tmp_path: Path) -> None:
+    encoded = [png(picture(row % 220)) for row in range(240)]
+    write_split(tmp_path / "set" / "train.parquet", encoded, [row % 10 for row in range(240)])
+    config = DataConfig(name=str(tmp_path / "set"), test_size=50, **SIZES)
+    old, new = (load_splits(config, 0, copies_apart=apart).fingerprints() for apart in (False, True))
+    assert old != new
+    run: Any = SimpleNamespace(config=SimpleNamespace(data=config, seed=0), folder=tmp_path)
+    for begun_with in (old, new):
+        (tmp_path / "splits.json").write_text(json.dumps(begun_with))
+        assert Run.data.func(run).fingerprints() == begun_with
+    (tmp_path / "splits.json").write_text(json.dumps({**old, "train": new["train"]}))
+    with pytest.raises(UserError, match="is not the one that this run started with"):
+        Run.data.func(run)
 
 
 def test_streamed_files_of_one_size_are_no_copies(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ FREE_TO_CHANGE = (
     ("teacher", "cache"),
     ("data", "workers"),
     ("data", "memory_limit_gib"),
+    ("data", "skip_unreadable"),  # what it leaves out would show in splits.json
 )
 # What several processes can share; the first one does the rest alone.
 TRAINING = ("train", "distill")
