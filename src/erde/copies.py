@@ -44,20 +44,20 @@ def _by_pixels(parts: Sequence[ImageSource]) -> Index:
 def _by_bytes(parts: Sequence[ImageSource], has_train: bool) -> Index:
     """By encoded size, then by a piece of those of the same size, then by all bytes of those that still agree."""
     streamed = [one for one in parts if isinstance(one, StreamedImages)]
-    numbers = _numbered(np.concatenate([one.encoded_lengths() for one in streamed]).tolist())
+    numbers = _numbered(np.concatenate([one.encoded_lengths for one in streamed]).tolist())
     starts = np.cumsum([0, *(len(one) for one in streamed)])
     held_out = np.arange(len(numbers)) >= (starts[1] if has_train else 0)
     for whole in (False, True):
         counts = np.bincount(numbers)
         asked_about = np.zeros(len(counts), dtype=bool)
         asked_about[numbers[held_out]] = True
-        open_rows = np.flatnonzero((counts[numbers] > 1) & asked_about[numbers])
-        keys: list[Hashable] = [(-1, row) for row in range(len(numbers))]
+        alike = np.flatnonzero((counts[numbers] > 1) & asked_about[numbers])
+        keys: list[Hashable] = []
         for start, part in zip(starts, streamed, strict=False):
-            rows = open_rows[(open_rows >= start) & (open_rows < start + len(part))]
-            for row, digest in zip(rows.tolist(), part.encoded_hashes(rows - start, whole), strict=True):
-                keys[row] = (int(numbers[row]), digest)
-        numbers = _numbered(keys)
+            rows = alike[(alike >= start) & (alike < start + len(part))]
+            keys += zip(numbers[rows].tolist(), part.encoded_hashes(rows - start, whole), strict=True)
+        numbers = np.arange(len(numbers)) + len(keys)
+        numbers[alike] = _numbered(keys)
     return numbers
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,14 @@ class StreamedImages:
             self._table, self._column, self._where, self._rows[rows], self._image_shape, self._same_size
         )
 
+    @cached_property
     def encoded_lengths(self) -> Index:
         """Bytes of each image as it is stored; offsets and file sizes are read, no image."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         column = arrow_column(self._table, self._column)
+        # Lengths come from offsets: the bytes themselves stay on the disk.
         lengths = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1).to_numpy()
         found: Index = lengths.astype(np.int64)[self._rows]
         files = np.flatnonzero(found < 0)
@@ -170,17 +173,12 @@ class StreamedImages:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        column = arrow_column(self._table, self._column)
-        paths, contents = pc.struct_field(column, "path"), pc.struct_field(column, "bytes")
-        # Lengths come from offsets: the bytes themselves stay on the disk.
-        lengths = pc.fill_null(pc.binary_length(contents), -1).to_numpy().astype(np.int64)
+        paths = pc.struct_field(arrow_column(self._table, self._column), "path")
         digest = hashlib.sha256()
         for start in range(0, len(self), 65_536):
-            rows = self._rows[start : start + 65_536]
-            names = paths.take(pa.array(rows)).to_pylist()
-            for row, name, length in zip(rows.tolist(), names, lengths[rows].tolist(), strict=True):
-                if length < 0 and name is not None:
-                    length = self._size_on_disk(row, name)
+            part = slice(start, start + 65_536)
+            names = paths.take(pa.array(self._rows[part])).to_pylist()
+            for name, length in zip(names, self.encoded_lengths[part].tolist(), strict=True):
                 # Where the set lies is not what it is: folder of the class and name of the file count.
                 last = "/".join(Path(name).parts[-2:]) if name is not None else ""
                 digest.update(f"{last}\0{length}\n".encode("utf-8", "surrogateescape"))

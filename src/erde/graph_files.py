@@ -11,6 +11,7 @@ Source of the numbers: onnx.proto (github.com/onnx/onnx), and protobuf's encodin
 from __future__ import annotations
 
 import mmap
+from collections.abc import Collection
 from pathlib import Path
 
 from erde.errors import UserError, in_one_line
@@ -63,7 +64,7 @@ REFUSED = {
     "function": "has functions of its own",
     "training": "has steps of a training",
 }
-NAMES = {"operator": OPERATORS, "domain": DOMAINS}
+NAMES: dict[str, Collection[str]] = {"operator": OPERATORS, "domain": DOMAINS}
 # Protobuf keeps 32 bits of a key and drops the rest.
 MAX_KEY = 2**32 - 1
 VARINT, EIGHT_BYTES, LENGTH, FOUR_BYTES = 0, 1, 2, 5

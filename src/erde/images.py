@@ -28,7 +28,7 @@ MAX_PIXELS = 2**27  # 134 million: decoded in colour 512 MiB
 # strip of 1 x 100,000 pixels would take gigabytes otherwise.
 STRIP = 16
 # Pillow's names for 8 bits and less; 16 bits are scaled down. Floats and 32 bits have no white that is agreed upon.
-_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr", "CMYK")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr", "CMYK")
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 
 _ORIENTATION = 0x0112  # EXIF's tag
