@@ -48,7 +48,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"no checkpoint at {path}") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-    return tensors, json.loads(metadata.get("erde", "{}"))
+    state = json.loads(metadata.get("erde", "{}"))
+    if state and state.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is a checkpoint of format version {state.get('format_version')!r}, this erde reads {FORMAT_VERSION}: "
+            "use the erde that wrote it, or train anew in another folder"
+        )
+    return tensors, state
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,6 +86,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
+    # Plain SGD keeps none; of the others a training without it would go on, to other numbers.
+    keeps = isinstance(optimizer, torch.optim.AdamW) or any(
+        one.get("momentum") for one in optimizer.param_groups
+    )
+    if keeps and not state:
+        raise UserError(
+            "the checkpoint has nothing of the optimiser: it was changed, or is of another training; remove it to start anew"
+        )
     whole = optimizer.state_dict()
     whole["state"] = state
     optimizer.load_state_dict(whole)

@@ -11,7 +11,7 @@ import typer
 
 from erde import cli_about, cli_bundles
 from erde.cli_common import Json, finish
-from erde.errors import UserError, nearest
+from erde.errors import UserError, nearest, printable
 
 if TYPE_CHECKING:
     from erde.results import Results, RuntimeAgreement
@@ -77,7 +77,7 @@ def _fail(message: str) -> None:
     # found each other, what stops one of them may be its own: part of the images, its memory.
     parallel = sys.modules.get("erde.parallel")
     if os.environ.get("LOCAL_RANK", "0") == "0" or (parallel is not None and parallel.processes() > 1):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from erde.cli_common import Json, finish
-from erde.errors import UserError
+from erde.errors import UserError, printable
 
 bundle_app = typer.Typer(no_args_is_help=True, help="Verify, describe and compare bundles.")
 
@@ -180,7 +180,7 @@ def bundle_diff(first: Path, second: Path, as_json: Json = False) -> None:
 
     found = differences(read(first), read(second))
     for key, (before, after) in found.items():
-        print(f"{key}: {_short(before)} -> {_short(after)}")
+        print(f"{printable(key)}: {_short(before)} -> {_short(after)}")
     if not found:
         print("the bundles are the same")
     finish(as_json, {"differences": len(found)})

@@ -93,6 +93,9 @@ class DataConfig(Frozen):
     name: str = Field("digits", description="a shipped name, a hub id, or a folder")
     image_column: str | None = None
     label_column: str | None = None
+    group: str | None = Field(
+        None, description="column whose equal values stay in one split: a video, a patient"
+    )
     channels: Literal[1, 3] = 3
     image_size: Count | None = Field(None, description="pixels a side; None keeps the images' own size")
     train_subset: Count | None = Field(
@@ -110,6 +113,9 @@ class DataConfig(Frozen):
     streaming: Literal["auto", "always", "never"] = "auto"
     memory_limit_gib: Positive = Field(4.0, description="larger sets are streamed by a DataLoader")
     workers: int = Field(2, ge=0, description="DataLoader processes, for streamed sets")
+    skip_unreadable: bool = Field(
+        False, description="leave out images that cannot be read, instead of stopping"
+    )
 
     @model_validator(mode="after")
     def _encoded_for_crops(self) -> DataConfig:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from erde.config import AugmentationConfig, DataConfig
+from erde.copies import apart
 from erde.encoded import Index, ResizedCrop, StreamedImages
 from erde.errors import UserError
-from erde.sources import load_columns, load_digits, part_of
+from erde.progress import say
+from erde.sources import Columns, load_columns, load_digits, part_of
 from erde.splits import CertifySplit, Labels, TestSplit, TrainSplit, TuneSplit
 from erde.streaming import DecodedBatches
 from erde.views import Views
@@ -78,21 +80,31 @@ def load_data(name: str, *, seed: int = 0, **settings: Any) -> DataSplits:
     return load_splits(validate(DataConfig, {"name": name, **settings}, prefix="data."), seed)
 
 
-def load_splits(config: DataConfig, seed: int) -> DataSplits:
-    """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine."""
+def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> DataSplits:
+    """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine.
+
+    Images that stand in more than one split are kept in one (copies.py), unless ``copies_apart`` is False: earlier
+    versions of erde let them be.
+    """
     seed = seed if config.split_seed is None else config.split_seed
     pool, test, classes = load_digits() if config.name == "digits" else load_columns(config)
+    if config.group is not None and pool.groups is None:
+        raise UserError(f"data.group is '{config.group}', and '{config.name}' has no columns: leave it out")
     if test is None:
-        order = stratified_order(pool.labels, seed + 1)
-        _check_size("test", config.test_size, order, "data.test_size")
-        test = pool.take(order[: config.test_size])
-        pool = pool.take(np.sort(order[config.test_size :]))
-    order = stratified_order(pool.labels, seed)
-    held_out = config.tune_size + config.certify_size
+        order = _order(pool, seed + 1)
+        size = _whole_groups(pool, order, config.test_size)
+        _check_size("test", size, order, "data.test_size")
+        test = pool.take(order[:size])
+        pool = pool.take(np.sort(order[size:]))
+    order = _order(pool, seed)
+    tune_size = _whole_groups(pool, order, config.tune_size)
+    held_out = _whole_groups(pool, order, tune_size + config.certify_size)
     _check_size("tune and certify", held_out, order, "data.tune_size or data.certify_size")
-    tune = pool.take(order[: config.tune_size])
-    certify = pool.take(order[config.tune_size : held_out])
+    tune = pool.take(order[:tune_size])
+    certify = pool.take(order[tune_size:held_out])
     train = pool.take(order[held_out:])
+    if copies_apart:
+        train, tune, certify, test = _apart(train, tune, certify, test)
     for split_name, part in (("train", train), ("tune", tune), ("certify", certify), ("test", test)):
         missing = sorted(set(range(len(classes))) - set(part.labels.tolist()))
         if missing:
@@ -117,6 +129,38 @@ def load_splits(config: DataConfig, seed: int) -> DataSplits:
         std,
         config.workers,
     )
+
+
+def _apart(*parts: Columns) -> tuple[Columns, ...]:
+    kept = apart([one.images for one in parts])
+    left_out = [len(one.labels) - len(rows) for one, rows in zip(parts, kept, strict=True)]
+    if not any(left_out):
+        return parts
+    train, tune, certify, _ = left_out
+    say(
+        f"copies of images in more than one split, or twice in certify: {sum(left_out):,} left out "
+        f"({train:,} of train, {tune:,} of tune, {certify:,} of certify)"
+    )
+    return tuple(
+        one if gone == 0 else one.take(rows) for one, rows, gone in zip(parts, kept, left_out, strict=True)
+    )
+
+
+def _order(columns: Columns, seed: int) -> Index:
+    """Stratified; with groups, group after group at random, which keeps no shares."""
+    if columns.groups is None:
+        return stratified_order(columns.labels, seed)
+    generator = np.random.default_rng(seed)
+    place = generator.permutation(int(columns.groups.max()) + 1)[columns.groups]
+    return np.lexsort((generator.random(len(place)), place)).astype(np.int64)
+
+
+def _whole_groups(columns: Columns, order: Index, size: int) -> int:
+    """``size``, or so much more that no group is cut in two."""
+    groups = columns.groups
+    while groups is not None and 0 < size < len(order) and groups[order[size]] == groups[order[size - 1]]:
+        size += 1
+    return size
 
 
 def stratified_order(labels: Labels, seed: int) -> Index:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde.errors import UserError, nearest
-from erde.images import SUFFIXES, load_image
+from erde.images import SUFFIXES, load_image, read_file
 from erde.splits import CertifySplit, Images, Labels, TuneSplit
 
 
@@ -89,9 +89,9 @@ def load_tune_and_certify(
     seen: dict[bytes, Path] = {}
     for one in found:
         for path in sorted(one.rglob("*")):
-            if path.suffix.lower() not in SUFFIXES or not path.is_file():
+            if path.suffix.lower() not in SUFFIXES or path.is_dir():
                 continue
-            digest = hashlib.sha256(path.read_bytes()).digest()
+            digest = hashlib.sha256(read_file(path)).digest()
             if digest in seen:
                 if seen[digest].relative_to(folder).parts[0] != one.name:
                     raise UserError(

@@ -72,6 +72,7 @@ FREE_TO_CHANGE = (
     ("teacher", "cache"),
     ("data", "workers"),
     ("data", "memory_limit_gib"),
+    ("data", "skip_unreadable"),  # what it leaves out would show in splits.json
 )
 # What several processes can share; the first one does the rest alone.
 TRAINING = ("train", "distill")
@@ -178,7 +179,15 @@ class Run:
         progress.say(f"data: {self.config.data.name}")
         data = load_splits(self.config.data, self.config.seed)
         path = self.folder / "splits.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != data.fingerprints():
+        begun_with = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if begun_with is not None and begun_with != data.fingerprints():
+            # A run of an earlier erde, which left copies where they were.
+            data = load_splits(self.config.data, self.config.seed, copies_apart=False)
+            if begun_with == data.fingerprints():
+                progress.say(
+                    "data: copies of images stand in more than one split, as this run began with them"
+                )
+                return data
             raise UserError(
                 f"the data set '{self.config.data.name}' is not the one that this run started with (see "
                 f"{path}): bring the old data back, or start a new run"

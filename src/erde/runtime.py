@@ -17,7 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from erde import bundle, policy
-from erde.errors import UserError
+from erde.errors import UserError, in_one_line
 from erde.monitor import Monitor
 from erde.profile import PROFILE, Profile
 from erde.splits import ImageSource
@@ -463,9 +463,7 @@ class Session:
             images = sample.decode(self.manifest.input_shape)
             logits = self._stages.all_logits(images)
         except Exception as error:  # a stage that does not take what the last one gives, and the like
-            raise UserError(
-                f"bundle {folder}: its stages do not run: {bundle.in_one_line(str(error))}"
-            ) from error
+            raise UserError(f"bundle {folder}: its stages do not run: {in_one_line(str(error))}") from error
         expected = np.asarray(sample.logits)
         if logits.shape != expected.shape or not np.abs(logits - expected).max() <= sample.tolerance:
             raise UserError(
