@@ -19,11 +19,11 @@ from erde.calibration import (
     fit_temperatures,
     point_name,
 )
-from erde.calibration_checks import Request, check_reuse, doubts
+from erde.calibration_checks import Request, check_reuse, doubts, seen_before
 from erde.errors import UserError
 from erde.policy import PAPER_RULE, ExitRule
 from erde.settings import LADDER, SHARPNESS_GRID, Settings
-from erde.splits import CertifyLogits, Logits, TuneLogits
+from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits
 from erde.thresholds import Cost, ScoredSplit, best_within_risk, search_path
 from tests.conftest import user_error
 from tests.oracles import softmax, synthetic_logits
@@ -426,6 +426,17 @@ def test_doubts() -> None:
     (line,) = doubts(seen, Logits(wrong_late, labels), [1.0] * 3)
     assert "an earlier exit on 100.0%" in line
     assert doubts(tune_logits(), certify_logits(), [1.0] * 3) == []
+
+
+def test_far_better_on_certify_than_on_test() -> None:
+    certify, labels = certify_logits(), certify_logits().labels
+    assert seen_before(certify, TestLogits(*synthetic_logits(2, 500))) is None
+    wrong = labels.copy()
+    wrong[:100] = (wrong[:100] + 1) % 5
+    line = seen_before(certify, TestLogits(certify.logits, wrong))
+    assert line is not None
+    assert line.startswith("the final exit is right on ")
+    assert "if it was trained on certify, the promise does not hold" in line
 
 
 def test_numbers_that_are_words() -> None:

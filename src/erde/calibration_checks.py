@@ -104,6 +104,24 @@ def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list
     return [line for line in lines if line is not None]
 
 
+def seen_before(certify: Logits, test: Logits) -> str | None:
+    """A line where the final exit is far better on certify than on test: it may have been trained on certify.
+
+    Far is three points or more, and four standard errors of the difference of two shares.
+    """
+    on_certify, on_test = (
+        float((one.logits[-1].argmax(axis=-1) == one.labels).mean()) for one in (certify, test)
+    )
+    pooled = (on_certify * len(certify) + on_test * len(test)) / (len(certify) + len(test))
+    error = (pooled * (1 - pooled) * (1 / len(certify) + 1 / len(test))) ** 0.5
+    if on_certify - on_test < max(0.03, 4 * error):
+        return None
+    return (
+        f"the final exit is right on {on_certify:.1%} of certify and on {on_test:.1%} of test: if it was trained on certify, "
+        "the promise does not hold; if test is another kind of images, it is not about them"
+    )
+
+
 def check_splits(tune: TuneLogits, certify_split: CertifyLogits) -> None:
     """:class:`UserError` where the two splits cannot give an honest certificate."""
     check_logits(tune, "tune")

@@ -56,8 +56,8 @@ class SeedGroup:
 
 
 CHOOSING = (
-    "Whoever takes the arm or the run that saves most here has chosen on the images that certify: its promise is then broken more "
-    "often than its confidence says. Certify the chosen one again on other images."
+    "Whoever takes the arm or the run that saves most here has chosen on the images that certify: its promise is then broken "
+    "more often than its confidence says. Certify the chosen one again on other images."
 )
 
 
