@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from erde.fit import distill as distill
     from erde.fit import train as train
     from erde.pipeline import run as run
+    from erde.recalibration import ask_for_labels as ask_for_labels
+    from erde.recalibration import recalibrate_with_labels as recalibrate_with_labels
 
 # ONNX Runtime 1.29 and later would keep a file below the home folder and report its use to its makers. It looks at
 # this when it is imported; whoever sets it to 0 is asked.
@@ -29,6 +31,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 __version__ = version("erde")
 
 _HOMES = {
+    "ask_for_labels": "erde.recalibration",
     "attach_exits": "erde.exits",
     "build_backbone": "erde.backbones",
     "calibrate": "erde.calibration",
@@ -37,6 +40,7 @@ _HOMES = {
     "export": "erde.export",
     "load_config": "erde.config",
     "load_data": "erde.data",
+    "recalibrate_with_labels": "erde.recalibration",
     "run": "erde.pipeline",
     "train": "erde.fit",
 }

@@ -82,9 +82,11 @@ class Certificate(_Model):
     method: str
     assumptions: str
 
-    def sentence(self) -> str:
-        """The promise in words."""
+    def sentence(self, precision: Precision = "fp32") -> str:
+        """The promise in words; of an int8 bundle the full network is the one in int8."""
         who, share = _REFERENCE_IN_WORDS[self.reference], f"{self.max_risk * 100:g} %"
+        if precision == "int8" and self.reference == "final_exit":
+            who = "the full network in int8"
         sure = "In expectation" if self.confidence is None else f"With {self.confidence * 100:g} % confidence"
         seen = f"{self.lost:,} of {self.images:,} certify images"
         if self.guarantee == "net_drop":
@@ -492,7 +494,9 @@ def model_card(manifest: Manifest) -> str:
     lines += ["", "## What is promised", ""]
     certified = [point for point in manifest.operating_points if point.certificate is not None]
     lines += [
-        f"- **{point.name}**: {point.certificate.sentence()}" for point in certified if point.certificate
+        f"- **{point.name}**: {point.certificate.sentence(manifest.precision)}"
+        for point in certified
+        if point.certificate
     ]
     if certified and certified[0].certificate:
         lines += ["", f"Assumed: {certified[0].certificate.assumptions}."]

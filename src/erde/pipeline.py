@@ -34,7 +34,7 @@ from erde import (
 from erde.backbones import build_backbone
 from erde.bundle import read as read_bundle
 from erde.bundle import stages_hash
-from erde.calibration_checks import Request, check_budget, check_classes, check_reuse
+from erde.calibration_checks import Request, check_budget, check_reuse
 from erde.config import Config, DistillationConfig, NetworkConfig, TeacherConfig, load_config
 from erde.cost import network_cost
 from erde.data import DataSplits, load_splits
@@ -333,7 +333,6 @@ class Run:
 
     def check(self) -> None:
         """Build every job of the recipe once: what does not fit together is said before anything is written."""
-        check_classes(self.data.tune.labels, len(self.data.classes))
         teacher = self.new_network(TEACHER) if self.needs_teacher else None
         if self.config.teacher.disjoint and self.config.data.train_subset is None:
             raise UserError(
@@ -560,6 +559,7 @@ class Run:
                 settings,
                 tune_reference_right=tune_right,
                 certify_reference_right=certify_right,
+                name=arm,
             )
             write_json(path, calibrated.to_json())
 

@@ -132,7 +132,7 @@ def _promise(arm: Arm) -> Html:
     assumptions = point.certificate.assumptions
     return tag(
         "div",
-        tag("p", tag("strong", "Certified. "), point.certificate.sentence()),
+        tag("p", tag("strong", "Certified. "), point.certificate.sentence(arm.precision)),
         tag("p", f"Operating point {point.name}. {assumptions[:1].upper()}{assumptions[1:]}. {rest}"),
         class_="promise good",
     )

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from erde import bundle, calibration, environment, evaluation, evidence, policy, run_folder
+from erde import bundle, calibration, environment, evaluation, evidence, policy, progress, run_folder
 from erde.calibration import CalibratedPolicy
+from erde.calibration_checks import seen_before
 from erde.comparison import compare_arms
 from erde.evidence import ArmInput, Evidence
 from erde.export import build_manifest
@@ -39,6 +40,9 @@ TEACHER = "teacher"
 def evaluate(run: Run) -> Results:
     """Measure every arm, seal the bundles of the exported one, and check that runtime and torch agree with them."""
     inputs = arm_inputs(run)
+    for arm, one in inputs.items():
+        if line := seen_before(run_folder.read_logits(run.folder, arm)[1], one.test):
+            progress.say(f"{arm}: warning: {line}")
     arms = {arm: _arm(run, arm, inputs) for arm in run.measured_arms}
     exported, int8 = run.config.export.arm, run.config.export.int8_arm
     seal = _seal_bundle(run, exported, inputs[exported].policy, arms[exported])

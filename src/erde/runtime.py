@@ -106,11 +106,19 @@ class Session:
             raise UserError(f"expected images of shape (N, {expected}), got {tuple(images.shape)}")
         return self._stages.all_logits(images)
 
-    def cost(self, timed: bool = True) -> Cost:
-        """MACs per exit, and milliseconds where ``timed`` and the bundle's folder has a profile of the machine."""
+    def cost(self, timed: bool | None = None) -> Cost:
+        """MACs per exit, and milliseconds where the bundle's folder has a profile of the machine.
+
+        A profile that does not fit is an error where milliseconds are asked for (``timed=True``) and as good as none
+        else; with ``timed=False`` none is read.
+        """
         milliseconds = None
-        if timed and (self.folder / PROFILE).is_file():
-            milliseconds = self._profile_on_disk().exit_milliseconds()
+        if timed is not False and (self.folder / PROFILE).is_file():
+            try:
+                milliseconds = self._profile_on_disk().exit_milliseconds()
+            except UserError:
+                if timed:
+                    raise
         return Cost(tuple(self._macs.tolist()), self.manifest.no_exit_macs, milliseconds)
 
     def profile(
