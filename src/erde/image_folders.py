@@ -12,6 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from erde.images import SUFFIXES
+
+# Of files that may tell the classes of the images beside them.
+TABLES = {".csv", ".json", ".jsonl", ".parquet", ".md", ".arrow", ".py"}
 # Folder name -> split.
 SPLITS = {"train": "train", "test": "test", "val": "validation", "validation": "validation"}
 
@@ -37,6 +41,13 @@ def open_image_folder(folder: Path) -> dict[str, Any] | None:
         return None
     classes = sorted({name for one in contents.values() for name in one})
     return {split: _table(splits[split], one, classes) for split, one in contents.items()}
+
+
+def is_flat(folder: Path) -> bool:
+    """Whether there are images in ``folder`` and nothing that tells their classes."""
+    folders, files = _entries(folder)
+    suffixes = {os.path.splitext(name)[1].lower() for name in files}
+    return not folders and bool(suffixes & set(SUFFIXES)) and not suffixes & TABLES
 
 
 def _entries(folder: Path) -> tuple[set[str], set[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 from erde.config import DataConfig
 from erde.encoded import Index, StreamedImages, arrow_column, decode, pixels
 from erde.errors import UserError, nearest
-from erde.image_folders import open_image_folder
+from erde.image_folders import is_flat, open_image_folder
 from erde.splits import Images, ImageSource, Labels
 
 
@@ -112,6 +112,11 @@ def _open_tables(name: str) -> tuple[Any, Shipped | None]:
             plain = open_image_folder(folder)
             if plain is not None:
                 return plain, shipped
+            if is_flat(folder):
+                raise UserError(
+                    f"{folder} holds images, but no folder per class: expected {folder}/<class>/<image>, since the name of the "
+                    "folder is the label"
+                )
             # A copy of the hub's repository can hold several configurations.
             configuration = shipped.configuration if shipped else None
             if configuration not in datasets.get_dataset_config_names(str(folder)):
