@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,6 +99,15 @@ def test_cost_of_a_timm_model_draws_where_the_exits_stand(
     assert set(line) == {"-", "0", "1", "2"}
 
 
+def test_the_table_of_costs_names_exits_that_can_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, by_table, _ = run(monkeypatch, capsys, "cost", "resnet8", "--exits", "group1,final")
+    _, by_name, _ = run(monkeypatch, capsys, "cost", "resnet8", "--exits", "group1")
+    assert by_table == by_name
+    assert run(monkeypatch, capsys, "cost", "resnet8", "--exits", "final")[0] == 0
+
+
 def test_shares_that_stand_close_do_not_run_into_each_other() -> None:
     cost = NetworkCost(("a", "b", "c", "final"), (10, 11, 50, 100), (1, 2, 3, 4), 100, 4)
     line, shares = cli_about.draw(cost).splitlines()
@@ -117,7 +130,151 @@ def test_stopping_by_hand_is_no_traceback(
     monkeypatch.setitem(cli_about.LISTS, "losses", interrupt)
     code, _, err = run(monkeypatch, capsys, "list", "losses")
     assert code == 130
-    assert err == "stopped; a run continues with --resume\n"
+    # Only commands that have --resume speak of it.
+    assert err == "stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "digits"), "stopped; it continues with --resume"),
+        (("--x", "train"), "stopped; it continues with --resume"),
+        (("distill", "runs/a"), "stopped; the same command continues it"),
+        (("predict", "b", "x.png"), "stopped; with --out it continues with --resume"),
+        (("bench", "b"), "stopped"),
+        ((), "stopped"),
+    ],
+)
+def test_what_is_said_of_a_command_that_was_stopped(
+    arguments: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["erde", *arguments])
+    cli._print_stopped()
+    assert capsys.readouterr().err == f"{words}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/ro/run"), "/ro/run: Read-only file system"),
+        (PermissionError(errno.EACCES, "Permission denied", "a", None, "b"), "a -> b: Permission denied"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 100_000), "..."),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError("no number"), "no number"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    error: OSError, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setitem(cli_about.LISTS, "losses", refuse)
+    code, _, err = run(monkeypatch, capsys, "list", "losses")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert len(err) < 2100
+
+
+# The command line with a list of its own, so that no process imports torch.
+PROCESS = """
+import sys
+from erde import cli, cli_about
+cli_about.LISTS["losses"] = lambda: {str(number): "x" * 100 for number in range(10_000)}
+sys.argv[1:] = ["list", "losses"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [
+        ("{} | head -n 1; exit ${{PIPESTATUS[0]}}", 141),
+        ("{} > /dev/full", 2),
+        ("{} >&-", 0),
+        ("{} 2>&- >/dev/null", 0),
+        ("{} >&- 2>&-", 0),
+    ],
+)
+def test_streams_that_end_early_or_take_nothing(shell: str, code: int) -> None:
+    command = shell.format(f"{shlex.quote(sys.executable)} -c {shlex.quote(PROCESS)}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    errors = done.stderr.splitlines()
+    assert (
+        errors == []
+        if code != 2
+        else errors == ["error: No space left on device: choose a place that can be read and written"]
+    )
+
+
+SLEEPER = """
+import sys, time
+from erde import cli, cli_about
+def sleep():
+    print("begun", flush=True)
+    try:
+        time.sleep(600)
+    finally:
+        print("swept", flush=True)
+cli_about.LISTS["losses"] = sleep
+sys.argv[1:] = ["list", "losses"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_both_signals_that_stop_say_so_and_sweep(number: signal.Signals, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (code, "swept\n", "stopped\n")
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback() -> None:
+    code = """
+import builtins, runpy
+load = builtins.__import__
+def interrupt(name, *arguments):
+    if name == "erde.cli":
+        raise KeyboardInterrupt
+    return load(name, *arguments)
+builtins.__import__ = interrupt
+runpy.run_module("erde", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+def test_an_empty_argument_is_an_unset_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (("predict", "bundle", ""), ("bundle", "info", ""), ("run", "digits", "--out", "")):
+        code, _, err = run(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert "one of the arguments is empty" in err
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/etc"])
+def test_the_name_of_a_recipe_is_no_way_out_of_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: {name}\narms: {{erde: {{loss: erde}}}}\n")
+    monkeypatch.setattr("erde.pipeline.run", lambda *_, **__: pytest.fail("it ran"))
+    code, _, err = run(monkeypatch, capsys, "run", str(path))
+    assert (code, list(tmp_path.iterdir())) == (2, [path])
+    assert "is no name of a folder: say where with --out" in err
 
 
 @pytest.mark.parametrize(("module", "extra"), [("torch", "train"), ("scipy.stats", "analysis")])
@@ -166,7 +323,13 @@ def test_a_profile_from_the_command_line(
         (("bundle", "profile", "BUNDLE", "--batch-sizes", "1,0"), "batch sizes 0, 1 and 30 rounds"),
         (("bench", "BUNDLE", "--out", "bench.csv"), "--out is bench.csv, expected a name that ends in .json"),
         (("bench", "BUNDLE", "--batch-sizes", "1;8"), "--batch-sizes is '1;8', expected whole numbers such as 1,8,32"),
-        (("bench", "BUNDLE", "--threads", ""), "--threads is ''"),
+        (("bench", "BUNDLE", "--threads", "1,"), "--threads is '1,'"),
+        (("bench", "BUNDLE", "--threads", "5000"), "--threads is '5000', expected numbers from 1 to 1,024"),
+        (("predict", "BUNDLE", "x.png", "--threads", "5000"), "1024"),
+        (("bundle", "profile", "BUNDLE", "--threads", "5000"), "1024"),
+        (("cost", "resnet8", "--classes", "99999999999"), "classes is 99999999999, expected 1 to 100,000"),
+        (("cost", "resnet8", "--input-size=-3x32x32"), "--input-size is '-3x32x32'"),
+        (("cost", "resnet8", "--input-size=3x100000x32"), "the image size is 100000x32"),
         (("bench", "BUNDLE"), "names no data set: give --data FOLDER"),
         (("bench", "nowhere"), "no bundle at nowhere"),
         (("bench", "BUNDLE", "--out", "/dev/null/y.json"), "cannot create the folder /dev/null"),

@@ -68,6 +68,19 @@ def test_runs_that_differ_by_seed_or_name_only_are_one_group(seeds: dict[str, Re
     assert [group.label for group in groups] == ["runs/a and 3 more", "other"]
 
 
+def test_runs_of_two_machines_are_of_one_recipe(seeds: dict[str, Results]) -> None:
+    elsewhere = {
+        **RECIPE, "seed": 4, "device": "cuda", "threads": 8, "data": {"workers": 8, "memory_limit_gib": 1},
+        "teacher": {"cache": "/mnt/cache"}, "train": {**RECIPE["train"], "tensorboard": True, "together": True},
+    }  # type: ignore[dict-item]  # fmt: skip
+    here = {**RECIPE, "seed": 5, "data": {}, "teacher": {}}
+    runs = {
+        name: run(seed).model_copy(update={"recipe": recipe})
+        for name, seed, recipe in (("a", 4, elsewhere), ("b", 5, here))
+    }
+    assert [group.runs for group in seed_groups(runs)] == [("a", "b")]
+
+
 def test_mean_and_spread_over_seeds(seeds: dict[str, Results]) -> None:
     text = Page(render_comparison(seeds)).text
     assert "3 runs of one recipe" in text

@@ -9,6 +9,7 @@ import yaml
 from erde.config import Config, load_config, shipped_recipes, validate
 from erde.errors import UserError
 from erde.losses.erde import ERDEConfig
+from tests.conftest import user_error
 
 RECIPE: dict[str, Any] = {
     "student": {"backbone": "resnet8", "exits": 2},
@@ -314,3 +315,58 @@ def test_python_gives_the_same_errors() -> None:
         UserError, match=r"unknown key 'arms\.a\.loss\.bet' \(did you mean 'arms\.a\.loss\.beta'\?\)"
     ):
         validate(Config, {"arms": {"a": {"loss": {"name": "erde", "bet": 1}}}, "export": {"arm": "a"}})
+
+
+# ---------------------------------------------------------------- the arm that is exported
+
+
+def own_recipe(tmp_path: Path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "arm"),
+    [
+        ("arms: {kd: {loss: kd}}", "kd"),
+        ("arms: {kd: {loss: kd}, small: {loss: ce, student: {exits: 1}}}", "kd"),
+        ("student: {exits: 1}\narms: {small: {loss: ce}, kd: {loss: kd, student: {exits: 2}}}", "kd"),
+        ("arms: {kd: {loss: kd}, erde: {loss: erde}}", "erde"),
+        ("arms: {kd: {loss: kd}, ce: {loss: ce}}\nexport: {arm: ce}", "ce"),
+        ("arms: {kd: {loss: kd}}\nexport: {precisions: [fp32, int8]}", "kd"),
+    ],
+)
+def test_the_only_arm_with_early_exits_is_exported(text: str, arm: str, tmp_path: Path) -> None:
+    assert own_recipe(tmp_path, text).export.arm == arm
+
+
+@pytest.mark.parametrize(
+    "text", ["arms: {kd: {loss: kd}, ce: {loss: ce}}", "arms: {kd: {loss: kd}}\nexport: {arm: erde}"]
+)
+def test_between_several_the_recipe_must_say(text: str, tmp_path: Path) -> None:
+    with user_error("export.arm is 'erde', which is no arm"):
+        own_recipe(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "train: {epochs: 3, backbone_epochs: 3}\narms: {erde: {loss: erde}}",
+            "teacher: train.backbone_epochs is 3",
+        ),
+        (
+            "train: {epochs: 3, backbone_epochs: 3}\nteacher: {train: {backbone_epochs: 0}}\narms: {erde: {loss: erde}}",
+            "arm 'erde': train.backbone_epochs is 3, as many as train.epochs, so that the early exits would never be",
+        ),
+    ],
+)
+def test_early_exits_that_would_never_be_trained(text: str, words: str, tmp_path: Path) -> None:
+    with user_error(words):
+        own_recipe(tmp_path, text)
+
+
+def test_a_network_with_one_exit_has_no_early_exits_to_train(tmp_path: Path) -> None:
+    text = "teacher: {exits: 1}\ntrain: {epochs: 3, backbone_epochs: 3}\narms: {erde: {loss: ce, student: {exits: 1}}}"
+    assert own_recipe(tmp_path, text).train.backbone_epochs == 3

@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 
 from erde import files
 from erde.files import (
+    Lock,
     check_folder,
     make_folder,
     replacing_file,
@@ -111,6 +115,8 @@ def test_the_old_folder_comes_back_where_the_last_step_fails(
     path = tmp_path / "some"
     put(replacing_folder, path, "old")
     replace, calls = os.replace, []
+    # As where names cannot be exchanged in one step.
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
 
     def fail_second(source: Path, goal: Path) -> None:
         calls.append(goal)
@@ -242,21 +248,187 @@ def test_no_permission_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_sweep_leftovers(tmp_path: Path) -> None:
     inside = tmp_path / "arms" / "kd"
     inside.mkdir(parents=True)
-    for name in ("last.safetensors", "some.partial.txt", "partial"):
+    for name in ("last.safetensors", "some.partial.txt", "partial", "kd.partial", "x.12-12345678.aside"):
         (inside / name).write_text("kept")
-    (inside / ".last.safetensors.12345678.partial").write_text("half")
+    (inside / ".last.safetensors.12345678.partial").write_text("half, of an older version")
+    (inside / f".last.safetensors.{dead_process()}-12345678.partial").write_text("half")
+    # A killed process had the id that this one has, as in a container that starts anew.
+    (inside / f".last.safetensors.{os.getpid()}-12345678.partial").write_text("half")
     folder = tmp_path / ".bundle.12345678.partial"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / ".manifest.json.12345678.partial").write_text("half")
     sweep_leftovers(tmp_path)
     assert entries(tmp_path) == ["arms"]
-    assert entries(inside) == ["last.safetensors", "partial", "some.partial.txt"]
+    assert entries(inside) == [
+        "kd.partial", "last.safetensors", "partial", "some.partial.txt", "x.12-12345678.aside",
+    ]  # fmt: skip
 
 
-def test_what_a_kill_leaves_is_what_the_sweep_finds(tmp_path: Path) -> None:
-    # A kill runs no clean-up: the names that the writers use are those that are swept.
-    files._beside(tmp_path / "some.txt").write_text("half")
-    files._beside(tmp_path / "some").mkdir()
-    assert len(entries(tmp_path)) == 2
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+# What another process does; it says when it has begun, and ends when its input does.
+OTHER = """
+import sys
+from pathlib import Path
+from erde import files
+path = Path(sys.argv[1])
+{begin}
+print("begun", flush=True)
+sys.stdin.read()
+"""
+
+
+def other_process(begin: str, path: Path, *arguments: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER.format(begin=begin), str(path), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+@both
+def test_what_another_process_is_writing_stays_until_it_is_dead(replacing: Replacing, tmp_path: Path) -> None:
+    writer = f"whole = files.{replacing.__name__}(path)\nbeside = whole.__enter__()"
+    writer += "\n(beside if beside.is_dir() else beside.with_name(beside.name)).exists() or beside.touch()"
+    process = other_process(writer, tmp_path / "some")
+    (partial,) = entries(tmp_path)
+    assert f".{process.pid}-" in partial
+    sweep_leftovers(tmp_path)
+    assert entries(tmp_path) == [partial]
+    process.kill()
+    process.wait()
     sweep_leftovers(tmp_path)
     assert entries(tmp_path) == []
+
+
+# ---------------------------------------------------------------- a kill while a folder is replaced
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from erde import files
+{before}
+moments = 0
+def watch(event, arguments):
+    global moments
+    if event in ("os.rename", "ctypes.dlsym", "shutil.rmtree", "os.remove", "os.rmdir"):
+        if moments == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        moments += 1
+sys.addaudithook(watch)
+with files.replacing_folder(Path(sys.argv[1])) as beside:
+    (beside / "file.txt").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("before", ["", "files._exchange = lambda *_: False"])
+def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new(before: str, tmp_path: Path) -> None:
+    seen = []
+    for moment in range(10):
+        path = tmp_path / str(moment) / "some"
+        path.parent.mkdir()
+        put(replacing_folder, path, "old")
+        command = [sys.executable, "-c", KILLED.format(before=before), str(path), str(moment)]
+        code = subprocess.run(command, check=False).returncode
+        assert before or path.exists(), "in one step there is no moment without a folder"
+        sweep_leftovers(path.parent)
+        assert entries(path.parent) == ["some"]
+        seen.append(get(path))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    else:
+        pytest.fail("it was killed at every moment")
+    assert seen == sorted(seen, reverse=True)
+    assert {"old", "new"} == set(seen)
+
+
+# ---------------------------------------------------------------- locks
+
+LOCK = "lock = files.Lock(path, 'the place')"
+
+
+def test_a_lock_is_of_one_process_and_says_whose(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    process = other_process(LOCK, path, "with", "some\narguments")
+    with user_error(f"the place is being written by process {process.pid} on .* since 2.*arguments"):
+        Lock(path, "the place")
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+    assert entries(tmp_path) == []
+    with Lock(path, "the place"):
+        assert entries(tmp_path) == [".lock"]
+    assert entries(tmp_path) == []
+
+
+def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    # Its forked children may live on.
+    process = other_process(LOCK + "\nimport os, time\nif os.fork() == 0:\n    time.sleep(60)", path)
+    process.kill()
+    process.wait()
+    assert entries(tmp_path) == [".lock"]
+    with Lock(path, "the place"):
+        pass
+    assert entries(tmp_path) == []
+
+
+def test_a_process_has_a_lock_as_often_as_it_asks(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    first, second = Lock(path, "the place"), Lock(path, "the place")
+    first.release()
+    first.release()
+    with pytest.raises(subprocess.CalledProcessError):
+        subprocess.run(
+            [sys.executable, "-c", OTHER.format(begin=LOCK), str(path)],
+            check=True,
+            capture_output=True,
+            input=b"",
+        )
+    del second
+    assert entries(tmp_path) == []
+    other_process(LOCK, path).communicate()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"pid": 1, "since": 1e99}', b"\xff"])
+def test_a_damaged_lock_file_is_still_a_lock(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    process = other_process(LOCK, path)
+    path.write_bytes(content)
+    with user_error("the place is being written by another process"):
+        Lock(path, "the place")
+    process.communicate()
+
+
+def test_many_processes_take_turns(tmp_path: Path) -> None:
+    """Each adds 1 to a number twenty times; with a lock that lets two in, some would be lost."""
+    code = """
+import sys, time
+from pathlib import Path
+from erde.errors import UserError
+from erde.files import Lock
+number = Path(sys.argv[1]) / "number"
+done = 0
+while done < 20:
+    try:
+        with Lock(number.with_name(".lock"), "it"):
+            value = int(number.read_text())
+            time.sleep(0.001)
+            number.write_text(str(value + 1))
+            done += 1
+    except UserError:
+        time.sleep(0.001)
+"""
+    (tmp_path / "number").write_text("0")
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
+    assert [one.wait() for one in processes] == [0] * 4
+    assert (tmp_path / "number").read_text() == "80"

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -442,6 +444,48 @@ def test_the_command_says_what_it_skipped(
     assert len(rows_of(out)) == 7
     _, stderr = erde("predict", str(tiny_bundle), str(paths[0]), code=2)
     assert stderr == f"error: no image can be read: {reasons[0]}\n"
+
+
+# ---------------------------------------------------------------- one writer of an output
+
+PREDICT = """
+import sys
+from pathlib import Path
+from erde import prediction
+from erde.runtime import Session
+predict = Session.predict
+def first(self, *arguments, **keywords):
+    Session.predict = predict
+    print("begun", flush=True)
+    sys.stdin.read()
+    return predict(self, *arguments, **keywords)
+Session.predict = first
+prediction.predict_files(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]), batch_size=2, resume=True)
+"""
+
+
+def test_two_processes_do_not_write_one_output(
+    tiny_bundle: Path, digit_files: tuple[list[Path], NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    photos = digit_files[0][0].parent
+    out = tmp_path / "answers.jsonl"
+    first = subprocess.Popen(
+        [sys.executable, "-c", PREDICT, str(tiny_bundle), str(photos), str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "begun\n"
+    for resume in (True, False):
+        with user_error(f"{out} is being written by process {first.pid} on .*: wait until it has ended"):
+            predict_files(tiny_bundle, [photos], out, batch_size=2, resume=resume)
+    first.communicate()
+    assert first.returncode == 0
+    expected = tmp_path / "expected.jsonl"
+    predict_files(tiny_bundle, [photos], expected, batch_size=2)
+    assert out.read_bytes() == expected.read_bytes()
+    assert entries(tmp_path) == ["answers.jsonl", "expected.jsonl", "images"]
 
 
 # ---------------------------------------------------------------- stopped and continued

@@ -774,3 +774,79 @@ def test_plain_progress_is_rare(digits: DataSplits, capsys: pytest.CaptureFixtur
         assert not task.due()
     assert progress.PLAIN_INTERVAL >= 5
     assert capsys.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------- what Python is told of a wrong call
+
+
+def test_a_wrong_network_or_wrong_data_is_said(digits: DataSplits, tmp_path: Path) -> None:
+    network = erde.attach_exits(
+        erde.build_backbone("resnet8x0.25", classes=10, channels=1), 2, input_size=digits.input_size
+    )
+    with user_error("data is None: expected what erde.load_data gives"):
+        erde.train(network, None)  # type: ignore[arg-type]
+    with user_error("data is a str: expected"):
+        erde.train(network, "digits")  # type: ignore[arg-type]
+    with user_error("the network is a Linear: expected one with exits; erde.attach_exits"):
+        erde.train(torch.nn.Linear(2, 2), digits)  # type: ignore[arg-type]
+    with user_error("the teacher is a Linear: expected one with exits"):
+        erde.distill(network, torch.nn.Linear(2, 2), digits)  # type: ignore[arg-type]
+    few = erde.attach_exits(
+        erde.build_backbone("resnet8x0.25", classes=3, channels=1), 2, input_size=digits.input_size
+    )
+    with user_error("the network tells 3 classes, the data has 10"):
+        erde.train(few, digits)
+    with user_error("the teacher tells 3 classes, the data has 10"):
+        erde.distill(network, few, digits)
+    colour = erde.attach_exits(erde.build_backbone("resnet8x0.25", classes=10), 2, input_size=(3, 8, 8))
+    with user_error("the network does not take the data's images, 1x8x8"):
+        erde.train(colour, digits)
+    assert colour.training
+    with user_error(
+        "train.backbone_epochs is 2, as many as train.epochs, so that the early exits would never"
+    ):
+        erde.train(network, digits, epochs=2, backbone_epochs=2)
+    with user_error("name is 3: expected the name of a data set or a folder"):
+        erde.load_data(3)  # type: ignore[arg-type]
+    with user_error("no data at"):
+        erde.load_data(tmp_path / "nowhere")
+    with user_error("classes is 0, expected 1 to 100,000"):
+        erde.build_backbone("resnet8", classes=0)
+
+
+def test_training_from_python_leaves_the_allocator_alone(
+    digits: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: list[int] = []
+    monkeypatch.setattr(training, "_keep_memory", lambda: changed.append(1))
+    train_network(make_job(digits, epochs=1))
+    assert not changed
+    monkeypatch.setattr(training, "keeps_memory", True)
+    train_network(make_job(digits, epochs=1))
+    assert changed
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "native", "expected"),
+    [
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),
+        ("auto", "cpu", True, False),
+        ("bf16", "cuda", False, True),
+        ("fp32", "cuda", True, False),
+    ],
+)
+def test_auto_takes_bf16_where_a_gpu_has_it(
+    precision: str,
+    device: str,
+    native: bool,
+    expected: bool,
+    digits: DataSplits,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    job = make_job(digits, precision=precision)
+    assert dataclasses.replace(job, device=torch.device(device)).autocast == expected

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
     from erde.recalibration import ask_for_labels as ask_for_labels
     from erde.recalibration import recalibrate_with_labels as recalibrate_with_labels
 
+    __version__: str
+
 # ONNX Runtime 1.29 and later would keep a file below the home folder and report its use to its makers. It looks at
 # this when it is imported; whoever sets it to 0 is asked.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-__version__ = version("erde")
 
 _HOMES = {
     "ask_for_labels": "erde.recalibration",
@@ -47,10 +46,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("erde")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'erde' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, "__version__"])

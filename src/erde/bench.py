@@ -313,6 +313,8 @@ def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle
     shape = manifest.input_shape
     # Only what the run itself wrote is known to be the same network.
     own = beside_bundle and path.stem in ("no-exit", "no-exit-int8")
+    # Of files of the run's, others that are called so are arms, in float.
+    is_int8 = path.stem == "no-exit-int8" if beside_bundle else path.stem.endswith("int8")
 
     def opened(threads: int) -> Callable[[NDArray[np.uint8]], None]:
         runner = StageRunner([path], threads)
@@ -331,7 +333,7 @@ def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle
         name=name,
         kind="no-exits" if own else "fixed",
         source=str(path),
-        precision="int8" if path.stem.endswith("int8") else "fp32",
+        precision="int8" if is_int8 else "fp32",
         operating_point=None,
         certified=False,
         bytes=path.stat().st_size,

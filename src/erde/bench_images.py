@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from erde import bundle
+from erde import bundle, progress
 from erde.errors import UserError
 from erde.images import load_image
 from erde.prediction import images_below
@@ -27,8 +27,7 @@ def load_images(path: Path, data: str | None, count: int, seed: int) -> tuple[ND
     if data is not None and Path(data).is_dir():
         files = list(images_below(Path(data)))
         if files:
-            drawn = np.random.default_rng(seed).permutation(len(files))[:count]
-            return np.stack([load_image(files[index], manifest.input_shape) for index in drawn]), data
+            return _readable(files, manifest.input_shape, count, seed), data
     recipe = manifest.provenance.get("recipe")
     own = recipe.get("data") if isinstance(recipe, dict) else None
     own = own if isinstance(own, dict) else {}
@@ -42,6 +41,24 @@ def load_images(path: Path, data: str | None, count: int, seed: int) -> tuple[ND
         )
     drawn = np.random.default_rng(seed).permutation(len(splits.test))[:count]
     return np.ascontiguousarray(splits.test.images[drawn]), f"{name}, test split"
+
+
+def _readable(files: list[Path], shape: tuple[int, int, int], count: int, seed: int) -> NDArray[np.uint8]:
+    """``count`` of the images, drawn at random; what cannot be read is left out, and said."""
+    images: list[NDArray[np.uint8]] = []
+    reasons: list[str] = []
+    for index in np.random.default_rng(seed).permutation(len(files)):
+        try:
+            images.append(load_image(files[index], shape))
+        except UserError as error:
+            reasons.append(str(error))
+        if len(images) == count:
+            break
+    if not images:
+        raise UserError(f"no image can be read: {reasons[0]}")
+    if reasons:
+        progress.say(f"{len(reasons)} images cannot be read and are left out, the first: {reasons[0]}")
+    return np.stack(images)
 
 
 def _load_test(name: str, own: dict[str, Any], recipe: Any, channels: int, trusted: bool) -> DataSplits:

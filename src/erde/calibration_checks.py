@@ -39,7 +39,7 @@ def check_latency_budget(milliseconds: float, cost: Cost) -> None:
     if cost.exit_milliseconds is None:
         raise UserError(
             f"a latency budget of {milliseconds:g} ms needs a profile of the machine: "
-            "Session(bundle).profile('profile.json') writes one"
+            "erde bundle profile BUNDLE (in Python Session(bundle).profile()) measures one"
         )
     if cost.exit_milliseconds[0] > milliseconds:
         raise UserError(

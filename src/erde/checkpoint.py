@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, written in one step, no pickle anywhere.
 
 Tensors stand under dotted names (``network.``, ``optimizer.<parameter>.``, ``criterion.``,
-``generator.``, ``meter``); everything else is JSON in the file's own metadata.
+``meter``); everything else is JSON in the file's own metadata.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"no checkpoint at {path}") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-    state = json.loads(metadata.get("erde", "{}"))
+    try:
+        state = json.loads(metadata.get("erde", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its metadata is not JSON; remove it") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is damaged: its metadata is no JSON object; remove it")
     if state and state.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} is a checkpoint of format version {state.get('format_version')!r}, this erde reads {FORMAT_VERSION}: "
@@ -99,6 +104,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict(whole)
 
 
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """:class:`UserError` for weights that are no numbers: training would look as if it had gone wrong."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(f"{path}: '{name}' has values that are not finite: give another file of weights")
+
+
 def load_weights(network: nn.Module, path: Path) -> None:
     """Load a network's weights from a checkpoint of erde's or a plain safetensors state dict."""
     tensors, _ = load(path)
@@ -112,4 +123,5 @@ def load_weights(network: nn.Module, path: Path) -> None:
                 f"{path} does not fit the network: '{name}' has shape {tuple(weights[name].shape)}, "
                 f"expected {tuple(tensor.shape)}"
             )
+        check_finite(path, name, weights[name])
     network.load_state_dict({name: weights[name] for name in expected})

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from erde import cli_about, cli_bundles
 from erde.cli_common import Json, finish
 from erde.errors import UserError, nearest, printable
 
 if TYPE_CHECKING:
+    from erde.bundle import Precision
+    from erde.pipeline import Run
     from erde.results import Results, RuntimeAgreement
 
 # typer brings its own copy of click, or uses the real one: either way this is the base of usage errors.
@@ -21,8 +26,26 @@ ClickException: type[Any] = next(
     one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException"
 )
 
+
+class SystemRefusalError(Exception):
+    """An error of the system on its way past typer, which would end a broken pipe with exit code 1."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            raise SystemRefusalError(error) from error
+
+
 app = typer.Typer(
     name="erde",
+    cls=_Commands,
     help="Early-exit image classifiers: distilled exit by exit, certified, and run without torch.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,8 +70,23 @@ RunFolder = Annotated[
 
 def main() -> None:
     """The console script: one line and exit code 2 for bad input; a traceback is a bug of erde's."""
+    _open_closed_streams()
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # torchrun ends its processes itself
+        signal.signal(signal.SIGTERM, _on_termination)
     try:
+        if "" in sys.argv[1:]:
+            raise UserError("one of the arguments is empty: is a variable of the shell not set?")
         code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except TerminationError:
+        _print_stopped()
+        # Whoever waits for this process sees what ended it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemRefusalError as refusal:
+        _refused_by_system(refusal.error)
+    except OSError as error:
+        _refused_by_system(error)
     except UserError as error:
         _fail(str(error))
     except ClickException as error:
@@ -56,28 +94,70 @@ def main() -> None:
             sys.exit(2)
         _fail(f"{error.format_message()} (see --help)")
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped; a run continues with --resume", file=sys.stderr)
+        _print_stopped()
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away; closing stderr keeps Python from saying so again.
-        sys.stderr.close()
-        sys.exit(141)
     except ModuleNotFoundError as error:
         extra = {"scipy": "analysis", "plotly": "analysis"}.get(str(error.name).split(".")[0], "train")
         if str(error.name).split(".")[0] == "erde":
             raise
         _fail(f"this command needs {error.name}, which is not installed: pip install 'erde[{extra}]'")
     if code == 130:  # typer turns an interrupt into this code, without a word
-        print("stopped; a run continues with --resume", file=sys.stderr)
+        _print_stopped()
     sys.exit(code if isinstance(code, int) else 0)
 
 
+class TerminationError(BaseException):
+    """SIGTERM: like an interrupt from the keyboard, it is no error, and what is half written goes."""
+
+
+def _on_termination(*_: object) -> None:
+    raise TerminationError
+
+
+def _open_closed_streams() -> None:
+    """A stream that is closed from the start is None in Python, and its number goes to the next file."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def _print_stopped() -> None:
+    command = next((one for one in sys.argv[1:] if not one.startswith("-")), "")
+    advice = {
+        "run": "; it continues with --resume",
+        "train": "; it continues with --resume",
+        "distill": "; the same command continues it",
+        "export": "; the same command continues it",
+        "predict": "; with --out it continues with --resume",
+    }
+    with contextlib.suppress(OSError):
+        print(f"stopped{advice.get(command, '')}", file=sys.stderr)
+
+
+def _refused_by_system(error: OSError) -> None:
+    """What the system refuses (a disk, a permission, a name) is one line; a reader that went away is no error."""
+    try:
+        # Where our own output cannot be written, Python would try again at its end.
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    places = " -> ".join(str(one) for one in (error.filename, error.filename2) if one is not None)
+    reason = error.strerror or str(error) or type(error).__name__
+    _fail(f"{f'{places}: ' if places else ''}{reason}: choose a place that can be read and written")
+
+
 def _fail(message: str) -> None:
+    message = message if len(message) <= 2000 else f"{message[:2000]}..."
     # Of several processes (torchrun) all come across the same bad input: one line is enough. Once they have
     # found each other, what stops one of them may be its own: part of the images, its memory.
     parallel = sys.modules.get("erde.parallel")
     if os.environ.get("LOCAL_RANK", "0") == "0" or (parallel is not None and parallel.processes() > 1):
-        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -117,7 +197,11 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Train the arms of a run from its teacher."""
-    _existing(folder).distill(arm)
+    from erde import training
+
+    training.keeps_memory = True
+    with _existing(folder) as run:
+        run.distill(arm)
     _first_process_only()
     _next_step(folder, "distill", "erde export", as_json)
 
@@ -134,13 +218,14 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write every arm's ONNX stages, checked against torch, and their logits on the held-out splits."""
-    run = _existing(folder)
     if plain is None:
         if arm is not None:
             raise UserError("--arm goes with --plain; without --plain all arms are exported")
-        run.export()
+        with _existing(folder) as run:
+            run.export()
         _next_step(folder, "export", "erde calibrate", as_json)
         return
+    run = _existing(folder, read_only=True)
     arm = arm or run.config.export.arm
     if arm not in run.arms:
         raise UserError(f"no arm '{arm}' in this run{nearest(arm, run.arms)}")
@@ -212,7 +297,8 @@ def calibrate(
     kind = _kind_of(target)
     if kind == "run":
         _refuse(given, f"{target} is a run: its own recipe says what to calibrate")
-        _existing(target).calibrate()
+        with _existing(target) as run:
+            run.calibrate()
         _next_step(target, "calibrate", "erde evaluate", as_json)
         return
     from erde.bundle import read as read_bundle
@@ -232,7 +318,8 @@ def calibrate(
         confidence=confidence or "90%", budgets=budget, latency_budgets=latency_budget,
         guarantee=guarantee or "risk", score=score or "auto", sharpness=sharpness, ensemble=ensemble or "auto",
     )  # fmt: skip
-    share, precision = parse_share(tune_share or "50%", "--tune-share"), "fp32"
+    share = parse_share(tune_share or "50%", "--tune-share")
+    precision: Precision = "fp32"
     if kind == "bundle":
         if data is None:
             raise UserError(
@@ -303,7 +390,8 @@ def evaluate(
     """
     if _kind_of(target) == "run":
         _refuse({"--policy": policy, "--out": out}, f"{target} is a run: its results stay in its folder")
-        _existing(target).evaluate(again=True)
+        with _existing(target) as run:
+            run.evaluate(again=True)
         if formats is not None:
             _write_figures([target], target / "figures", formats)
         _show_results(target, as_json)
@@ -410,20 +498,27 @@ def _numbers(text: str, option: str) -> list[float]:
 
 
 def _run(recipe: str, overrides: list[str] | None, out: Path | None, resume: bool, until: str) -> Path:
+    from erde import training
     from erde.config import load_config
     from erde.pipeline import run as run_chain
 
     config = load_config(recipe, overrides or [])
-    folder = out or Path("runs") / f"{config.name}-seed{config.seed}"
+    training.keeps_memory = True
+    name = f"{config.name}-seed{config.seed}"
+    if out is None and Path(name).name != name:
+        raise UserError(
+            f"the recipe's name is '{config.name}', which is no name of a folder: say where with --out"
+        )
+    folder = out or Path("runs") / name
     run_chain(config, folder, resume=resume, until=until)
     _first_process_only()
     return folder
 
 
-def _existing(folder: Path) -> Any:
+def _existing(folder: Path, read_only: bool = False) -> Run:
     from erde.pipeline import Run
 
-    return Run.existing(folder)
+    return Run.existing(folder, read_only=read_only)
 
 
 def _first_process_only() -> None:

@@ -37,7 +37,9 @@ def cost(
     from erde.exits import attach_exits
 
     size = _input_size(backbone, input_size)
-    where: int | list[str] = int(exits) if exits.isdigit() else exits.split(",")
+    # The table names the last exit too, which is always there.
+    names = [name for name in exits.split(",") if name != "final"]
+    where: int | list[str] = int(exits) if exits.isdecimal() and len(exits) < 10 else names or 1
     model = build_backbone(backbone, classes=classes, channels=size[0], image_size=size[1:])
     network = attach_exits(model, where, input_size=size, head=head)
     found, heads = network_cost(network, size), head_macs(network, size)
@@ -70,6 +72,8 @@ def _input_size(backbone: str, text: str | None) -> tuple[int, int, int]:
         return default_input_size(backbone) if is_timm(backbone) else (3, 32, 32)
     try:
         channels, height, width = (int(part) for part in text.lower().split("x"))
+        if min(channels, height, width) < 1:
+            raise ValueError("no image has such a size")
     except ValueError as error:
         raise UserError(
             f"--input-size is '{text}', expected channels x height x width, such as 3x32x32"

@@ -13,6 +13,9 @@ import typer
 from erde.cli_common import Json, finish
 from erde.errors import UserError, printable
 
+# More than any machine has.
+MAX_THREADS = 1024
+
 bundle_app = typer.Typer(no_args_is_help=True, help="Verify, describe and compare bundles.")
 
 
@@ -32,7 +35,7 @@ def predict(
         typer.Option(help="The same, as milliseconds per batch, by the profile.json in the bundle's folder."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.")] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue what was stopped; without this, begun output is refused."),
@@ -100,7 +103,8 @@ def bench(
         raise UserError(f"--out is {out}, expected a name that ends in .json")
     if out is not None and not os.access(make_folder(out.parent), os.W_OK):
         raise UserError(f"{out} cannot be written: choose a folder that you may write to")
-    sizes, counts = _whole_numbers("--batch-sizes", batch_sizes), _whole_numbers("--threads", threads)
+    sizes = _whole_numbers("--batch-sizes", batch_sizes)
+    counts = _whole_numbers("--threads", threads, MAX_THREADS)
     pool, source = load_images(bundle, data, images, seed)
     found = benches.bench(
         bundle, pool, data=source, against=against, points=point,
@@ -114,11 +118,14 @@ def bench(
     finish(as_json, found.model_dump(mode="json"))
 
 
-def _whole_numbers(option: str, text: str) -> list[int]:
+def _whole_numbers(option: str, text: str, highest: int = 100_000) -> list[int]:
     try:
-        return sorted({int(one) for one in text.split(",")})
+        numbers = sorted({int(one) for one in text.split(",")})
     except ValueError as error:
-        raise UserError(f"{option} is '{text}', expected whole numbers such as 1,8,32") from error
+        raise UserError(f"{option} is '{text[:100]}', expected whole numbers such as 1,8,32") from error
+    if numbers[0] < 1 or numbers[-1] > highest:
+        raise UserError(f"{option} is '{text[:100]}', expected numbers from 1 to {highest:,}")
+    return numbers
 
 
 @bundle_app.command("verify", epilog="Example: erde bundle verify runs/a/bundle")
@@ -150,7 +157,7 @@ def bundle_info(bundle: Path, as_json: Json = False) -> None:
 def bundle_profile(
     bundle: Path,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads, as the bundle will run with.")
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads, as the bundle will run with.")
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images per call.")] = "1,2,4,8,16,32",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 30,
@@ -183,7 +190,8 @@ def bundle_diff(first: Path, second: Path, as_json: Json = False) -> None:
         print(f"{printable(key)}: {_short(before)} -> {_short(after)}")
     if not found:
         print("the bundles are the same")
-    finish(as_json, {"differences": len(found)})
+    fields = {key: {"first": before, "second": after} for key, (before, after) in found.items()}
+    finish(as_json, {"differences": len(found), "fields": fields})
 
 
 def _short(value: Any) -> str:

@@ -39,12 +39,13 @@ from erde.report_html import (
 )
 from erde.report_sections import area_cell, comparison_table, promised_on, rule_in_words
 from erde.results import Arm, Comparison, Curve, Results
+from erde.run_folder import FREE_TO_CHANGE
 
 SCRIPTS = ("common.js", "compare.js")
 # Points of all curves together: more would make a large page, and a screen shows fewer.
 MAX_POINTS = 20_000
-# Keys of a recipe that tell runs of the same recipe apart.
-_NOT_RECIPE = ("seed", "name")
+# Keys of a recipe that tell runs of the same recipe apart, or the machines they were made on.
+_NOT_RECIPE = ("seed", "name", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ def seed_groups(runs: Mapping[str, Results]) -> list[SeedGroup]:
     """The runs by recipe, in the order given; a run whose recipe is its own is a group of one."""
     by_recipe: dict[str, list[str]] = {}
     for name, results in runs.items():
-        recipe = {key: value for key, value in results.recipe.items() if key not in _NOT_RECIPE}
-        by_recipe.setdefault(json.dumps(recipe, sort_keys=True), []).append(name)
+        by_recipe.setdefault(json.dumps(_without_free_keys(results.recipe), sort_keys=True), []).append(name)
     groups = []
     for members in by_recipe.values():
         label = members[0]
@@ -103,6 +103,15 @@ def seed_groups(runs: Mapping[str, Results]) -> list[SeedGroup]:
             label = f"{members[0]} and {len(members) - 1} more"
         groups.append(SeedGroup(label, tuple(members)))
     return groups
+
+
+def _without_free_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a recipe: without the keys that tell runs of it apart, or leave the results as they are."""
+    kept = {key: value for key, value in recipe.items() if key not in _NOT_RECIPE}
+    for group, free in FREE_TO_CHANGE:
+        if isinstance(kept.get(group), dict):
+            kept[group] = {key: value for key, value in kept[group].items() if key != free}
+    return kept
 
 
 # ---------------------------------------------------------------- header

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from erde.errors import UserError, nearest
+from erde.yaml_reader import read_yaml, read_yaml_file, shorten
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -34,6 +35,13 @@ OpenShare = Annotated[float, Field(gt=0, lt=1)]
 CropShare = Annotated[float, Field(gt=0, le=1)]
 SmallShare = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+# More than any machine has; so many more would only fight, or not start at all.
+MAX_THREADS = 1024
+
+# Keys that a later version added, and what runs did that were begun without them: a saved recipe that lacks the key
+# means this value, where it is not the key's default. Keys of train, data, ... only, as "train.some_key": what
+# teacher.train or an arm does not name it takes from there.
+ADDED_LATER: dict[str, Any] = {"train.refit_heads": 0}
 
 
 class Frozen(BaseModel):
@@ -45,9 +53,9 @@ class Frozen(BaseModel):
 class AugmentationConfig(Frozen):
     """Batched augmentation of training images, on the device."""
 
-    crop_padding: int = Field(4, ge=0, description="pixels of zero padding before a random crop")
+    crop_padding: int = Field(4, ge=0, le=1024, description="pixels of zero padding before a random crop")
     flip: bool = Field(True, description="flip left to right, every second time")
-    cutout: int = Field(0, ge=0, description="side of a square set to the mean colour, in pixels")
+    cutout: int = Field(0, ge=0, le=4096, description="side of a square set to the mean colour, in pixels")
     views: Count | None = Field(
         None,
         description="each image in so many of its flips and shifts, always the same; None: in all of them",
@@ -97,7 +105,9 @@ class DataConfig(Frozen):
         None, description="column whose equal values stay in one split: a video, a patient"
     )
     channels: Literal[1, 3] = 3
-    image_size: Count | None = Field(None, description="pixels a side; None keeps the images' own size")
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="pixels a side, at most 4096; None keeps the images' own size"
+    )
     train_subset: Count | None = Field(
         None, description="images of train that students see; limits train only"
     )
@@ -112,7 +122,7 @@ class DataConfig(Frozen):
     augmentation: AugmentationConfig = AugmentationConfig()
     streaming: Literal["auto", "always", "never"] = "auto"
     memory_limit_gib: Positive = Field(4.0, description="larger sets are streamed by a DataLoader")
-    workers: int = Field(2, ge=0, description="DataLoader processes, for streamed sets")
+    workers: int = Field(2, ge=0, le=256, description="DataLoader processes, for streamed sets")
     skip_unreadable: bool = Field(
         False, description="leave out images that cannot be read, instead of stopping"
     )
@@ -144,7 +154,7 @@ class NetworkConfig(Frozen):
 class TrainConfig(Frozen):
     """The training loop, the same for all arms."""
 
-    epochs: Count = 60
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 60
     batch_size: Count = 128
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive = 0.1
@@ -171,7 +181,9 @@ class TrainConfig(Frozen):
         "auto: a quarter of epochs, rounded up",
     )
     channels_last: bool = True
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast on a GPU that has it"
+    )
     compile: bool = Field(False, description="torch.compile; the first steps take minutes")
     together: bool = Field(
         False, description="train all arms in one go: batches and teacher answers are made once"
@@ -191,6 +203,15 @@ class TrainConfig(Frozen):
         if self.refit_heads == "auto" and self.freeze_backbone:
             return 0  # heads were trained on a frozen backbone all along
         return math.ceil(self.epochs / 4) if self.refit_heads == "auto" else self.refit_heads
+
+
+def check_phases(where: str, train: TrainConfig, has_early_exits: bool) -> None:
+    """:class:`UserError` where the early exits of a network would never be trained."""
+    if has_early_exits and train.backbone_epochs == train.epochs:
+        raise UserError(
+            f"{where}: train.backbone_epochs is {train.backbone_epochs}, as many as train.epochs, so that the early exits "
+            "would never be trained: lower it, or raise train.epochs"
+        )
 
 
 class DistillationConfig(Frozen):
@@ -223,7 +244,7 @@ def resolve_loss(value: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or "name" not in value:
-        raise UserError(f"loss: a loss needs a name, got {value!r}; for example {{name: erde}}")
+        raise UserError(f"loss: a loss needs a name, got {shorten(value)}; for example {{name: erde}}")
     from erde.losses import LOSSES
 
     name = str(value["name"])
@@ -340,13 +361,22 @@ class CalibrationConfig(Frozen):
         return self
 
 
+def _is_plain(student: Any, arm: Any) -> bool:
+    """Whether an arm of a recipe that is not checked yet has one exit."""
+    own = arm.get("student") if isinstance(arm, Mapping) else None
+    exits = [one["exits"] for one in (own, student) if isinstance(one, Mapping) and "exits" in one]
+    return bool(exits) and exits[0] == 1
+
+
 class Config(Frozen):
     """A whole recipe."""
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = Field(None, description="CPU threads; None: all that this process may use")
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = Field(
+        None, description="CPU threads; None: all that this process may use"
+    )
     data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: NetworkConfig = NetworkConfig()
@@ -355,6 +385,19 @@ class Config(Frozen):
     arms: dict[str, ArmConfig]
     export: ExportConfig = ExportConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_arm(cls, value: Any) -> Any:
+        """Without a word of the recipe the only arm with early exits is the one that is exported."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("arms"), Mapping):
+            return value
+        export, arms = value.get("export", {}), value["arms"]
+        if not isinstance(export, Mapping) or "arm" in export or ExportConfig().arm in arms:
+            return value
+        plain = [arm for arm, about in arms.items() if _is_plain(value.get("student"), about)]
+        early = [arm for arm in arms if arm not in plain]
+        return {**value, "export": {**export, "arm": early[0]}} if len(early) == 1 else value
 
     @model_validator(mode="after")
     def _cross_references(self) -> Config:
@@ -399,7 +442,11 @@ class Config(Frozen):
         score = self.calibration.score
         if score not in ("auto", *SCORES):
             raise UserError(f"calibration.score: unknown score '{score}'{nearest(score, ['auto', *SCORES])}")
-        _ = self.teacher_train
+        for where, network, train in (
+            ("teacher", self.teacher, self.teacher_train),
+            *((f"arm '{arm}'", self.student_of(arm), self.train) for arm in self.arms),
+        ):
+            check_phases(where, train, network.exits != 1)
         if self.calibration.reference == "no_exit_network":
             self.no_exit_arm()
         return self
@@ -471,7 +518,7 @@ def validate(model: type[Model], value: Any, prefix: str = "") -> Model:
             one["msg"].removeprefix("Input should be ") for found, one in located if found == keys
         }
         expected = " or ".join(sorted(alternatives))
-        raise UserError(f"{where or 'recipe'}: expected {expected}, got {first['input']!r}") from error
+        raise UserError(f"{where or 'recipe'}: expected {expected}, got {shorten(first['input'])}") from error
 
 
 def _own_words(error: ValueError, where: str) -> str:
@@ -512,28 +559,62 @@ def shipped_recipes() -> list[str]:
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
     """A recipe by shipped name or file, with ``KEY=VALUE`` overrides (dotted keys, YAML values)."""
-    path = Path(recipe)
+    path, where = Path(recipe), f"recipe {recipe}"
     if str(recipe) in shipped_recipes():
         text = (resources.files("erde") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
     elif path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
+        return _with_overrides(read_yaml_file(path, where), where, overrides)
     else:
         raise UserError(
             f"no recipe '{recipe}': neither a file nor a shipped name{nearest(str(recipe), shipped_recipes())}"
         )
-    value = _safe_yaml(text, f"recipe {recipe}")
-    if not isinstance(value, dict):
-        raise UserError(f"recipe {recipe}: expected keys and values, got {type(value).__name__}")
+    return _with_overrides(read_yaml(text, where), where, overrides)
+
+
+def _with_overrides(value: Any, where: str, overrides: Iterable[str]) -> Config:
+    tree = _as_tree(value, where)
     for override in overrides:
-        _apply_override(value, override)
-    return validate(Config, value)
+        _apply_override(tree, override)
+    return validate(Config, tree)
 
 
-def _safe_yaml(text: str, where: str) -> Any:
+def load_saved_config(path: Path) -> Config:
+    """The recipe that a run keeps in its folder, of this version or an earlier one: see ``ADDED_LATER``.
+
+    Raises:
+        UserError: a file that is damaged, or of a later version.
+    """
+    where = str(path)
+    tree = _as_tree(read_yaml_file(path, where), where)
+    for key, value in old_values(path).items():
+        group, name = key.split(".")
+        tree[group] = {**(tree.get(group) or {}), name: value}
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        return validate(Config, tree)
+    except UserError as error:
+        raise UserError(f"{where} is not a recipe of this version of erde: {error}") from error
+
+
+def old_values(path: Path) -> dict[str, Any]:
+    """The keys of ``ADDED_LATER`` that a saved recipe lacks, and what they were."""
+    tree = _as_tree(read_yaml_file(path, str(path)), str(path))
+    return {
+        key: value
+        for key, value in ADDED_LATER.items()
+        if not isinstance(group := tree.get(key.split(".")[0]), dict) or key.split(".")[1] not in group
+    }
+
+
+def default_of(key: str) -> Any:
+    """The default of a key such as ``train.epochs``."""
+    group, name = key.split(".")
+    return getattr(Config.model_fields[group].default, name)
+
+
+def _as_tree(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected keys and values, got {type(value).__name__}")
+    return value
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -551,4 +632,4 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"override '{override}': '{parent}' is a value, not a group of keys")
         node = child
-    node[last] = _safe_yaml(text, f"the value of '{override}'")
+    node[last] = read_yaml(text, f"the value of '{override[:200]}'")

@@ -18,7 +18,7 @@ from erde import checkpoint, parallel, progress
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork
 from erde.files import make_folder
-from erde.learner import Job
+from erde.learner import FINAL, Job
 from erde.sources import part_of
 from erde.splits import TrainSplit
 from erde.teacher_answers import Teacher
@@ -31,9 +31,15 @@ HELD_OUT = "held_out.safetensors"
 BATCH = 500
 
 
-def check(run: Run) -> None:
-    """:class:`UserError` unless the recipe says where held-out predictions come from."""
-    if not run.config.teacher.disjoint and run.config.teacher.cross_fit is None:
+def check(run: Run, teacher_job: Job) -> None:
+    """:class:`UserError` unless the recipe says where held-out predictions come from, and the folds can be trained on."""
+    folds = run.config.teacher.cross_fit
+    if folds is not None:
+        # The first fold is the largest: it leaves the fewest.
+        rest = np.flatnonzero(np.arange(len(teacher_job.train)) % folds != 0)
+        train = TrainSplit(part_of(teacher_job.train.images, rest), teacher_job.train.labels[rest])
+        dataclasses.replace(teacher_job, name=_fold_name(0, folds), train=train).check()
+    elif not run.config.teacher.disjoint:
         raise UserError(
             "the loss asks for held-out teacher predictions: set teacher.cross_fit=5 to train a teacher for each of "
             "five parts of the images, or teacher.disjoint=true for a teacher that never sees the students' images"
@@ -72,15 +78,16 @@ def _cross_fit(run: Run, teacher_job: Job, students: TrainSplit) -> Tensor:
     for fold in range(folds):
         rest = seen[seen % folds != fold]
         train = TrainSplit(part_of(teacher_job.train.images, rest), teacher_job.train.labels[rest])
-        network = run.new_network("teacher")
+        folder = run.arm_folder("teacher") / "folds" / str(fold)
+        network = run.new_network("teacher", load=not (folder / FINAL).exists())
         job = dataclasses.replace(
             teacher_job,
             scalars=None,
-            name=f"teacher, fold {fold + 1} of {folds}",
+            name=_fold_name(fold, folds),
             network=network,
             train=train,
         )
-        train_network(job, run.arm_folder("teacher") / "folds" / str(fold), run.log)
+        train_network(job, folder, run.log)
         rows = asked[asked % folds == fold]
         part = TrainSplit(part_of(students.images, rows), students.labels[rows])
         answers = _answers(run, network, part, teacher_job)
@@ -94,6 +101,10 @@ def _cross_fit(run: Run, teacher_job: Job, students: TrainSplit) -> Tensor:
         + " / ".join(f"{100 * one:.1f} %" for one in right.tolist())
     )
     return found
+
+
+def _fold_name(fold: int, folds: int) -> str:
+    return f"teacher, fold {fold + 1} of {folds}"
 
 
 def _answers(run: Run, network: EarlyExitNetwork, split: TrainSplit, teacher_job: Job) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class DataSplits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     workers: int = 0  # processes that decode, where images are streamed
+    train_fingerprint: str | None = None  # of a run that held train in another way: see load_splits_again
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -63,21 +65,32 @@ class DataSplits:
             )
         if skip == 0 and size == len(self.train):
             return self.train
-        return TrainSplit(
-            part_of(self.train.images, np.arange(skip, skip + size)), self.train.labels[skip : skip + size]
+        stretch = slice(skip, skip + size)
+        images = self.train.images
+        # A view of an array: several arms share it.
+        share = (
+            images[stretch]
+            if isinstance(images, np.ndarray)
+            else part_of(images, np.arange(skip, skip + size))
         )
+        return TrainSplit(share, self.train.labels[stretch])
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Size and fingerprint per split, for ``splits.json``."""
         splits = (self.train, self.tune, self.certify, self.test)
-        return {split.name: {"size": len(split), "fingerprint": split.fingerprint()} for split in splits}
+        found = {split.name: {"size": len(split), "fingerprint": split.fingerprint()} for split in splits}
+        if self.train_fingerprint is not None:
+            found["train"]["fingerprint"] = self.train_fingerprint
+        return found
 
 
-def load_data(name: str, *, seed: int = 0, **settings: Any) -> DataSplits:
+def load_data(name: str | os.PathLike[str], *, seed: int = 0, **settings: Any) -> DataSplits:
     """The four splits of a shipped data set, a hub id or a folder; ``settings`` are keys of ``data:``."""
     from erde.config import validate
 
-    return load_splits(validate(DataConfig, {"name": name, **settings}, prefix="data."), seed)
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"name is {name!r}: expected the name of a data set or a folder")
+    return load_splits(validate(DataConfig, {"name": os.fspath(name), **settings}, prefix="data."), seed)
 
 
 def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> DataSplits:
@@ -117,7 +130,9 @@ def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> Dat
         raise UserError(
             f"data.train_subset is {config.train_subset:,}, the train split has {len(train_split):,} images: lower it"
         )
-    mean, std = _normalisation(config, train_split)
+    resident = isinstance(train_split.images, np.ndarray)
+    limit = NORMALISATION_IMAGES if resident else STREAMED_NORMALISATION_IMAGES
+    mean, std = _normalisation(config, train_split, limit)
     return DataSplits(
         config.name,
         train_split,
@@ -129,6 +144,48 @@ def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> Dat
         std,
         config.workers,
     )
+
+
+def load_splits_again(config: DataConfig, seed: int, fingerprints: Mapping[str, Any]) -> DataSplits | None:
+    """:func:`load_splits` for a run that began with ``fingerprints``; None where the data is not the same.
+
+    Where a run held its train images in memory and this one streams them, or the other way round, the train split
+    has another kind of fingerprint, and its mean and standard deviation are measured on another number of images:
+    both are then taken as they were. A run of an earlier erde left copies of images where they were.
+    """
+    for copies_apart in (True, False):
+        data = _as_begun(config, seed, fingerprints, copies_apart)
+        if data is not None:
+            if not copies_apart:
+                say("data: copies of images stand in more than one split, as this run began with them")
+            return data
+    return None
+
+
+def _as_begun(
+    config: DataConfig, seed: int, fingerprints: Mapping[str, Any], copies_apart: bool
+) -> DataSplits | None:
+    data = load_splits(config, seed, copies_apart)
+    now = data.fingerprints()
+    if now == fingerprints:
+        return data
+    if {**now, "train": None} != {**fingerprints, "train": None}:
+        return None
+    streamed = not isinstance(data.train.images, np.ndarray)
+    if streamed:
+        began = data.train.decoded_fingerprint()
+    elif config.name != "digits":
+        always = config.model_copy(update={"streaming": "always"})
+        began = load_splits(always, seed, copies_apart).train.fingerprint()
+    else:
+        return None
+    train = {"size": len(data.train), "fingerprint": began}
+    if train != fingerprints.get("train"):
+        return None
+    mean, std = _normalisation(
+        config, data.train, NORMALISATION_IMAGES if streamed else STREAMED_NORMALISATION_IMAGES
+    )
+    return replace(data, mean=mean, std=std, train_fingerprint=began)
 
 
 def _apart(*parts: Columns) -> tuple[Columns, ...]:
@@ -183,21 +240,22 @@ def _check_size(what: str, size: int, order: Index, key: str) -> None:
         )
 
 
-def _normalisation(config: DataConfig, train: TrainSplit) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(
+    config: DataConfig, train: TrainSplit, limit: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     channels = train.images.shape[-1]
     for key, given in (("mean", config.mean), ("std", config.std)):
         if given and len(given) != channels:
             raise UserError(f"data.{key} has {len(given)} values for {channels} channels")
     # Measuring decodes the images of a streamed set: only where it is needed.
-    mean, std = ((), ()) if config.mean and config.std else _measure(train, channels)
+    mean, std = ((), ()) if config.mean and config.std else _measure(train, channels, limit)
     mean, std = tuple(config.mean or mean), tuple(config.std or std)
     return mean, tuple(max(one, 1e-3) for one in std)
 
 
-def _measure(train: TrainSplit, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _measure(train: TrainSplit, channels: int, limit: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     counts = np.zeros((channels, 256))
-    resident = isinstance(train.images, np.ndarray)
-    limit = min(len(train), NORMALISATION_IMAGES if resident else STREAMED_NORMALISATION_IMAGES)
+    limit = min(len(train), limit)
     for start in range(0, limit, 1024):
         batch = train.images[start : min(start + 1024, limit)].reshape(-1, channels)
         counts += [np.bincount(batch[:, channel], minlength=256) for channel in range(channels)]

@@ -67,8 +67,17 @@ class ExportedStages:
 
     @classmethod
     def read(cls, folder: Path) -> ExportedStages:
-        """Read ``stages.json``."""
-        value = json.loads((folder / STAGES).read_text(encoding="utf-8"))
+        """Read ``stages.json``; :class:`UserError` where it is damaged."""
+        path = folder / STAGES
+        try:
+            return cls._from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path} is damaged: remove the folder {folder} and run erde export again"
+            ) from error
+
+    @classmethod
+    def _from_json(cls, value: Any) -> ExportedStages:
         cost = value["cost"]
         height, width, channels = value["input_shape"]
         quantisation = value.get("quantisation")

@@ -14,6 +14,7 @@ from erde.config import (
     DistillationConfig,
     LossConfig,
     TrainConfig,
+    check_phases,
     resolve_loss,
     validate,
 )
@@ -92,7 +93,9 @@ def _fit(
     teacher_cache: str | Path | None,
     settings: Mapping[str, Any],
 ) -> list[Epoch]:
+    _check(network, teacher, data)
     config, resolved = validate(TrainConfig, settings, "train."), resolve_loss(loss)
+    check_phases("this training", config, len(network.stages) > 1)
     if config.together:
         raise UserError("train.together is for the arms of a recipe: leave it out")
     if config.tensorboard and folder is None:
@@ -127,6 +130,40 @@ def _fit(
         scalars=Path(folder) / "tensorboard" if config.tensorboard and folder is not None else None,
     )
     return train_network(job, Path(folder) if folder is not None else None).history
+
+
+def _check(network: Any, teacher: Any, data: Any) -> None:
+    """:class:`UserError` where networks and data are not what they should be, or do not fit each other."""
+    if not isinstance(data, DataSplits):
+        raise UserError(f"data is {_kind(data)}: expected what erde.load_data gives")
+    for name, one in (("network", network), ("teacher", teacher)):
+        if name == "teacher" and one is None:
+            continue
+        if not isinstance(one, EarlyExitNetwork):
+            raise UserError(
+                f"the {name} is {_kind(one)}: expected one with exits; erde.attach_exits(model, 3, input_size=...) gives it "
+                "some, and with exits=1 none but its own"
+            )
+        channels, height, width = data.input_size
+        mode, x = one.training, torch.zeros(2, channels, height, width, device=next(one.parameters()).device)
+        try:
+            with torch.no_grad():
+                shape = tuple(one.eval()(x).shape)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the {name} does not take the data's images, {channels}x{height}x{width}: {reason}"
+            ) from error
+        finally:
+            one.train(mode)
+        if shape[2] != len(data.classes):
+            raise UserError(
+                f"the {name} tells {shape[2]} classes, the data has {len(data.classes)}: give its model as many outputs"
+            )
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def build_criterion(

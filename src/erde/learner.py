@@ -77,7 +77,10 @@ class Job:
     def autocast(self) -> bool:
         """Whether networks compute in bf16 where that is safe."""
         precision = self.config.precision
-        return precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
+        if precision == "auto":
+            # Older GPUs emulate bf16, several times slower than fp32.
+            return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return precision == "bf16"
 
 
 @dataclass

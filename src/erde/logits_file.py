@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde import evaluation
+from erde.array_file import ArrayFileError, read_npz
 from erde.bundle import Measured, OperatingPoint
 from erde.calibration import CalibratedPolicy, calibrate_logits
 from erde.calibration_checks import Request, check_logits, check_reuse
@@ -59,20 +58,15 @@ class LogitsFile:
         self.path = path
         try:
             # No pickle: an array of objects is refused by numpy itself.
-            loaded = np.load(path, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            with loaded:
-                self.arrays = {name: loaded[name] for name in loaded.files}
-            if not all(isinstance(one, np.ndarray) for one in self.arrays.values()):
-                raise ValueError("a member that is no array")
+            self.arrays = read_npz(path)
         except FileNotFoundError as error:
             raise UserError(
                 f"no file at {path}: expected an .npz of logits (see erde calibrate --help)"
             ) from error
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        except (OSError, ArrayFileError) as error:
             raise UserError(
-                f"{path} is not an .npz file of plain arrays: write it with numpy.savez(path, logits=..., labels=...)"
+                f"{path} is not an .npz file of plain arrays: write it with numpy.savez(path, logits=..., labels=...) "
+                f"({error})"
             ) from error
 
     def has(self, split: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 
 from erde import (
@@ -32,12 +32,21 @@ from erde import (
     run_folder,
 )
 from erde.backbones import build_backbone
+from erde.bundle import file_hash, stages_hash
 from erde.bundle import read as read_bundle
-from erde.bundle import stages_hash
 from erde.calibration_checks import Request, check_budget, check_reuse
-from erde.config import Config, DistillationConfig, NetworkConfig, TeacherConfig, load_config
+from erde.config import (
+    Config,
+    DistillationConfig,
+    NetworkConfig,
+    TeacherConfig,
+    default_of,
+    load_saved_config,
+    old_values,
+    validate,
+)
 from erde.cost import network_cost
-from erde.data import DataSplits, load_splits
+from erde.data import DataSplits, load_splits, load_splits_again
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork, attach_exits
 from erde.export import (
@@ -48,7 +57,15 @@ from erde.export import (
     export_plain,
     export_stages,
 )
-from erde.files import check_folder, make_folder, replacing_file, sweep_leftovers, write_json, write_text
+from erde.files import (
+    Lock,
+    check_folder,
+    make_folder,
+    replacing_file,
+    sweep_leftovers,
+    write_json,
+    write_text,
+)
 from erde.fit import build_criterion
 from erde.learner import FINAL, Job, Outcome
 from erde.losses import LOSSES
@@ -57,23 +74,18 @@ from erde.report import write_report
 from erde.results import Results
 from erde.run_evaluation import TEACHER
 from erde.settings import Settings
+from erde.sources import SHIPPED
 from erde.stages import StageRunner
 from erde.teacher_answers import check_cache
 from erde.teachers import WeightsReport, adapt_teacher, load_teacher_weights, measure_accuracy
 from erde.thresholds import Cost
 from erde.training import choose_device, train_together
 
+LOCK = ".lock"
+CONFIG, REPORT = "config.yaml", "report.html"
+# Names of baselines: the exported arm without its exits, and in int8.
+NO_EXIT, NO_EXIT_INT8 = "no-exit", "no-exit-int8"
 PHASES = ("train", "distill", "export", "calibrate", "evaluate")
-# Keys that leave the results as they are: a run may go on with others.
-FREE_TO_CHANGE = (
-    ("train", "together"),
-    ("train", "checkpoint_seconds"),
-    ("train", "tensorboard"),
-    ("teacher", "cache"),
-    ("data", "workers"),
-    ("data", "memory_limit_gib"),
-    ("data", "skip_unreadable"),  # what it leaves out would show in splits.json
-)
 # What several processes can share; the first one does the rest alone.
 TRAINING = ("train", "distill")
 
@@ -86,22 +98,30 @@ def run(
     Raises:
         UserError: bad input; a folder that holds another run, or a run and no ``resume``.
     """
-    job = Run.open(config, Path(folder), resume)
-    for phase in PHASES[: PHASES.index(until) + 1]:
-        if phase not in TRAINING and not job.goes_on():
-            return None
-        with job.timed(phase):
-            getattr(job, phase)()
-    results = job.folder / run_folder.RESULTS
-    return Results.read(results) if until == "evaluate" else None
+    with Run.open(config, Path(folder), resume) as job:
+        for phase in PHASES[: PHASES.index(until) + 1]:
+            if phase not in TRAINING and not job.goes_on():
+                return None
+            with job.timed(phase):
+                getattr(job, phase)()
+        results = job.folder / run_folder.RESULTS
+        return Results.read(results) if until == "evaluate" else None
 
 
 class Run:
-    """One run folder and its recipe."""
+    """One run folder and its recipe.
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    As :meth:`open` and :meth:`existing` give it, it holds the lock of the folder until :meth:`close`, or the end of
+    a ``with`` block; of several processes that train together the first one does.
+    """
+
+    def __init__(self, config: Config, folder: Path, lock: Lock | None = None) -> None:
         self.config, self.folder = config, folder
-        self.log = progress.RunLog(folder / "log.jsonl" if parallel.is_first() else None)
+        self._lock: Lock | None = None
+        # Whoever holds no lock does not touch what another process is appending to.
+        self.log = progress.RunLog(None)
+        if lock is not None:
+            self._hold(lock)
         self.device = choose_device(config.device)
         self.threads = config.threads or environment.available_cpus()
         torch.set_num_threads(self.threads)
@@ -117,45 +137,81 @@ class Run:
         Nothing is written before the data is loaded and every network and loss of the recipe is built once.
         """
         parallel.start(config.device)
-        found: list[Run] = []
-        parallel.first_only(lambda: found.append(cls._open(config, folder, resume)))
-        return found[0] if found else cls(config, folder)
+        config = _with_whole_paths(config)
+        opened: list[Run] = []
+        parallel.first_only(lambda: opened.append(cls._open(config, folder, resume)))
+        return opened[0] if opened else cls(config, folder)
 
     @classmethod
     def _open(cls, config: Config, folder: Path, resume: bool) -> Run:
-        saved = folder / "config.yaml"
+        saved = folder / CONFIG
         if resume:
             if not saved.is_file():
                 raise UserError(
                     f"nothing to resume in {folder}: it has no config.yaml; start without --resume"
                 )
-            _check_same_recipe(config, saved)
-            sweep_leftovers(folder)
-            write_text(saved, config.to_yaml())
-        elif folder.is_dir() and any(folder.iterdir()):
-            advice = "continue it with --resume" if saved.is_file() else "it holds other files"
-            raise UserError(f"{folder} is not empty: {advice}, or choose another folder with --out")
-        check_folder(folder)
-        one = cls(config, folder)
-        one.check()
+            lock = _lock(folder)
+            try:
+                sweep_leftovers(folder)
+                run = cls(_resumed(config, saved), folder, lock)
+                run.check()
+                write_text(saved, run.config.to_yaml())
+                run._start("resume")
+            except BaseException:
+                lock.release()
+                raise
+            return run
+        _check_empty(folder)
+        run = cls(config, folder)
+        run.check()
         make_folder(folder)
-        if not resume:
+        lock = _lock(folder)
+        try:
+            # Another process may have been quicker.
+            _check_empty(folder)
+            run._hold(lock)
             write_text(saved, config.to_yaml())
-        if not (folder / "splits.json").exists():
-            write_json(folder / "splits.json", one.data.fingerprints())
-        one.log.write("resume" if resume else "start", recipe=config.name, seed=config.seed)
-        return one
+            run._start("start")
+        except BaseException:
+            lock.release()
+            raise
+        return run
+
+    def _hold(self, lock: Lock) -> None:
+        self._lock = lock
+        self.log = progress.RunLog(self.folder / "log.jsonl")
+
+    def _start(self, event: str) -> None:
+        if not (self.folder / "splits.json").exists():
+            write_json(self.folder / "splits.json", self.data.fingerprints())
+        self.log.write(event, recipe=self.config.name, seed=self.config.seed)
 
     @classmethod
-    def existing(cls, folder: Path) -> Run:
-        """The run in ``folder``, by its own saved recipe."""
-        saved = folder / "config.yaml"
+    def existing(cls, folder: Path, *, read_only: bool = False) -> Run:
+        """The run in ``folder``, by its own saved recipe; what only reads it needs no lock."""
+        saved = folder / CONFIG
         if not saved.is_file():
             raise UserError(f"{folder} is no run folder: it has no config.yaml (erde run writes one)")
-        config = load_config(saved)
+        config = load_saved_config(saved)
+        _check_cache_folder(config, saved)
+        if read_only:
+            return cls(config, folder)
         parallel.start(config.device)
+        locks: list[Lock] = []
+        parallel.first_only(lambda: locks.append(_lock(folder)))
         parallel.first_only(lambda: sweep_leftovers(folder))
-        return cls(config, folder)
+        return cls(config, folder, locks[0] if locks else None)
+
+    def close(self) -> None:
+        """Let others write into the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # ------------------------------------------------------------ what the phases share
 
@@ -177,17 +233,11 @@ class Run:
     def data(self) -> DataSplits:
         """The four splits; once the run has a ``splits.json`` they are held against it."""
         progress.say(f"data: {self.config.data.name}")
-        data = load_splits(self.config.data, self.config.seed)
         path = self.folder / "splits.json"
-        begun_with = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if begun_with is not None and begun_with != data.fingerprints():
-            # A run of an earlier erde, which left copies where they were.
-            data = load_splits(self.config.data, self.config.seed, copies_apart=False)
-            if begun_with == data.fingerprints():
-                progress.say(
-                    "data: copies of images stand in more than one split, as this run began with them"
-                )
-                return data
+        if not path.exists():
+            return load_splits(self.config.data, self.config.seed)
+        data = load_splits_again(self.config.data, self.config.seed, run_folder.read_json(path))
+        if data is None:
             raise UserError(
                 f"the data set '{self.config.data.name}' is not the one that this run started with (see "
                 f"{path}): bring the old data back, or start a new run"
@@ -233,7 +283,7 @@ class Run:
     def new_network(self, arm: str, *, load: bool = True) -> EarlyExitNetwork:
         """A fresh network: arms with the same architecture start from the same weights.
 
-        Without ``load`` the file of ``weights`` is not looked at: what was saved replaces it.
+        Without ``load`` neither the file of ``weights`` nor timm's own are looked at: what was saved replaces them.
         """
         network_config = self.network_config(arm)
         torch.manual_seed(self.config.seed)
@@ -243,8 +293,7 @@ class Run:
             classes=len(self.data.classes),
             channels=channels,
             image_size=self.data.input_size[1:],
-            # What was saved replaces them.
-            pretrained=network_config.pretrained and network_config.weights is None,
+            pretrained=load and network_config.pretrained and network_config.weights is None,
         )
         network = attach_exits(
             backbone,
@@ -253,12 +302,9 @@ class Run:
             head=network_config.head,
             dropout=network_config.dropout,
         )
-        trained = isinstance(network_config, TeacherConfig) and network_config.trained
-        # A teacher that the run took as it was is the run's own from then on.
-        taken = trained and (self.arm_folder(arm) / "checkpoints" / FINAL).exists()
-        if load and not taken and network_config.weights is not None:
+        if load and network_config.weights is not None:
             path = Path(network_config.weights)
-            if isinstance(network_config, TeacherConfig) and trained:
+            if isinstance(network_config, TeacherConfig) and network_config.trained:
                 self.teacher_report = load_teacher_weights(network, path, network_config.match)
             else:
                 checkpoint.load_weights(network, path)
@@ -274,10 +320,14 @@ class Run:
             )
         return network
 
+    def is_trained(self, arm: str) -> bool:
+        """Whether the training of an arm has ended, or its teacher was taken as it is."""
+        return (self.arm_folder(arm) / "checkpoints" / FINAL).exists()
+
     def trained_network(self, arm: str) -> EarlyExitNetwork:
         """The network of an arm that was trained."""
         path = self.arm_folder(arm) / "checkpoints" / FINAL
-        if not path.exists():
+        if not self.is_trained(arm):
             command = "erde train" if arm == TEACHER else "erde distill"
             raise UserError(f"arm '{arm}' of {self.folder} is not trained yet: run {command} first")
         network = self.new_network(arm, load=False)
@@ -298,7 +348,7 @@ class Run:
     def _take_teacher(self) -> None:
         """Keep a teacher that was trained elsewhere as the run's own, and say how good it is, on tune."""
         folder = self.arm_folder(TEACHER)
-        if (folder / "checkpoints" / FINAL).exists():
+        if self.is_trained(TEACHER):
             return
         network, data = self.new_network(TEACHER), self.data
         assert self.teacher_report is not None
@@ -333,18 +383,21 @@ class Run:
 
     def check(self) -> None:
         """Build every job of the recipe once: what does not fit together is said before anything is written."""
-        teacher = self.new_network(TEACHER) if self.needs_teacher else None
+        teacher = None
+        if self.needs_teacher:
+            teacher = self.new_network(TEACHER, load=not self.is_trained(TEACHER))
         if self.config.teacher.disjoint and self.config.data.train_subset is None:
             raise UserError(
                 "teacher.disjoint asks for images that the students do not see, but they see all of train: "
                 "set data.train_subset, or teacher.disjoint=false"
             )
         for arm in self.arms:
-            network = self.new_network(arm)
+            network = self.new_network(arm, load=not self.is_trained(arm))
             job = self._job(arm, network, teacher)
             job.check()
             if "held_out_logits" in job.extras:
-                cross_fitting.check(self)
+                assert teacher is not None
+                cross_fitting.check(self, self._job(TEACHER, teacher, None))
             if job.teacher_cache is not None:
                 logits = len(job.teacher.heads) * len(self.data.classes) if job.teacher is not None else 0
                 check_cache(job.teacher_cache, job.augmentation, len(job.train), logits)
@@ -410,10 +463,10 @@ class Run:
         """Train some arms, in one go where there are several."""
         learn = any(arm != TEACHER and LOSSES[self.config.arms[arm].loss.name].needs_teacher for arm in arms)
         teacher = self.trained_network(TEACHER) if learn else None
-        jobs = [self._job(arm, self.new_network(arm), teacher) for arm in arms]
+        jobs = [self._job(arm, self.new_network(arm, load=not self.is_trained(arm)), teacher) for arm in arms]
         if any("held_out_logits" in job.extras for job in jobs):
             held_out = cross_fitting.held_out_logits(
-                self, self._job(TEACHER, self.new_network(TEACHER), None)
+                self, self._job(TEACHER, self.new_network(TEACHER, load=False), None)
             )
             jobs = [
                 dataclasses.replace(job, held_out_logits=held_out) if "held_out_logits" in job.extras else job
@@ -451,14 +504,31 @@ class Run:
                 )
             if not (folder / run_folder.LOGITS).exists():
                 self._write_logits(arm)
-        for arm in self.arms:
-            is_plain = len(self.stages(arm).files) == 1
-            name = "no-exit" if arm == self.config.export.arm else arm
-            path = self.folder / "baselines" / f"{name}.onnx"
-            if (is_plain or arm == self.config.export.arm) and not path.exists():
-                self.export_plain(arm, path)
+        self._export_baselines()
         if self.config.export.int8_arm is not None:
             self._export_int8(self.config.export.int8_arm)
+
+    def baseline(self, arm: str) -> Path:
+        """Where the ordinary ONNX file of an arm lies: ``no-exit`` is the exported arm's, whatever others are called."""
+        name = NO_EXIT if arm == self.config.export.arm else arm
+        if arm != self.config.export.arm and arm in (NO_EXIT, NO_EXIT_INT8):
+            # No arm can be called so: '+' is no character of their names.
+            name = f"arm+{arm}"
+        return self.folder / "baselines" / f"{name}.onnx"
+
+    def _export_baselines(self) -> None:
+        """The exported arm without its exits, and every arm that has none, as ordinary ONNX files."""
+        exported = self.config.export.arm
+        for arm in self.config.arms:
+            path = self.baseline(arm)
+            if path.stem == f"arm+{arm}" and not path.exists():
+                # A version that kept only one file of the two: which network it is of is not known.
+                (path.parent / f"{arm}.onnx").unlink(missing_ok=True)
+                self.export_plain(arm, path)
+        for arm in self.arms:
+            is_plain = len(self.stages(arm).files) == 1
+            if (is_plain or arm == exported) and not self.baseline(arm).exists():
+                self.export_plain(arm, self.baseline(arm))
 
     def _export_int8(self, arm: str) -> None:
         """The exported arm's stages, logits and plain baseline in int8, with ranges from what students are trained on."""
@@ -472,10 +542,10 @@ class Run:
         if not (folder / run_folder.LOGITS).exists():
             self._write_logits(arm)
             self.log.write("quantised", arm=arm, **dataclasses.asdict(quantisation))
-        baselines = self.folder / "baselines"
-        path = baselines / "no-exit-int8.onnx"
+        baseline = self.baseline(self.config.export.arm)
+        path = baseline.with_name(f"{NO_EXIT_INT8}.onnx")
         if not path.exists():
-            export_int8_plain(baselines / "no-exit.onnx", path, train, quantisation.kept_in_float, seed)
+            export_int8_plain(baseline, path, train, quantisation.kept_in_float, seed)
 
     def export_plain(self, arm: str, path: Path) -> None:
         """An arm's network without exits as one ordinary ONNX file."""
@@ -489,6 +559,11 @@ class Run:
         if not (folder / STAGES).exists():
             raise UserError(f"arm '{arm}' of {self.folder} is not exported yet: run erde export first")
         return ExportedStages.read(folder)
+
+    def check_stages(self, arm: str) -> None:
+        """:class:`UserError` unless the stages of an arm are those that its logits came from."""
+        stages = self.stages(arm).paths(self.arm_folder(arm) / "stages")
+        run_folder.check_stages(self.folder, arm, stages)
 
     def cost(self, arm: str) -> Cost:
         """What the exits of an arm cost; with milliseconds where its bundle was profiled."""
@@ -507,11 +582,14 @@ class Run:
 
     def _write_logits(self, arm: str) -> None:
         folder = self.arm_folder(arm)
-        runner = StageRunner(self.stages(arm).paths(folder / "stages"), self.threads)
+        stages = self.stages(arm).paths(folder / "stages")
+        hashes = [file_hash(path) for path in stages]
+        runner = StageRunner(stages, self.threads)
         cost = self.cost(arm)
         arrays: dict[str, NDArray[Any]] = {
             "exit_macs": np.asarray(cost.exit_macs),
             "no_exit_macs": np.asarray(cost.no_exit_macs),
+            run_folder.STAGES_HASHES: np.asarray(hashes),
         }
         for split in (self.data.tune, self.data.certify, self.data.test):
             arrays[f"{split.name}_logits"] = runner.all_logits(split.images)
@@ -543,6 +621,7 @@ class Run:
             ensemble=config.ensemble,
         )
         for arm in self.measured_arms:
+            self.check_stages(arm)
             tune, certify, _ = run_folder.read_logits(self.folder, arm)
             path = self.arm_folder(arm) / run_folder.POLICY
             # Milliseconds may come and go with a profile; they choose nothing here.
@@ -561,14 +640,23 @@ class Run:
                 certify_reference_right=certify_right,
                 name=arm,
             )
-            write_json(path, calibrated.to_json())
+            self._write_policy(path, calibrated.to_json())
+
+    def _write_policy(self, path: Path, value: dict[str, Any]) -> None:
+        """Write a policy; results that stand on another one go first, so that the folder never contradicts itself."""
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(value)):
+                return
+        for outdated in (run_folder.RESULTS, REPORT):
+            (self.folder / outdated).unlink(missing_ok=True)
+        write_json(path, value)
 
     def evaluate(self, again: bool = False) -> None:
         """Measure every arm on test, seal the bundles, check the runtime against it all, write results and report.
 
         What is there already stays, unless ``again`` asks for it anew.
         """
-        path, report = self.folder / run_folder.RESULTS, self.folder / "report.html"
+        path, report = self.folder / run_folder.RESULTS, self.folder / REPORT
         if again or not path.exists():
             run_evaluation.evaluate(self).write(path)
         elif report.exists():
@@ -576,18 +664,67 @@ class Run:
         write_report(Results.read(path), report, run_evaluation.gather_evidence(self))
 
 
-def _check_same_recipe(config: Config, saved: Path) -> None:
-    old, new = yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(config.to_yaml())
-    for group, key in FREE_TO_CHANGE:
-        # A recipe of an earlier version may lack the key.
-        old.setdefault(group, {})[key] = new[group][key]
-    difference = _first_difference(old, new)
-    if difference is not None:
-        key, before, now = difference
+def _lock(folder: Path) -> Lock:
+    return Lock(folder / LOCK, f"the run {folder}")
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """The recipe with its local data, weights and cache by their whole paths, so that it works from every folder."""
+
+    def whole(path: Any) -> Any:
+        return str(Path(path).resolve()) if isinstance(path, str) and Path(path).exists() else path
+
+    data, root = config.data, os.environ.get("ERDE_DATA")
+    if data.name not in SHIPPED and not (root and (Path(root) / data.name).is_dir()):
+        data = data.model_copy(update={"name": whole(data.name)})
+    teacher, cache = config.teacher, config.teacher.cache
+    # It need not be there yet.
+    cache = str(Path(cache).resolve()) if isinstance(cache, str) else cache
+    teacher = teacher.model_copy(update={"weights": whole(teacher.weights), "cache": cache})
+    student = config.student.model_copy(update={"weights": whole(config.student.weights)})
+    return config.model_copy(update={"data": data, "teacher": teacher, "student": student})
+
+
+def _check_cache_folder(config: Config, saved: Path) -> None:
+    """A run that someone else made writes into no new folder of its choice."""
+    cache = config.teacher.cache
+    if isinstance(cache, str) and not Path(cache).is_dir():
         raise UserError(
-            f"{saved.parent} belongs to another recipe: there {key} is {before!r}, now it is {now!r}; "
+            f"teacher.cache in {saved} is {cache}, which is no folder: make it, if that is where the teacher's answers "
+            "shall go, or set teacher.cache: false there"
+        )
+
+
+def _check_empty(folder: Path) -> None:
+    # A start that was killed leaves its lock's file.
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        advice = "continue it with --resume" if (folder / CONFIG).is_file() else "it holds other files"
+        raise UserError(f"{folder} is not empty: {advice}, or choose another folder with --out")
+    check_folder(folder)
+
+
+def _resumed(config: Config, saved: Path) -> Config:
+    """The recipe to go on with: that of ``saved``, but for the keys that may change; else :class:`UserError`.
+
+    Both are compared as trees with all keys: what the older file does not name has the value that it had then.
+    """
+    old = _with_whole_paths(load_saved_config(saved))
+    began, now = old.model_dump(mode="json"), config.model_dump(mode="json")
+    for group, key in run_folder.FREE_TO_CHANGE:
+        began[group][key] = now[group][key]
+    for key, value in old_values(saved).items():
+        # Left at its default, a key that the run did not know yet keeps the value that the run began with.
+        group, name = key.split(".")
+        if now[group][name] == default_of(key):
+            now[group][name] = value
+    difference = _first_difference(began, now)
+    if difference is not None:
+        key, before, after = difference
+        raise UserError(
+            f"{saved.parent} belongs to another recipe: there {key} is {before!r}, now it is {after!r}; "
             "give the same recipe and overrides, or another folder"
         )
+    return validate(Config, now)
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:

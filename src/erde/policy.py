@@ -1,6 +1,6 @@
 """Exit rules: the one place where it is decided which exit answers.
 
-Calibration, evaluation, runtime and server all call :func:`leaves`, so what was promised is what runs.
+Calibration, evaluation and runtime all call :func:`leaves`, so what was promised is what runs.
 Numpy only. Scores are float64 and oriented so that higher is surer; an exit is taken if
 ``score > threshold``; a disabled exit has the threshold ``None``; the final exit always answers.
 """

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from erde import progress
 from erde.bundle import file_hash, seal_of
 from erde.errors import UserError, printable
-from erde.files import explain_full_disk, make_folder, replacing_file
+from erde.files import Lock, explain_full_disk, make_folder, replacing_file
 from erde.images import SUFFIXES, load_image
 from erde.profile import PROFILE
 from erde.runtime import Prediction, Session
@@ -262,6 +262,11 @@ def _sink(out: Path | None, identity: dict[str, Any], exits: int, resume: bool) 
             sink.finish()
         return
     make_folder(out.parent)
+    with Lock(_beside(out, "lock"), str(out)):
+        yield from _file_sink(out, identity, none, resume)
+
+
+def _file_sink(out: Path, identity: dict[str, Any], none: _Totals, resume: bool) -> Iterator[_Sink]:
     unfinished, journal = _beside(out, "unfinished"), _beside(out, "journal")
     begun = _read_journal(journal, identity, unfinished) if unfinished.exists() else None
     if begun is not None and not resume:

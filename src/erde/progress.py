@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -89,9 +90,9 @@ class RunLog:
         self._path = path
         if path is not None and path.exists():
             content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:
-                path.write_bytes(whole)
+            whole = content.rfind(b"\n") + 1
+            if whole != len(content):
+                os.truncate(path, whole)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from erde import bundle, calibration, environment, evaluation, evidence, policy, progress, run_folder
-from erde.calibration import CalibratedPolicy
 from erde.calibration_checks import seen_before
 from erde.comparison import compare_arms
+from erde.errors import UserError
 from erde.evidence import ArmInput, Evidence
 from erde.export import build_manifest
+from erde.files import replacing_folder
 from erde.results import (
     Agreement,
     Arm,
@@ -35,17 +37,22 @@ if TYPE_CHECKING:
     from erde.pipeline import Run
 
 TEACHER = "teacher"
+# As a share of the test images, at one operating point.
+MOST_TORCH_DISAGREEMENTS = 0.02
 
 
 def evaluate(run: Run) -> Results:
     """Measure every arm, seal the bundles of the exported one, and check that runtime and torch agree with them."""
+    for arm in run.measured_arms:
+        run.check_stages(arm)
     inputs = arm_inputs(run)
     for arm, one in inputs.items():
         if line := seen_before(run_folder.read_logits(run.folder, arm)[1], one.test):
             progress.say(f"{arm}: warning: {line}")
     arms = {arm: _arm(run, arm, inputs) for arm in run.measured_arms}
     exported, int8 = run.config.export.arm, run.config.export.int8_arm
-    seal = _seal_bundle(run, exported, inputs[exported].policy, arms[exported])
+    torch_off = _check_torch(run, exported, inputs[exported])
+    seal, agreement = _seal_bundle(run, exported, inputs[exported], arms[exported])
     return Results(
         name=run.config.name,
         seed=run.config.seed,
@@ -54,7 +61,7 @@ def evaluate(run: Run) -> Results:
         data=_data_info(run),
         arms=arms,
         comparisons=compare_arms({arm: (one.test, one.policy, one.cost) for arm, one in inputs.items()}),
-        agreement=_check_agreement(run, exported, inputs[exported]),
+        agreement=Agreement(**agreement.model_dump(), torch_disagreements=torch_off),
         bundle_seal=seal,
         quantised=None if int8 is None else _quantised(run, int8, inputs[int8], arms[int8]),
         environment=json.loads((run.folder / "environment.json").read_text(encoding="utf-8")),
@@ -132,7 +139,11 @@ def _entropies(test: TestLogits, teacher: ArmInput | None) -> EntropyHistograms 
     return evaluation.entropies(test, teacher.test.logits[-1].argmax(axis=-1) == teacher.test.labels)
 
 
-def _seal_bundle(run: Run, arm: str, calibrated: CalibratedPolicy, measured: Arm) -> str:
+def _seal_bundle(run: Run, arm: str, inputs: ArmInput, measured: Arm) -> tuple[str, RuntimeAgreement]:
+    """Seal the bundle of an arm, and hold the runtime against its evaluation.
+
+    A bundle that contradicts its evaluation does not appear; the one of before stays.
+    """
     stages = run.arm_folder(arm) / "stages"
     provenance = {
         "arm": arm,
@@ -144,11 +155,21 @@ def _seal_bundle(run: Run, arm: str, calibrated: CalibratedPolicy, measured: Arm
     manifest = build_manifest(
         stages, name=f"{run.config.name}-{arm}", classes=run.data.classes, provenance=provenance
     )
-    manifest = calibration.apply(manifest, calibrated, measured.operating_points)
+    manifest = calibration.apply(manifest, inputs.policy, measured.operating_points)
     # The stages stay, so do the times of this machine.
     profile = run.profile(arm)
     kept = [profile] if profile.is_file() else []
-    return bundle.write(run.bundle_folder(arm), manifest, run.stages(arm).paths(stages), beside_seal=kept)
+    with replacing_folder(run.bundle_folder(arm)) as beside:
+        seal = bundle.write(beside, manifest, run.stages(arm).paths(stages), beside_seal=kept)
+        agreement = _check_runtime(run, arm, beside, inputs)
+        if agreement.disagreements:
+            raise UserError(
+                f"the runtime answers {agreement.disagreements:,} of {agreement.images:,} test images otherwise than "
+                f"{run_folder.arm_folder(run.folder, arm) / run_folder.LOGITS}, at {len(agreement.operating_points)} operating "
+                f"points, so that nothing is sealed: remove that file, the folder {stages} and policy.json there, and run "
+                "erde export, erde calibrate and erde evaluate again"
+            )
+    return seal, agreement
 
 
 def _quantised(run: Run, arm: str, inputs: ArmInput, measured: Arm) -> Quantised:
@@ -156,10 +177,11 @@ def _quantised(run: Run, arm: str, inputs: ArmInput, measured: Arm) -> Quantised
     quantisation = run.stages(arm).quantisation
     assert quantisation is not None
     taken = quantisation.taken
+    seal, agreement = _seal_bundle(run, arm, inputs, measured)
     return Quantised(
         arm=arm,
-        bundle_seal=_seal_bundle(run, arm, inputs.policy, measured),
-        agreement=_check_runtime(run, arm, inputs),
+        bundle_seal=seal,
+        agreement=agreement,
         kept_in_float=list(quantisation.kept_in_float),
         tune_images=quantisation.tune_images,
         fp32_tune_accuracy=list(quantisation.fp32_accuracy),
@@ -170,22 +192,31 @@ def _quantised(run: Run, arm: str, inputs: ArmInput, measured: Arm) -> Quantised
     )
 
 
-def _check_agreement(run: Run, arm: str, measured: ArmInput) -> Agreement:
-    """The runtime and torch against the evaluation: label and exit of every test image."""
+def _check_torch(run: Run, arm: str, measured: ArmInput) -> int:
+    """Torch against the evaluation: how often label or exit of a test image differ, at all operating points.
+
+    Few may, where float32 is coarse; many are another network, and :class:`UserError`.
+    """
     rule = measured.policy.rule
     torch_answers, torch_scores = rule.apply(_torch_logits(run, arm, run.data.test))
     torch_off = 0
     for thresholds, exits, labels, band in _evaluated(measured):
         torch_exits = policy.decide(torch_scores, thresholds)
         torch_labels = policy.take_exit(torch_answers, torch_exits).argmax(axis=-1)
-        torch_off += int((((torch_exits != exits) | (torch_labels != labels)) & ~band).sum())
-    runtime = _check_runtime(run, arm, measured)
-    return Agreement(**runtime.model_dump(), torch_disagreements=torch_off)
+        off = int((((torch_exits != exits) | (torch_labels != labels)) & ~band).sum())
+        if off > MOST_TORCH_DISAGREEMENTS * len(labels):
+            raise UserError(
+                f"torch answers {off:,} of {len(labels):,} test images otherwise than the exported stages of '{arm}': its "
+                f"stages or its checkpoint in {run.arm_folder(arm)} changed after the export, so that nothing is sealed; "
+                "remove stages, logits.npz and policy.json there, and run erde export, erde calibrate and erde evaluate again"
+            )
+        torch_off += off
+    return torch_off
 
 
-def _check_runtime(run: Run, arm: str, measured: ArmInput) -> RuntimeAgreement:
+def _check_runtime(run: Run, arm: str, folder: Path, measured: ArmInput) -> RuntimeAgreement:
     """The runtime against the evaluation: label and exit of every test image."""
-    session = Session(run.bundle_folder(arm), threads=run.threads)
+    session = Session(folder, threads=run.threads)
     split, points = run.data.test, measured.policy.points
     disagreements = 0
     near = np.zeros(len(split), dtype=np.bool_)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
+from erde.array_file import ArrayFileError, read_npz
+from erde.bundle import file_hash
 from erde.calibration import CalibratedPolicy
 from erde.comparison import Answers, compare
 from erde.errors import UserError
@@ -21,6 +22,18 @@ from erde.thresholds import Cost
 RESULTS = "results.json"
 POLICY = "policy.json"
 LOGITS = "logits.npz"
+# In it: the SHA-256 of the stages that gave the logits.
+STAGES_HASHES = "stages_sha256"
+# Keys that leave the results as they are: a run may go on with others.
+FREE_TO_CHANGE = (
+    ("train", "together"),
+    ("train", "checkpoint_seconds"),
+    ("train", "tensorboard"),
+    ("teacher", "cache"),
+    ("data", "workers"),
+    ("data", "memory_limit_gib"),
+    ("data", "skip_unreadable"),  # what it leaves out would show in splits.json
+)
 
 
 class UnreadablePolicyError(UserError):
@@ -32,20 +45,53 @@ def arm_folder(run: Path, arm: str) -> Path:
     return run / "arms" / arm
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that erde wrote into a run folder; :class:`UserError` where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is not JSON; bring it back, or start a new run") from error
+    raise UserError(f"{path} is damaged: it holds no JSON object; bring it back, or start a new run")
+
+
 def read_logits(run: Path, arm: str) -> tuple[TuneLogits, CertifyLogits, TestLogits]:
     """An arm's logits on the three splits; :class:`UserError` where it has none yet."""
     path = arm_folder(run, arm) / LOGITS
     if not path.exists():
         raise UserError(f"arm '{arm}' of {run} has no logits yet: run erde export first")
+    arrays = _arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return (
-                TuneLogits(arrays["tune_logits"], arrays["tune_labels"]),
-                CertifyLogits(arrays["certify_logits"], arrays["certify_labels"]),
-                TestLogits(arrays["test_logits"], arrays["test_labels"]),
-            )
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        return (
+            TuneLogits(arrays["tune_logits"], arrays["tune_labels"]),
+            CertifyLogits(arrays["certify_logits"], arrays["certify_labels"]),
+            TestLogits(arrays["test_logits"], arrays["test_labels"]),
+        )
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged: remove it and run erde export again") from error
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return read_npz(path)
+    except (OSError, ArrayFileError) as error:
+        raise UserError(f"{path} is damaged: remove it and run erde export again ({error})") from error
+
+
+def check_stages(run: Path, arm: str, stages: Sequence[Path]) -> None:
+    """:class:`UserError` unless an arm's logits came from these very stages; of older runs nobody knows."""
+    path = arm_folder(run, arm) / LOGITS
+    known = _arrays(path).get(STAGES_HASHES)
+    if known is None:
+        return
+    hashes = [str(one) for one in known.ravel()]
+    for stage, expected in zip_longest(stages, hashes):
+        if stage is None or expected is None or file_hash(stage) != expected:
+            raise UserError(
+                f"{stage or path} is not the file that {path} came from: remove {path} and the folder "
+                f"{path.parent / 'stages'}, and run erde export again"
+            )
 
 
 def read_policy(run: Path, arm: str) -> CalibratedPolicy:
@@ -55,7 +101,7 @@ def read_policy(run: Path, arm: str) -> CalibratedPolicy:
         raise UserError(f"arm '{arm}' of {run} is not calibrated yet: run erde calibrate first")
     try:
         return CalibratedPolicy.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UnreadablePolicyError(
             f"{path} is not a policy of this erde: run erde calibrate again"
         ) from error

@@ -61,6 +61,10 @@ class Prediction:
         return policy.answer_probabilities(self.logits, self.exits, self.temperatures)
 
 
+# More than any machine has; ONNX Runtime would start them all the same, and wait for them.
+MAX_THREADS = 1024
+
+
 class Session:
     """A bundle, verified and ready to answer; several threads may share one.
 
@@ -82,6 +86,10 @@ class Session:
         providers: Providers | None = None,
         spinning: bool = True,
     ) -> None:
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UserError(
+                f"threads is {threads}, expected 1 to {MAX_THREADS}, or None for ONNX Runtime's choice"
+            )
         folder = self.folder = Path(path)
         self.manifest = bundle.read(folder)
         self.rule = self.manifest.rule()

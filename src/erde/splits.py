@@ -76,6 +76,10 @@ class TrainSplit(Split):
 
     name = "train"
 
+    def decoded_fingerprint(self) -> str:
+        """The fingerprint of the same images in memory; streamed ones are decoded for it."""
+        return self._pixels_hash()
+
     @cached_property
     def _decoded_hash(self) -> str:
         # Training images may be millions: hashed as they are stored, not decoded.

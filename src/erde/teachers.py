@@ -7,7 +7,6 @@ know nothing of it.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from erde import checkpoint
+from erde.array_file import ArrayFileError, read_npz
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork
 from erde.splits import Split
@@ -86,6 +86,7 @@ def load_teacher_weights(
                 f"{path} does not fit the network: '{given}' has shape {tuple(tensors[given].shape)}, "
                 f"'{name}' needs {tuple(own[name].shape)}{_of_classes(name, own[name], tensors[given])}"
             )
+        checkpoint.check_finite(path, given, tensors[given])
     # A network that was half replaced would be worse than none: all is checked first.
     network.load_state_dict({**own, **{name: tensors[given] for name, given in pairs.items()}})
     taken = set(pairs.values())
@@ -114,11 +115,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         tensors, _ = checkpoint.load(path)
         return checkpoint.under_prefix("network", tensors) or tensors
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = read_npz(path)
     except FileNotFoundError as error:
         raise UserError(f"no weights at {path}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ArrayFileError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a readable .npz file of plain arrays: {reason}") from error
     numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "fiu"}

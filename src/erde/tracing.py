@@ -1,4 +1,4 @@
-"""The computation of any classifier as one straight list of steps: torch.fx, and torch.export where fx cannot.
+"""The computation of any classifier as one straight list of steps, by torch.fx.
 
 Modules stay whole unless a cut inside them is wanted: a whole module keeps its own ``training`` flag, its own control
 flow and its own names. A module is opened only if its own code gives the same steps in training and in evaluation.

@@ -22,6 +22,8 @@ from erde.errors import UserError
 from erde.learner import Job, Learner, Outcome
 from erde.teacher_answers import CachedTeacher, Teacher
 
+# Whether freed memory may be kept, for the whole process and to its end: the command line's process is its own.
+keeps_memory = False
 # Of malloc.h.
 MALLOPT = {"M_TRIM_THRESHOLD": -1, "M_TOP_PAD": -2, "M_MMAP_MAX": -4}
 
@@ -66,7 +68,7 @@ def train_together(
         assert np.array_equal(job.train.labels, first.train.labels)
         assert (job.seed, job.augmentation, job.device) == (first.seed, first.augmentation, first.device)
         assert (job.config.epochs, job.config.batch_size) == (first.config.epochs, first.config.batch_size)
-    if first.device.type == "cpu" and isinstance(first.train.images, np.ndarray):
+    if keeps_memory and first.device.type == "cpu" and isinstance(first.train.images, np.ndarray):
         # Not where images are decoded meanwhile: there, buffers of all sizes would pile up.
         _keep_memory()
     trained = [one for job in jobs for one in job.network.parameters() if one.requires_grad]

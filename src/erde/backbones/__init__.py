@@ -87,6 +87,10 @@ SUMMARIES: dict[str, str] = {
 }
 
 
+# A network beyond these is a slip of the pen, and would take memory and time before it says so.
+MAX_CLASSES, MAX_CHANNELS, MAX_SIDE = 100_000, 1024, 4096
+
+
 def build_backbone(
     name: str,
     *,
@@ -101,8 +105,16 @@ def build_backbone(
     weights; erde's own backbones look at neither size nor weights.
 
     Raises:
-        UserError: an unknown name; ``pretrained`` for a backbone that has no published weights, or that cannot be had.
+        UserError: an unknown name; numbers that no network has; ``pretrained`` for a backbone that has no published
+            weights, or that cannot be had.
     """
+    for key, value, highest in (("classes", classes, MAX_CLASSES), ("channels", channels, MAX_CHANNELS)):
+        if not 1 <= value <= highest:
+            raise UserError(f"{key} is {value}, expected 1 to {highest:,}")
+    if image_size is not None and not all(1 <= side <= MAX_SIDE for side in image_size):
+        raise UserError(
+            f"the image size is {'x'.join(str(side) for side in image_size)}, expected 1 to {MAX_SIDE} pixels a side"
+        )
     if is_timm(name):
         return timm_model(
             name, classes=classes, channels=channels, image_size=image_size, pretrained=pretrained
