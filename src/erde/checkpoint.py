@@ -54,6 +54,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is damaged: its metadata is not JSON; remove it") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is damaged: its metadata is no JSON object; remove it")
+    version = state.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is of format version {version!r:.20}, this erde reads {FORMAT_VERSION}: use the erde that wrote it"
+        )
     return tensors, state
 
 
