@@ -25,6 +25,7 @@ from erde.images import to_array
 from erde.learner import Job
 from erde.losses import ExitSettings, build_loss
 from erde.splits import TrainSplit
+from tests.conftest import user_error
 
 torch.set_num_threads(1)
 
