@@ -374,4 +374,4 @@ def test_images_that_cannot_be_read_are_left_out(
     for path in tmp_path.glob("?.png"):
         path.unlink()
     with user_error("no image can be read: .*torn.png"):
-        load_images(tiny_bundle, str(tmp_path), 10, seed=0)
+        bench_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)
