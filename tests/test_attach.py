@@ -541,7 +541,10 @@ class Remembers(Small):
             Alone,
             r"Alone cannot be cut at test_attach.py:\d+, `if x.shape\[0\] > 1:`: its control flow depends on the number of",
         ),
-        (AloneByLength, r"AloneByLength cannot be cut at test_attach.py:\d+, `if len\(x\) > 1:`: .*x.shape\[0\]"),
+        (
+            AloneByLength,
+            r"AloneByLength cannot be cut at test_attach.py:\d+, `if len\(x\) > 1:`: .*x.shape\[0\]",
+        ),
         (Large, r"Large cannot be cut at test_attach.py:\d+, `if x.size\(0\) \* 2 > 40 or alone:`"),
         (ByNumber, r"ByNumber gives other logits than before \(by .*, for a batch of 1\)"),
         (Tuple, "Tuple gives a tuple, expected a tensor of logits"),

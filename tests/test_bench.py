@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from erde import bench, bench_images, bench_tables, bundle
 from erde.data import DataSplits
@@ -357,3 +358,20 @@ def test_a_bundle_that_knows_its_data(bundle_copy: Path) -> None:
 def test_its_bundle_stays_as_it_is(found: bench.Bench, tiny_bundle: Path) -> None:
     assert not (tiny_bundle / "profile.json").exists()
     assert found.seal == bundle.canonical_hash(Session(tiny_bundle).manifest.model_dump(mode="json"))
+
+
+def test_images_that_cannot_be_read_are_left_out(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = bundle.read(tiny_bundle).input_shape
+    for index in range(3):
+        Image.new("L", shape[:2], index).save(tmp_path / f"{index}.png")
+    expected, _ = bench_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)
+    (tmp_path / "torn.png").write_text("no picture")
+    found, _ = bench_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)
+    assert sorted(found[:, 0, 0, 0]) == sorted(expected[:, 0, 0, 0]) == [0, 1, 2]
+    assert "1 images cannot be read and are left out, the first: " in capsys.readouterr().err
+    for path in tmp_path.glob("?.png"):
+        path.unlink()
+    with user_error("no image can be read: .*torn.png"):
+        bench_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)

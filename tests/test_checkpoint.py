@@ -270,3 +270,31 @@ def test_load_weights_that_do_not_fit(tmp_path: Path) -> None:
     # A network that was half replaced would be worse than none.
     for key, value in network.state_dict().items():
         assert same(value, before[key]), key
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"erde": "{"}, "its metadata is not JSON"),
+        ({"erde": "[" * 100_000}, "its metadata is not JSON"),
+        ({"erde": "3"}, "its metadata is no JSON object"),
+        ({"erde": '{"format_version": 2}'}, "of format version 2, this erde reads 1"),
+    ],
+)
+def test_metadata_that_erde_did_not_write(metadata: dict[str, str], words: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "some.safetensors", metadata=metadata)
+    with user_error(words):
+        checkpoint.load(tmp_path / "some.safetensors")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    network = torch.nn.Linear(2, 2)
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    tensors["bias"][1] = float("nan")
+    save_file(tensors, tmp_path / "some.safetensors")
+    with user_error("'bias' has values that are not finite: give another file of weights"):
+        checkpoint.load_weights(network, tmp_path / "some.safetensors")

@@ -191,6 +191,25 @@ cli.main()
 """
 
 
+TABLE = """
+import sys
+from rich.console import Console
+from erde import cli, cli_about
+def show():
+    Console().print("x\\n" * 100_000)
+    return {"a": "b"}
+cli_about.LISTS["losses"] = show
+sys.argv[1:] = ["list", "losses"]
+cli.main()
+"""
+
+
+def test_a_reader_of_a_table_that_goes_away() -> None:
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(TABLE)} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x\n", "")
+
+
 @pytest.mark.parametrize(
     ("shell", "code"),
     [
@@ -214,7 +233,9 @@ def test_streams_that_end_early_or_take_nothing(shell: str, code: int) -> None:
 
 
 SLEEPER = """
-import sys, time
+import signal, sys, time
+# Children of a shell's background jobs ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from erde import cli, cli_about
 def sleep():
     print("begun", flush=True)

@@ -382,6 +382,15 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
     assert entries(tmp_path) == []
 
 
+def test_a_forked_worker_does_not_give_the_lock_away(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    worker = "\npid = os.fork()\nif pid == 0:\n    lock.release()\n    del lock\n    os._exit(0)\nos.waitpid(pid, 0)"
+    process = other_process("import os\n" + LOCK + worker, path)
+    with user_error(f"is being written by process {process.pid}"):
+        Lock(path, "the place")
+    process.communicate()
+
+
 def test_a_process_has_a_lock_as_often_as_it_asks(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     first, second = Lock(path, "the place"), Lock(path, "the place")

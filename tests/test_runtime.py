@@ -665,3 +665,9 @@ def test_the_runtime_loads_nothing_heavy(tiny_bundle: Path) -> None:
     heavy = {"torch", "torchvision", "timm", "scipy", "sklearn", "plotly", "matplotlib", "pandas"}
     heavy |= {"datasets", "pyarrow", "onnx", "onnxscript", "safetensors", "typer", "yaml"}
     assert not loaded & heavy
+
+
+@pytest.mark.parametrize("threads", [0, -1, 5000])
+def test_a_number_of_threads_that_no_machine_has(threads: int, tiny_bundle: Path) -> None:
+    with user_error(f"threads is {threads}, expected 1 to 1024"):
+        Session(tiny_bundle, threads=threads)

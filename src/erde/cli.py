@@ -83,6 +83,9 @@ def main() -> None:
         # Whoever waits for this process sees what ended it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit as stopped:
+        # rich ends with 1, which nothing else here does, where the reader of its output went away.
+        sys.exit(141 if stopped.code == 1 else stopped.code)
     except SystemRefusalError as refusal:
         _refused_by_system(refusal.error)
     except OSError as error:

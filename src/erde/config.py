@@ -586,29 +586,14 @@ def load_saved_config(path: Path) -> Config:
     """
     where = str(path)
     tree = _as_tree(read_yaml_file(path, where), where)
-    for key, value in old_values(path).items():
+    for key, value in ADDED_LATER.items():
         group, name = key.split(".")
-        tree[group] = {**(tree.get(group) or {}), name: value}
+        if isinstance(tree.setdefault(group, {}), dict):
+            tree[group].setdefault(name, value)
     try:
         return validate(Config, tree)
     except UserError as error:
         raise UserError(f"{where} is not a recipe of this version of erde: {error}") from error
-
-
-def old_values(path: Path) -> dict[str, Any]:
-    """The keys of ``ADDED_LATER`` that a saved recipe lacks, and what they were."""
-    tree = _as_tree(read_yaml_file(path, str(path)), str(path))
-    return {
-        key: value
-        for key, value in ADDED_LATER.items()
-        if not isinstance(group := tree.get(key.split(".")[0]), dict) or key.split(".")[1] not in group
-    }
-
-
-def default_of(key: str) -> Any:
-    """The default of a key such as ``train.epochs``."""
-    group, name = key.split(".")
-    return getattr(Config.model_fields[group].default, name)
 
 
 def _as_tree(value: Any, where: str) -> dict[str, Any]:

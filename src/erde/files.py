@@ -206,32 +206,30 @@ class Lock:
     """
 
     # POSIX locks, unlike flock, are not handed down to forked workers, who may outlive a killed process by seconds.
-    # The process would lose them with any other handle on the file that it closes: so there is one handle.
-    _held: dict[Path, tuple[BinaryIO, int]] = {}  # noqa: RUF012  # of the process
+    # The process would lose them with any other handle on the file that it closes: so there is one handle. By the
+    # process's id too, since a forked worker has a copy of this table, and no lock.
+    _held: dict[tuple[int, Path], tuple[BinaryIO, int]] = {}  # noqa: RUF012  # of the process
 
     def __init__(self, path: Path, subject: str) -> None:
-        self._path: Path | None = None
+        self._key: tuple[int, Path] | None = None
         if fcntl is None:
             return
-        path = path.resolve()
-        if path in self._held:
-            file, times = self._held[path]
-        else:
-            file, times = _acquire(path, subject), 0
-        self._held[path] = file, times + 1
-        self._path = path
+        key = os.getpid(), path.resolve()
+        file, times = self._held[key] if key in self._held else (_acquire(key[1], subject), 0)
+        self._held[key] = file, times + 1
+        self._key = key
 
     def release(self) -> None:
         """Let others write; a second call does nothing."""
-        if self._path is None:
+        if self._key is None or self._key[0] != os.getpid():
             return
-        path, self._path = self._path, None
-        file, times = self._held.pop(path)
+        key, self._key = self._key, None
+        file, times = self._held.pop(key)
         if times > 1:
-            self._held[path] = file, times - 1
+            self._held[key] = file, times - 1
             return
         # Before others can have it: whoever opened the file in between sees that it has no name any more.
-        path.unlink(missing_ok=True)
+        key[1].unlink(missing_ok=True)
         file.close()
 
     def __enter__(self) -> Lock:
