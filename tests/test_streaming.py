@@ -364,10 +364,10 @@ def test_streamed_train_images_are_not_decoded_for_their_fingerprint(
     splits = load(folder)
     assert len(splits.tune) == 20
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(encoded, "open_image", refuse)
+    monkeypatch.setattr("erde.images.Image.open", refuse)
     assert len(splits.train.fingerprint()) == 64
     with user_error("AssertionError: decoded"):  # as those that hold certificates are
         splits.certify.fingerprint()
@@ -491,7 +491,7 @@ def test_a_bad_file_found_while_training(
 
 
 def test_whatever_a_decoder_raises_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise KeyError("some\nthing")
 
     split = load(folder).train
