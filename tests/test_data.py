@@ -345,7 +345,8 @@ def test_given_mean_and_std_are_kept(root: Path) -> None:
 def test_constant_images_give_a_finite_std(tmp_path: Path, value: int) -> None:
     encoded = [png(np.full((4, 4, 3), value, np.uint8))] * 60
     write_split(tmp_path / "set" / "train.parquet", encoded, [row % 2 for row in range(60)], names=2)
-    splits = load(tmp_path / "set", tune_size=10, certify_size=10, test_size=10)
+    sizes = {"tune_size": 10, "certify_size": 10, "test_size": 10}
+    splits = load_splits(DataConfig(name=str(tmp_path / "set"), **sizes), 0, copies_apart=False)
     assert splits.std == (1e-3,) * 3
     assert splits.mean == pytest.approx([value / 255] * 3, abs=1e-4)
 

@@ -302,6 +302,17 @@ def test_a_network_that_disagrees_is_not_written(
     assert entries(tmp_path) == ["stages"]
 
 
+def test_a_graph_that_no_bundle_may_hold_is_not_written(
+    single: tuple[EarlyExitNetwork, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Said at export, not when the bundle is opened.
+    use_graph(single[1] / "stage_0.onnx", monkeypatch)
+    monkeypatch.setattr("erde.graph_files.NAMES", {"operator": ("Conv",), "domain": ("",)})
+    with user_error(r"this network cannot be a bundle: its graph has the operator '\w+' \(docs/formats.md"):
+        export_stages(single[0], GRAY, (0.3,), (0.4,), tmp_path / "stages")
+    assert entries(tmp_path) == []
+
+
 def test_a_plain_network_that_disagrees_is_not_written(
     single: tuple[EarlyExitNetwork, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
