@@ -80,7 +80,7 @@ class FewLabels:
         """Rows of certify whose label is needed, the most careful thresholds first.
 
         ``labels`` (M,) are those that are known, ``UNKNOWN`` elsewhere; their rows are among what is returned. Asked is
-        up to the first point of the path that fails for every target, with ``HARM_SHARE`` of an image of harm for an unknown label.
+        up to the first point of the path that fails for every target, where an unknown label counts ``HARM_SHARE``.
         """
         labels = np.full(len(self.certify), UNKNOWN) if labels is None else labels
         differs = ScoredSplit.of(self.certify, self.rule, None)
