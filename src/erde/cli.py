@@ -14,6 +14,7 @@ from erde.cli_common import Json, finish
 from erde.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from erde.bundle import Precision
     from erde.results import Results, RuntimeAgreement
 
 # typer brings its own copy of click, or uses the real one: either way this is the base of usage errors.
@@ -232,7 +233,8 @@ def calibrate(
         confidence=confidence or "90%", budgets=budget, latency_budgets=latency_budget,
         guarantee=guarantee or "risk", score=score or "auto", sharpness=sharpness, ensemble=ensemble or "auto",
     )  # fmt: skip
-    share, precision = parse_share(tune_share or "50%", "--tune-share"), "fp32"
+    share = parse_share(tune_share or "50%", "--tune-share")
+    precision: Precision = "fp32"
     if kind == "bundle":
         if data is None:
             raise UserError(

@@ -140,7 +140,7 @@ class FewLabels:
     def more_labels(self, labels: Labels) -> NDArray[np.int64]:
         """Rows without a label that :meth:`asked` would ask for now: with their labels more might be certified."""
         rows = self.asked(labels)
-        return rows[labels[rows] == UNKNOWN]
+        return np.asarray(rows[labels[rows] == UNKNOWN])
 
     def _scored(self, labels: Labels) -> ScoredSplit:
         known = np.where(labels == UNKNOWN, self.certify.labels, labels)
