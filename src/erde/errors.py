@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-
 # Names that an error lists: a bundle may have a thousand classes.
 MOST_LISTED = 40
 
