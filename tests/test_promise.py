@@ -66,7 +66,7 @@ def test_on_a_known_distribution() -> None:
 
 
 def test_of_the_net_drop(populations: list[Population]) -> None:
-    sizes = (500, 5000)
+    sizes = (500, 2500)
     check_that_it_holds(rates(populations, guarantee="net_drop", sizes=sizes), sizes)
 
 

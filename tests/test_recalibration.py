@@ -80,6 +80,9 @@ def test_folders_that_are_refused(photos: Path, tmp_path: Path) -> None:
     (folder / "7").rename(folder / "seven")
     with user_error("photos/seven is no class of this bundle.*its classes are: 0, 1"):
         load_tune_and_certify(folder, CLASSES, (8, 8, 1))
+    many = [f"class-{number}" for number in range(1000)]
+    with user_error("class-39 and 960 more$"):
+        load_tune_and_certify(folder, many, (8, 8, 1))
     shutil.rmtree(folder / "seven")
     # A class without images is no reason to stop: the promise is over images as they come.
     assert 7 not in load_tune_and_certify(folder, CLASSES, (8, 8, 1)).tune.labels

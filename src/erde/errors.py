@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+# Names that an error lists: a bundle may have a thousand classes.
+MOST_LISTED = 40
 
 MAX_ERROR = 500
 
@@ -21,7 +24,13 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     if matches:
         return f" (did you mean '{matches[0]}'?)"
-    return f" (choose from: {', '.join(choices)})" if choices else ""
+    return f" (choose from: {listed(choices)})" if choices else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """``names`` in a line; of a thousand the first ``MOST_LISTED``."""
+    rest = len(names) - MOST_LISTED
+    return ", ".join(names) if rest <= 0 else f"{', '.join(names[:MOST_LISTED])} and {rest:,} more"
 
 
 def printable(text: str) -> str:

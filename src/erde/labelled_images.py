@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from erde.errors import UserError, nearest
+from erde.errors import UserError, listed, nearest
 from erde.images import SUFFIXES, load_image, read_file
 from erde.splits import CertifySplit, Images, Labels, TuneSplit
 
@@ -148,7 +148,7 @@ def load_tune_and_certify(
     for one in found:
         if one.name not in classes:
             raise UserError(
-                f"{one} is no class of this bundle{nearest(one.name, classes)}; its classes are: {', '.join(classes)}"
+                f"{one} is no class of this bundle{nearest(one.name, classes)}; its classes are: {listed(classes)}"
             )
     paths, labels, copies = [], [], 0
     seen: dict[bytes, Path] = {}

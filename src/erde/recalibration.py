@@ -77,6 +77,10 @@ def recalibrate_bundle(
     return calibrate_bundle(session, images, settings, out, [images.fingerprint])
 
 
+# A label costs somebody's time: no ladder of risks unless it is asked for.
+FEW = Settings((0.01,))
+
+
 @dataclass(frozen=True)
 class _Waiting:
     """A bundle with unlabelled images: what is asked, and how images and labels are named."""
@@ -124,26 +128,28 @@ class _Waiting:
 
 
 def ask_for_labels(
-    bundle: Path,
-    data: Path,
-    labels_out: Path,
-    settings: Settings,
+    bundle: str | Path,
+    data: str | Path,
+    labels_out: str | Path,
+    settings: Settings = FEW,
     tune_share: float = 0.5,
     seed: int = 0,
-    labels: Path | None = None,
+    labels: str | Path | None = None,
 ) -> tuple[int, int]:
     """Write to ``labels_out`` which of the unlabelled images below ``data`` need a label, to certify ``settings`` with few.
 
     ``labels``: a filled file of before, whose labels are taken over. Returned: how many images are listed, and how
     many certify images there are.
     """
+    bundle, data, labels_out = Path(bundle), Path(data), Path(labels_out)
     if labels_out.exists():
         raise UserError(
             f"{labels_out} is there already, perhaps with labels: give another --labels-out, or remove it"
         )
     check_folder(labels_out.parent)
     waiting = _Waiting.of(bundle, data, settings, tune_share, seed)
-    known, classes = waiting.read(labels), waiting.session.classes
+    known = waiting.read(None if labels is None else Path(labels))
+    classes = waiting.session.classes
     names = waiting.images.certify_names
     rows = waiting.few.asked(known)
     write_label_file(
@@ -161,18 +167,19 @@ def ask_for_labels(
 
 
 def recalibrate_with_labels(
-    bundle: Path,
-    data: Path,
-    labels: Path,
-    out: Path,
-    settings: Settings,
+    bundle: str | Path,
+    data: str | Path,
+    labels: str | Path,
+    out: str | Path,
+    settings: Settings = FEW,
     tune_share: float = 0.5,
     seed: int = 0,
 ) -> CalibratedPolicy:
     """Certify the bundle on all images below ``data`` with the ``labels`` of those that were asked for; seal it at ``out``.
 
-    Rule and temperatures stay those of the bundle.
+    Rule and temperatures stay those of the bundle; ``settings`` as they were for :func:`ask_for_labels`.
     """
+    bundle, data, labels, out = Path(bundle), Path(data), Path(labels), Path(out)
     if out.exists():
         raise UserError(f"{out} is there already: give another place with --out, or remove it")
     check_folder(out.parent)
