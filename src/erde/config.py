@@ -567,23 +567,15 @@ def load_saved_config(path: Path) -> Config:
     """
     where = str(path)
     tree = _as_tree(read_yaml_file(path, where), where)
-    for key, value in old_values(path).items():
+    for key, value in ADDED_LATER.items():
         group, name = key.split(".")
-        tree[group] = {**(tree.get(group) or {}), name: value}
+        node = tree.get(group)
+        if node is None or (isinstance(node, dict) and name not in node):
+            tree[group] = {**(node or {}), name: value}
     try:
         return validate(Config, tree)
     except UserError as error:
         raise UserError(f"{where} is not a recipe of this version of erde: {error}") from error
-
-
-def old_values(path: Path) -> dict[str, Any]:
-    """The keys of ``ADDED_LATER`` that a saved recipe lacks, and what they were."""
-    tree = _as_tree(read_yaml_file(path, str(path)), str(path))
-    return {
-        key: value
-        for key, value in ADDED_LATER.items()
-        if not isinstance(group := tree.get(key.split(".")[0]), dict) or key.split(".")[1] not in group
-    }
 
 
 def default_of(key: str) -> Any:

@@ -36,13 +36,13 @@ from erde.bundle import file_hash, stages_hash
 from erde.bundle import read as read_bundle
 from erde.calibration_checks import Request, check_budget, check_classes, check_reuse
 from erde.config import (
+    ADDED_LATER,
     Config,
     DistillationConfig,
     NetworkConfig,
     TeacherConfig,
     default_of,
     load_saved_config,
-    old_values,
     validate,
 )
 from erde.cost import network_cost
@@ -140,7 +140,11 @@ class Run:
         config = _with_whole_paths(config)
         opened: list[Run] = []
         parallel.first_only(lambda: opened.append(cls._open(config, folder, resume)))
-        return opened[0] if opened else cls(config, folder)
+        if opened:
+            return opened[0]
+        # What the first process made of the recipe, where the others see it.
+        saved = folder / CONFIG
+        return cls(load_saved_config(saved) if resume and saved.is_file() else config, folder)
 
     @classmethod
     def _open(cls, config: Config, folder: Path, resume: bool) -> Run:
@@ -712,10 +716,10 @@ def _resumed(config: Config, saved: Path) -> Config:
     began, now = old.model_dump(mode="json"), config.model_dump(mode="json")
     for group, key in run_folder.FREE_TO_CHANGE:
         began[group][key] = now[group][key]
-    for key, value in old_values(saved).items():
-        # Left at its default, a key that the run did not know yet keeps the value that the run began with.
+    for key, value in ADDED_LATER.items():
+        # Left at its default, a key that the run did not know when it began keeps the value of that time.
         group, name = key.split(".")
-        if now[group][name] == default_of(key):
+        if began[group][name] == value and now[group][name] == default_of(key):
             now[group][name] = value
     difference = _first_difference(began, now)
     if difference is not None:
