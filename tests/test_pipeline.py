@@ -316,7 +316,7 @@ def test_a_run_may_go_on_with_another_memory_limit(tmp_path: Path, monkeypatch: 
         assert Run.existing(run, read_only=True).data.mean == expected.mean
     Image.new("L", (8, 8), 7).save(next(folder.rglob("*.png")))
     with user_error("is not the one that this run started with"):
-        Run.open(recipe(tmp_path, *data, "data.memory_limit_gib=1e-6"), tmp_path / "resident", resume=True)
+        _ = Run.existing(tmp_path / "resident", read_only=True).data
 
 
 def test_a_run_knows_its_local_data_from_every_folder(
