@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from erde.bundle import MANIFEST
+from erde.bundle import MANIFEST, MAX_TOLERANCE
 from erde.profile import PROFILE
 
 OUTSIDE = "outside.bin"
@@ -154,13 +154,19 @@ def vanish(place: Place) -> str:
 
 DEEP = "\0deep"  # stands for nesting that Python's own encoder could not write
 LONG = "\0long"
+
+
+def _nested(depth: int) -> list[Any]:
+    return [_nested(depth - 1)] if depth else []
+
+
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 2**64, 10**30, -(10**30), 10**400,
     0.0, -0.0, 0.5, 1e308, -1e308, 5e-324, 1e-300, float("nan"), float("inf"), float("-inf"),
     "", "a", "1", "x" * 100_000, "\n", "two\nlines", "\ud800", "\0", "\x1b[31m", "é" * 300, DEEP, LONG,
     "..", ".", "../outside.bin", "/etc/hostname", "stage_0.onnx", "stage_9.onnx", "manifest.json", "C:\\x", "~",
     "x" * 300 + ".onnx", "none", "harm", "patience", "energy", "geometric", "arithmetic", "no-exit",
-    [], {}, [[]], [None], [0] * 1000, {"a": 1}, [[[[[[[[]]]]]]]], {"\n": "\n"},
+    [], {}, [[]], [None], [0] * 1000, {"a": 1}, [[[[[[[[]]]]]]]], {"\n": "\n"}, _nested(255),
 )  # fmt: skip
 
 
@@ -243,6 +249,7 @@ def numbers(place: Place) -> str:
     random = place.random
     value = json.loads((place.folder / MANIFEST).read_text(encoding="utf-8"))
     sample = value["reference_sample"]
+    loosest = MAX_TOLERANCE * max(1.0, float(np.abs(sample["logits"]).max()))
     targets: list[tuple[Any, Any]] = [
         (value, "sharpness"),
         (value, "score"),
@@ -264,7 +271,9 @@ def numbers(place: Place) -> str:
          "geometric", [])
     )  # fmt: skip
     if random.random() < 0.5:
-        sample["tolerance"] = 1e300  # so that the reference sample has no say
+        sample["tolerance"] = random.choice(
+            (loosest, 1e300)
+        )  # so that the reference sample has less say, or none
     _write(place.folder, value)
     return f"{key} = {str(node[key])[:40]!r}, tolerance {sample['tolerance']}"
 
@@ -278,8 +287,9 @@ def paths(place: Place) -> str:
     (place.folder.parent / OUTSIDE).write_bytes(content)
     (place.folder / "sub").mkdir()
     (place.folder / "sub" / "s.onnx").write_bytes(content)
+    (place.folder / "s.ort").write_bytes(content)
     long = "x" * random.choice((200, 251, 256, 5000)) + ".onnx"
-    names = (f"../{OUTSIDE}", str(place.folder.parent / OUTSIDE), f"sub/../../{OUTSIDE}", "sub/s.onnx", ".", "..",
+    names = (f"../{OUTSIDE}", str(place.folder.parent / OUTSIDE), f"sub/../../{OUTSIDE}", "sub/s.onnx", "s.ort", ".", "..",
              "", "/dev/zero", "/dev/stdin", "a\0b", "s\n.onnx", ".hidden", "-", "\ud800.onnx", long)  # fmt: skip
     name = random.choice(names)
     value["files"][name] = value["files"].pop(stage["file"])
@@ -387,7 +397,8 @@ def operators(model: onnx.ModelProto, place: Place) -> str:
         if random.random() < 0.5:
             model.opset_import.append(helper.make_opsetid(node.domain, random.choice((1, 1, 0, 2**31, -1))))
         if random.random() < 0.5:
-            node.op_type = "Custom"
+            # The latter three end the process, or did.
+            node.op_type = random.choice(("Custom", "Inverse", "QLinearSigmoid", "QLinearWhere"))
         return f"domain {node.domain[:20]!r} of {node.op_type}"
     before, node.op_type = node.op_type, random.choice(OPERATORS)
     if random.random() < 0.3:
@@ -660,6 +671,20 @@ def endless(place: Place) -> str:
     return f"{name}: {how}"
 
 
+def hidden(place: Place) -> str:
+    """A loop, or weights elsewhere, in a graph whose key has bits beyond the 32nd: ONNX Runtime drops those."""
+    what = place.random.choice((endless, external))(place)
+    name = what.split(":")[0]
+    content = (place.folder / name).read_bytes()
+    graph = onnx.load_model_from_string(content).graph.SerializeToString()
+    at = content.index(graph)
+    start = content.rindex(b"\x3a", 0, at)  # the key of field 7; a length without that byte follows
+    high = place.random.choice((0x10, 0x20, 0x40, 0x70))
+    key = bytes((0xBA, 0x80, 0x80, 0x80, high))
+    (place.folder / name).write_bytes(content[:start] + key + content[start + 1 :])
+    return f"{what}, key {key.hex()}"
+
+
 def reference_images(place: Place) -> str:
     """Another reference sample: other images, none, too many, not base64."""
     random = place.random
@@ -694,6 +719,7 @@ KINDS: dict[str, tuple[Callable[[Place], str], int, float, bool]] = {
     "graph": (graph, 8, 1.0, False),
     "external": (external, 2, 1.0, True),
     "endless": (endless, 1, 1.0, True),
+    "hidden": (hidden, 1, 1.0, True),
     "reference": (reference_images, 1, 1.0, False),
 }
 

@@ -453,6 +453,41 @@ class ByBatch(Small):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class Alone(Small):
+    """Two images or three give no hint."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.features(x)
+        if x.shape[0] > 1:
+            x = x * 2
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class AloneByLength(Small):
+    def forward(self, x: Tensor) -> Any:
+        x = self.features(x)
+        if len(x) > 1:
+            x = x * 2
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class Large(Small):
+    def forward(self, x: Tensor) -> Any:
+        alone = x.shape[0] < 2
+        x = self.features(x)
+        if x.size(0) * 2 > 40 or alone:
+            x = x * 2
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class ByNumber(Small):
+    """No decision, but a number that is the same for two images and for three, and made before a cut."""
+
+    def forward(self, x: Tensor) -> Any:
+        number = 4 // (x.shape[0] + 1)
+        return self.fc((self.features(x) * number).mean(dim=(2, 3)))
+
+
 class Tuple(Small):
     def forward(self, x: Tensor) -> Any:
         return super().forward(x), x
@@ -502,6 +537,16 @@ class Remembers(Small):
             r"ByValue cannot be cut at test_attach.py:\d+, `if x.mean\(\) > 0:`: its control flow depends on what it",
         ),
         (ByBatch, r"ByBatch cannot be cut at test_attach.py:\d+, `if x.shape\[0\] > 2:`"),
+        (
+            Alone,
+            r"Alone cannot be cut at test_attach.py:\d+, `if x.shape\[0\] > 1:`: its control flow depends on the number of",
+        ),
+        (
+            AloneByLength,
+            r"AloneByLength cannot be cut at test_attach.py:\d+, `if len\(x\) > 1:`: .*x.shape\[0\]",
+        ),
+        (Large, r"Large cannot be cut at test_attach.py:\d+, `if x.size\(0\) \* 2 > 40 or alone:`"),
+        (ByNumber, r"ByNumber gives other logits than before \(by .*, for a batch of 1\)"),
         (Tuple, "Tuple gives a tuple, expected a tensor of logits"),
         (Mapping, "Mapping gives a dict, expected a tensor of logits"),
         (Maps, r"Maps gives shape \('B', 4, 12, 12\) for a batch of B, expected logits \(B, K\)"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -7,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+import erde
 from erde import policy
 from erde.calibration import (
     MOST_FRAGILE,
@@ -16,11 +19,11 @@ from erde.calibration import (
     fit_temperatures,
     point_name,
 )
-from erde.calibration_checks import Request, check_reuse
+from erde.calibration_checks import Request, check_reuse, doubts, seen_before
 from erde.errors import UserError
 from erde.policy import PAPER_RULE, ExitRule
 from erde.settings import LADDER, SHARPNESS_GRID, Settings
-from erde.splits import CertifyLogits, TuneLogits
+from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits
 from erde.thresholds import Cost, ScoredSplit, best_within_risk, search_path
 from tests.conftest import user_error
 from tests.oracles import softmax, synthetic_logits
@@ -380,7 +383,6 @@ def damaged(**changes: object) -> TuneLogits:
         ({"at": (0, 3), "value": np.inf}, "hold 5 values that are NaN or infinite"),
         ({"labels": 5}, "the tune labels run from 0 to 5, but there are 5 classes"),
         ({"labels": -1}, "the tune labels run from -1 to 4"),
-        ({"without": 3}, r"1 of 5 classes have no image in tune \(first: class 3\)"),
         ({"exits": 2}, r"tune logits are of shape \(2, 500, 5\) and certify logits of \(3, 500, 5\)"),
     ],
 )
@@ -395,6 +397,55 @@ def test_splits_that_overlap_are_refused() -> None:
     with user_error("tune and certify overlap: 100 of 500 certify images are in tune too"):
         calibrate_logits(tune, CertifyLogits(logits[:, 400:], labels[400:]), COST)
     calibrate_logits(tune, CertifyLogits(logits[:, 500:], labels[500:]), COST, Settings((0.05,)))
+
+
+def test_absent_classes_are_said_and_no_reason_to_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    found = calibrate_logits(damaged(without=3), certify_logits(), COST, Settings((0.05,)))
+    assert found.points[1].certificate is not None
+    assert (
+        "warning: 1 of 5 classes have no image in tune: the promise is over images as they come, and rare classes have none "
+        "of their own" in capsys.readouterr().err
+    )
+
+
+def test_doubts() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(500) % 5
+    logits = generator.normal(size=(3, 500, 5)).astype(np.float32)
+    poor = Logits(logits, labels)
+    assert ["the full network is right on" in line for line in doubts(poor, poor, [1.0] * 3)] == [True]
+    logits[:, np.arange(500), labels] += 20
+    seen = Logits(logits, labels)
+    lines = doubts(seen, seen, [0.05, 0.3, 0.0500001])
+    assert lines[0].startswith(
+        "the final exit is right on 100.0% of the certify images: if the network was trained on them"
+    )
+    assert lines[1].startswith("the temperature of exit 0, 2 ran to its bound")
+    wrong_late = logits.copy()
+    wrong_late[-1, :100] = generator.normal(size=(100, 5))
+    (line,) = doubts(seen, Logits(wrong_late, labels), [1.0] * 3)
+    assert "an earlier exit on 100.0%" in line
+    assert doubts(tune_logits(), certify_logits(), [1.0] * 3) == []
+
+
+def test_far_better_on_certify_than_on_test() -> None:
+    certify, labels = certify_logits(), certify_logits().labels
+    assert seen_before(certify, TestLogits(*synthetic_logits(2, 500))) is None
+    wrong = labels.copy()
+    wrong[:100] = (wrong[:100] + 1) % 5
+    line = seen_before(certify, TestLogits(certify.logits, wrong))
+    assert line is not None
+    assert line.startswith("the final exit is right on ")
+    assert "if it was trained on certify, the promise does not hold" in line
+
+
+def test_numbers_that_are_words() -> None:
+    with user_error("max_risk is '5%': expected a number or a list of numbers, such as .0.05. for 5 %"):
+        erde.calibration.calibrate("nowhere", None, max_risk="5%")  # type: ignore[arg-type]
+    with user_error("a confidence must be a number, got '90%'"):
+        Settings(confidence="90%")  # type: ignore[arg-type]
+    with user_error("a target risk must be a number, got '5%'"):
+        Settings(max_risks=("5%",))  # type: ignore[arg-type]
 
 
 def test_no_images_are_refused() -> None:
@@ -436,6 +487,40 @@ def test_another_split_of_the_same_images_is_a_second_choice_too() -> None:
     with user_error("these certify images already certified other choices"):
         check_reuse(first, request(**again, sources=whole))
     check_reuse(first, request(**again, sources=("others",)))
+
+
+def test_a_new_profile_is_no_second_choice() -> None:
+    times = [Cost(COST.exit_macs, COST.no_exit_macs, (1.0, 2.0, last)) for last in (3.0, 3.1)]
+    settings = Settings((0.05,), score="margin", sharpness=1.0, latency_budgets=(2.5,))
+    found = calibrate_logits(tune_logits(), certify_logits(), times[0], settings)
+    check_reuse(found.calibration, request(cost=times[1], settings=settings))
+    check_reuse(found.calibration, request(cost=COST, settings=settings))
+
+
+@pytest.mark.parametrize("milliseconds", [None, (1.0, 2.0, 3.0)])
+def test_the_hash_of_choices_is_that_of_the_first_version(milliseconds: tuple[float, ...] | None) -> None:
+    settings = {
+        "max_risks": [0.05], "confidence": 0.9, "budgets": [], "latency_budgets": [], "reference": "final_exit",
+        "guarantee": "risk", "score": "margin", "sharpness": 1.0, "ensemble": "auto",
+    }  # fmt: skip
+    cost = {"exit_macs": [42, 71, 104], "no_exit_macs": 100, "exit_milliseconds": milliseconds}
+    value = json.dumps([settings, cost, tune_logits().fingerprint()], sort_keys=True)
+    old = hashlib.sha256(value.encode()).hexdigest()
+    mine = request(
+        settings=Settings((0.05,), score="margin", sharpness=1.0), cost=Cost((42, 71, 104), 100, milliseconds)
+    )
+    assert (mine.choices() == old) == (milliseconds is None)
+    found = calibrate(max_risks=(0.05,)).calibration.model_copy(update={"choices": old})
+    check_reuse(found, mine)
+
+
+def test_a_setting_of_a_later_version_keeps_the_hash_while_it_has_its_default() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Later(Settings):
+        new: int = 3
+
+    assert request(settings=Later((0.05,))).choices() == request(settings=Settings((0.05,))).choices()
+    assert request(settings=Later((0.05,), new=4)).choices() != request(settings=Later((0.05,))).choices()
 
 
 def test_every_setting_is_a_choice() -> None:

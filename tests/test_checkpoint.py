@@ -61,6 +61,25 @@ def test_tensors_and_state_come_back(tmp_path: Path) -> None:
     assert not found["parameter"].requires_grad
 
 
+def test_a_checkpoint_of_another_format(tmp_path: Path) -> None:
+    path = tmp_path / "some.safetensors"
+    for version in (2, "1", None):
+        save_file(
+            {"weight": torch.ones(3)}, path, {"erde": json.dumps({"format_version": version, "epoch": 1})}
+        )
+        with user_error(f"{path} is a checkpoint of format version {version!r}, this erde reads 1"):
+            checkpoint.load(path)
+
+
+def test_a_checkpoint_without_the_optimiser(tmp_path: Path) -> None:
+    network = small_network()
+    momentum = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for optimizer in (momentum, torch.optim.AdamW(network.parameters())):
+        with user_error("the checkpoint has nothing of the optimiser"):
+            checkpoint.restore_optimizer(optimizer, {})
+    checkpoint.restore_optimizer(torch.optim.SGD(network.parameters(), lr=0.1), {})
+
+
 def test_the_file_is_safetensors_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     checkpoint.save(path, {"weight": torch.ones(3)}, {"epoch": 1})
@@ -259,7 +278,7 @@ def test_load_weights_that_do_not_fit(tmp_path: Path) -> None:
         ({"erde": "{"}, "its metadata is not JSON"),
         ({"erde": "[" * 100_000}, "its metadata is not JSON"),
         ({"erde": "3"}, "its metadata is no JSON object"),
-        ({"erde": '{"format_version": 2}'}, "is of format version 2, this erde reads 1"),
+        ({"erde": '{"format_version": 2}'}, "of format version 2, this erde reads 1"),
     ],
 )
 def test_metadata_that_erde_did_not_write(metadata: dict[str, str], words: str, tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_paired_comparisons_are_shown_with_their_runs(seeds: dict[str, Results])
 
 def test_different_test_images_are_noted(seeds: dict[str, Results]) -> None:
     assert "All runs were measured on the same test images." in Page(render_comparison(seeds)).text
+    assert "Certify the chosen one again on other images." in Page(render_comparison(seeds)).text
     text = Page(render_comparison({**seeds, "d": with_other_images(run(3))})).text
     assert (
         "different test images (runs/a, runs/b, runs/c (333333333333); d (ffffffffffff)): no paired test"

@@ -3,9 +3,11 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from erde.exits import attach_exits
 from erde.images import to_array
 from erde.learner import Job
 from erde.losses import ExitSettings, build_loss
+from erde.pipeline import Run
 from erde.splits import TrainSplit
 from tests.conftest import user_error
 
@@ -553,25 +556,111 @@ def replace_row(folder: Path, row: int, encoded: Any, label: Any = None, names: 
     [
         (b"not an image", "is not a readable image"),
         (png(picture(0))[:60], "is not a readable image"),
-        (png(picture(0, (8, 8))), "has 1 channel, data.channels is 3"),
-        (png(picture(0, (8, 8, 4))), "has 4 channels, data.channels is 3"),
         (png(picture(0, (8, 7, 3))), "is 7x8, the first image is 8x8: set data.image_size"),
         (None, "has no image"),
     ],
-    ids=["text", "truncated", "gray", "alpha", "size", "null"],
+    ids=["text", "truncated", "size", "null"],
 )
 def test_one_bad_image_among_good_ones(tmp_path: Path, streaming: str, encoded: Any, message: str) -> None:
     found = refusal(replace_row(tmp_path / "set", 123, encoded), streaming=streaming, test_size=50)
     assert found.startswith(f"data set '{tmp_path / 'set'}', split 'train', row 123 {message}")
 
 
-def test_gray_images_for_colour_networks(tmp_path: Path) -> None:
-    encoded = [png(picture(row, (8, 8))) for row in range(200)]
-    write_split(tmp_path / "set" / "train.parquet", encoded, [row % 10 for row in range(200)])
-    message = refusal(tmp_path / "set", test_size=50)
-    assert "row 0 has 1 channel, data.channels is 3" in message
-    assert "set data.channels=1" in message
-    assert load(tmp_path / "set", channels=1, test_size=50).image_shape == (8, 8, 1)
+@pytest.mark.parametrize("streaming", ["never", "always"])
+def test_gray_and_transparent_images_are_converted(
+    tmp_path: Path, streaming: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = [(8, 8), (8, 8, 4), (8, 8, 3), (8, 8, 2)]
+    pictures = [picture(row, kinds[row // 10 % 4]) for row in range(200)]
+    write_split(
+        tmp_path / "set" / "train.parquet", list(map(png, pictures)), [row % 10 for row in range(200)]
+    )
+    colour = load(tmp_path / "set", test_size=50, streaming=streaming)
+    assert "the first image is gray; data.channels=1 computes less" in capsys.readouterr().err
+    gray = load(tmp_path / "set", test_size=50, streaming=streaming, channels=1)
+    assert (colour.image_shape, gray.image_shape) == ((8, 8, 3), (8, 8, 1))
+    for part, channels in ((colour.train, 3), (gray.train, 1)):
+        expected = {to_array(Image.fromarray(one), 8, 8, channels).tobytes() for one in pictures}
+        assert {one.tobytes() for one in part.images[np.arange(len(part))]} <= expected
+
+
+def damaged_set(folder: Path, rows: Sequence[int] = (0, 5, 123)) -> Path:
+    encoded: list[Any] = [png(picture(number)) for number in range(240)]
+    for row in rows:
+        encoded[row] = b"not an image" if row % 2 else None
+    write_split(folder / "train.parquet", encoded, [number % 10 for number in range(240)])
+    return folder
+
+
+def test_all_bad_images_are_listed_at_once(tmp_path: Path) -> None:
+    message = refusal(damaged_set(tmp_path / "set"), test_size=50)
+    where = f"data set '{tmp_path / 'set'}', split 'train', row"
+    assert message.startswith(
+        f"3 images cannot be read: {where} 0 has no image: remove the row; {where} 5 is not a"
+    )
+    assert f"{where} 123 is not a readable image" in message
+    assert message.endswith("; data.skip_unreadable=true leaves such images out")
+    many = refusal(damaged_set(tmp_path / "many", range(30)), test_size=50)
+    assert many.startswith("30 images cannot be read")
+    assert "; and 20 more; data.skip_unreadable=true" in many
+
+
+@pytest.mark.parametrize("streaming", ["never", "always"])
+def test_bad_images_can_be_left_out(
+    tmp_path: Path, streaming: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = damaged_set(tmp_path / "set")
+    splits = load(folder, test_size=50, skip_unreadable=True, streaming=streaming)
+    assert "skipped 3 of 240 images: 3 images cannot be read: " in capsys.readouterr().err
+    seen = {one.tobytes(): label for part in parts(splits) for one, label in rows_and_labels(part)}
+    assert seen == {picture(row).tobytes(): row % 10 for row in range(240) if row not in (0, 5, 123)}
+    none = refusal(damaged_set(tmp_path / "none", range(240)), skip_unreadable=True, streaming=streaming)
+    assert "split 'train' has no image that can be read: 240 images cannot be read" in none
+
+
+def rows_and_labels(part: Any) -> list[tuple[NDArray[np.uint8], int]]:
+    return list(zip(part.images[np.arange(len(part))], part.labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_images_that_lie_side_by_side(tmp_path: Path, inside: str) -> None:
+    place = tmp_path / "set" / inside
+    place.mkdir(parents=True)
+    for row in range(5):
+        (place / f"{row}.png").write_bytes(png(picture(row)))
+    message = refusal(tmp_path / "set")
+    assert message.startswith(
+        f"{place} has images (0.png, ...) and no folder per class, which their labels come from"
+    )
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "place", ["hf://datasets/a/b/*.parquet", "../other/*.parquet", "/etc/*.parquet", "zip://x::y"]
+)
+def test_a_card_does_not_lead_out_of_the_folder(
+    tmp_path: Path, name: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    folder = write_set(tmp_path / "set")
+    card = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [data/train-*, '{place}']\n"
+    (folder / name).write_text(f"---\n{card}---\n# A set\n" if name == "README.md" else card)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda *_, **__: pytest.fail("was looked at"))
+    assert (
+        refusal(folder)
+        == f"{folder / name} takes data from '{place}', which is not in the folder: remove that line"
+    )
+
+
+def test_a_card_of_the_hub_s_is_read(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    card = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/test-*\n"
+    (folder / "README.md").write_text(f"---\nhomepage: https://example.org/..\n{card}---\n# A set\n")
+    assert len(load(folder, tune_size=10, certify_size=10, test_size=10).train) == 30
+    (folder / "README.md").write_text("---\nconfigs: [\n---\n")
+    assert refusal(folder).startswith(f"the YAML in {folder / 'README.md'} cannot be read: repair it")
 
 
 @pytest.mark.parametrize("label", [-1, -7])
@@ -608,7 +697,6 @@ def test_labels_that_are_words(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"tune_size": 200}, "240 images were asked for tune and certify, only 240 are there"),
-        ({"tune_size": 8}, "class '.' has no image in the tune split (8 images for 10 classes)"),
         ({"train_subset": 171}, "data.train_subset is 171, the train split has 170 images"),
         ({"mean": [0.5]}, "data.mean has 1 values for 3 channels"),
         ({"std": [0.5] * 4}, "data.std has 4 values for 3 channels"),
@@ -669,6 +757,130 @@ def test_batch_larger_than_the_train_split(train_split: TrainSplit) -> None:
     with pytest.raises(AssertionError, match="51"):
         make_batches(train_split, batch_size=51)
     assert make_batches(train_split, batch_size=50).steps == 1
+
+
+# ---------------------------------------------------------------- copies and groups
+
+
+def seen_in(splits: DataSplits) -> list[list[bytes]]:
+    return [[one.tobytes() for one, _ in rows_and_labels(part)] for part in parts(splits)]
+
+
+@pytest.mark.parametrize("streaming", ["never", "always"])
+def test_a_set_without_copies_is_split_as_ever(tmp_path: Path, streaming: str) -> None:
+    folder = write_set(tmp_path / "set")
+    config = DataConfig(name=str(folder), streaming=streaming, **SIZES)
+    assert load_splits(config, 3).fingerprints() == load_splits(config, 3, copies_apart=False).fingerprints()
+
+
+@pytest.mark.parametrize("streaming", ["never", "always"])
+def test_copies_stand_on_one_side(tmp_path: Path, streaming: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # Each picture twice, and half of the test pictures in train as well.
+    pictures = [picture(row // 2) for row in range(600)]
+    pictures[:30] = [picture(10_000 + row) for row in range(30)]
+    write_split(
+        tmp_path / "set" / "data" / "train-0.parquet",
+        list(map(png, pictures)),
+        [row // 2 % 10 for row in range(600)],
+    )
+    tests = [picture(10_000 + row) for row in range(60)]
+    write_split(
+        tmp_path / "set" / "data" / "test-0.parquet", list(map(png, tests)), [row % 10 for row in range(60)]
+    )
+    config = DataConfig(name=str(tmp_path / "set"), streaming=streaming, tune_size=90, certify_size=90)
+    before = seen_in(load_splits(config, 0, copies_apart=False))
+    assert set(before[0]) & set(before[2])
+    capsys.readouterr()
+    splits = load_splits(config, 0)
+    train, tune, certify, test = after = seen_in(splits)
+    for one, other in ((train, tune), (train, certify), (train, test), (tune, certify), (tune, test)):
+        assert not set(one) & set(other)
+    assert len(set(certify)) == len(certify)
+    assert set(certify) == set(before[2])
+    assert test == before[3]
+    gone = [len(old) - len(new) for old, new in zip(before, after, strict=True)]
+    said = f"{sum(gone)} left out ({gone[0]} of train, {gone[1]} of tune, {gone[2]} of certify)"
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_that_began_with_copies_goes_on(tmp_path: Path) -> None:
+    encoded = [png(picture(row % 220)) for row in range(240)]
+    write_split(tmp_path / "set" / "train.parquet", encoded, [row % 10 for row in range(240)])
+    config = DataConfig(name=str(tmp_path / "set"), test_size=50, **SIZES)
+    old, new = (load_splits(config, 0, copies_apart=apart).fingerprints() for apart in (False, True))
+    assert old != new
+    run: Any = SimpleNamespace(config=SimpleNamespace(data=config, seed=0), folder=tmp_path)
+    for begun_with in (old, new):
+        (tmp_path / "splits.json").write_text(json.dumps(begun_with))
+        assert Run.data.func(run).fingerprints() == begun_with
+    (tmp_path / "splits.json").write_text(json.dumps({**old, "train": new["train"]}))
+    with pytest.raises(UserError, match="is not the one that this run started with"):
+        Run.data.func(run)
+
+
+def test_streamed_files_of_one_size_are_no_copies(tmp_path: Path) -> None:
+    # BMP files of one size: what tells them apart may lie anywhere.
+    for row in range(200):
+        pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+        pixels[0, 0] = row
+        place = tmp_path / "set" / str(row % 4)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{row}.bmp")
+    splits = load(tmp_path / "set", test_size=40, streaming="always")
+    assert [len(one) for one in parts(splits)] == [90, 30, 40, 40]
+
+
+def write_groups(folder: Path, groups: list[Any]) -> Path:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(num_classes=3),
+            "patient": datasets.Value("string"),
+        }
+    )
+    count = len(groups)
+    rows = {
+        "image": [{"bytes": png(picture(row)), "path": None} for row in range(count)],
+        "label": [row % 3 for row in range(count)],
+        "patient": groups,
+    }
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", ["never", "always"])
+def test_a_group_stays_in_one_split(tmp_path: Path, streaming: str) -> None:
+    groups = [f"patient {row // 7}" for row in range(240)]
+    folder = write_groups(tmp_path / "set", groups)
+    group_of = {picture(row).tobytes(): groups[row] for row in range(240)}
+    splits = load(folder, group="patient", test_size=40, streaming=streaming)
+    found = [{group_of[one] for one in part} for part in seen_in(splits)]
+    for one, other in itertools.combinations(found, 2):
+        assert not one & other
+    sizes = [len(part) for part in parts(splits)]
+    assert sum(sizes) == 240
+    for size, least in zip(sizes[1:], (30, 40, 40), strict=True):
+        assert least <= size < least + 7
+    again, other_seed = (
+        load(folder, group="patient", test_size=40, seed=seed).fingerprints() for seed in (0, 1)
+    )
+    assert again["tune"] == splits.fingerprints()["tune"] != other_seed["tune"]
+
+
+def test_groups_that_do_not_fit(tmp_path: Path) -> None:
+    folder = write_groups(tmp_path / "set", ["a"] * 100 + [None] * 140)
+    assert "data.group: no column 'patent' in data set" in refusal(folder, group="patent", test_size=40)
+    assert "data.group: 140 rows of 'patient' in data set" in refusal(folder, group="patient", test_size=40)
+    assert "data.group is 'patient', and 'digits' has no columns" in refusal(
+        "digits", group="patient", channels=1
+    )
+    whole = write_groups(tmp_path / "whole", ["a"] * 240)
+    assert "240 images were asked for test, only 240 are there" in refusal(
+        whole, group="patient", test_size=40
+    )
 
 
 # ---------------------------------------------------------------- real images

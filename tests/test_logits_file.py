@@ -259,3 +259,40 @@ def test_a_policy_that_is_none(content: str, whole: Path, tmp_path: Path) -> Non
         evaluate_file(whole, path)
     with user_error("no policy at"):
         evaluate_file(whole, tmp_path / "none.json")
+
+
+def test_another_out_does_not_escape_the_check_for_reuse(whole: Path, tmp_path: Path) -> None:
+    calibrate_file(whole, SETTINGS, default_policy_path(whole))
+    with user_error("these certify images already certified other choices"):
+        calibrate_file(whole, Settings((0.03,), score="margin", sharpness=1.0), tmp_path / "other.json")
+    assert not (tmp_path / "other.json").exists()
+    calibrate_file(whole, SETTINGS, tmp_path / "other.json")
+
+
+# ---------------------------------------------------------------- a thousand classes
+
+
+def test_a_thousand_classes_most_of_them_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content: dict[str, Any] = {"exit_macs": np.array(MACS), "no_exit_macs": np.array(100)}
+    generator = np.random.default_rng(0)
+    for name, images in (("tune", 400), ("certify", 400), ("test", 300)):
+        labels = generator.integers(1000, size=images)
+        logits = generator.normal(size=(3, images, 1000))
+        for index, signal in enumerate((5.0, 6.0, 7.0)):
+            logits[index, np.arange(images), labels] += signal
+        content |= {f"{name}_logits": logits.astype(np.float32), f"{name}_labels": labels}
+    path = saved(tmp_path, content)
+    out = default_policy_path(path)
+    # Among the scores is the learned one, which has a weight per class.
+    for settings in (Settings((0.05,), score="harm"), Settings((0.05,), sharpness=1.0, ensemble="none")):
+        out.unlink(missing_ok=True)
+        found = calibrate_file(path, settings, out)
+        assert found.points[1].certificate is not None
+        assert found.calibration.exit_rates[0] > 0.1
+        assert (
+            "classes have no image in tune: the promise is over images as they come"
+            in capsys.readouterr().err
+        )
+        evaluated = evaluate_file(path, out)
+        assert all(0.5 < one.accuracy <= 1 for one in evaluated.exits)
+        json.dumps(evaluated.to_json(), allow_nan=False)

@@ -197,8 +197,25 @@ def test_the_table_is_not_for_new_recipes(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_key_of_the_table_is_a_key() -> None:
-    for key in config.ADDED_LATER:
-        assert config.default_of(key) != config.ADDED_LATER[key]
+    for key, value in config.ADDED_LATER.items():
+        group, name = key.split(".")
+        assert getattr(config.Config.model_fields[group].default, name) != value
+
+
+def test_a_run_keeps_the_defaults_that_it_began_with(run_copy: Path, tmp_path: Path) -> None:
+    def older(value: dict[str, Any]) -> None:
+        value["teacher"]["dropout"] = value["student"]["dropout"] = 0.45
+
+    edit_saved(run_copy, older)
+    with Run.open(recipe(tmp_path), run_copy, resume=True) as run:
+        assert (run.config.teacher.dropout, run.config.student.dropout) == (0.45, 0.45)
+    # What the command names is compared.
+    with user_error(
+        r"there student\.dropout is 0\.45, now it is 0\.1; give the same recipe .* goes on as it began"
+    ):
+        Run.open(recipe(tmp_path, "student.dropout=0.1"), run_copy, resume=True)
+    with Run.open(load_config(run_copy / "config.yaml"), run_copy, resume=True) as run:
+        assert run.config.student.dropout == 0.45
 
 
 @pytest.mark.parametrize(
@@ -315,8 +332,13 @@ def test_a_run_may_go_on_with_another_memory_limit(tmp_path: Path, monkeypatch: 
         assert found.fingerprints() == expected.fingerprints()
         assert Run.existing(run, read_only=True).data.mean == expected.mean
     Image.new("L", (8, 8), 7).save(next(folder.rglob("*.png")))
-    with user_error("is not the one that this run started with"):
-        _ = Run.existing(tmp_path / "resident", read_only=True).data
+    with (
+        Run.open(
+            recipe(tmp_path, *data, "data.memory_limit_gib=1e-6"), tmp_path / "resident", resume=True
+        ) as run,
+        user_error("is not the one that this run started with"),
+    ):
+        _ = run.data
 
 
 def test_a_run_knows_its_local_data_from_every_folder(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from erde.bundle import canonical_hash
+from erde.bundle import canonical_hash, read, seal
 from erde.data import DataSplits
 from erde.encoded import decode
 from erde.errors import UserError
@@ -148,11 +149,8 @@ def test_a_file_is_decoded_as_in_training(
     assert found.dtype == np.uint8
     with Image.open(path) as image:
         assert np.array_equal(found, to_array(image, 8, 8, channels))
-        decoded = len(image.getbands())
-    if decoded == channels:
-        # Training refuses other channels than it was set to; the rest of its way is the same.
-        image = decode({"bytes": path.read_bytes(), "path": None}, "here", channels)
-        assert np.array_equal(found, to_array(image, 8, 8, channels))
+    image = decode({"bytes": path.read_bytes(), "path": None}, "here")
+    assert np.array_equal(found, to_array(image, 8, 8, channels))
     if kind != "JPEG" and mode in ("L", "RGB") and size == (8, 8) and len(mode) == channels:
         assert np.array_equal(found, np.asarray(picture(mode, 8, 8)).reshape(8, 8, channels))
 
@@ -280,7 +278,7 @@ def mixed_files(digit_files: tuple[list[Path], NDArray[np.uint8]]) -> tuple[list
     torn.write_bytes(content.getvalue()[:1000])
     empty = folder / "empty.jpg"
     empty.touch()
-    what = "is not a readable image (PNG, JPEG, WebP, ... expected): remove or replace it"
+    what = "is not a readable image (PNG, JPEG, WebP, BMP, GIF or TIFF expected): remove or replace it"
     mixed = [text, *paths[:2], torn, empty, *paths[2:], text]
     return mixed, [f"{path} {what}" for path in (text, torn, empty, text)]
 
@@ -339,7 +337,7 @@ def test_any_error_of_a_decoder_is_a_reason_to_skip(
     monkeypatch.setattr("erde.prediction.load_image", load)
     assert predict_files(tiny_bundle, paths, threads=1)["images"] == 6
     err = capsys.readouterr().err
-    assert err == f"skipped: {paths[3]} cannot be decoded: IndexError: two lines\n"
+    assert err == f"skipped: {paths[3]} cannot be decoded: IndexError: two\\nlines\n"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -380,6 +378,55 @@ def test_names_that_are_not_utf_8(
         else [json.loads(line) for line in text.splitlines()]
     )
     assert [row["path"] for row in rows] == [str(folder / "z.png"), str(path)]
+
+
+def test_what_is_no_file_is_skipped_and_listed(
+    digit_files: tuple[list[Path], NDArray[np.uint8]],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    shutil.copy(digit_files[0][0], folder / "0.png")
+    (folder / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "red\x1b[31m\n.png").touch()
+    summary = predict_files(tiny_bundle, [folder], tmp_path / "some.csv", threads=1)
+    assert (summary["images"], summary["skipped"]) == (1, 3)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-3:] == [
+        f"skipped: {folder}/dangling.png cannot be read: No such file or directory",
+        f"skipped: {folder}/pipe.png cannot be read: it is no regular file",
+        f"skipped: {folder}/red\\x1b[31m\\n.png is not a readable image (PNG, JPEG, WebP, BMP, GIF or TIFF expected): "
+        "remove or replace it",
+    ]
+    assert (tmp_path / "some.csv.skipped.txt").read_text().splitlines() == [
+        one[len("skipped: ") :] for one in said[-3:]
+    ]
+
+
+@pytest.mark.parametrize("first", ["=1+2", "+1", "-1", "@sum"])
+def test_no_cell_is_a_formula(
+    first: str,
+    digit_files: tuple[list[Path], NDArray[np.uint8]],
+    bundle_copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest = read(bundle_copy)
+    classes = [f"{first}{index}" for index in range(10)]
+    seal(bundle_copy, manifest.model_copy(update={"classes": classes}))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(digit_files[0][0], f"{first}.png")
+    predict_files(bundle_copy, [Path(f"{first}.png")], Path("some.csv"), threads=1)
+    (row,) = rows_of(Path("some.csv"))
+    assert row["path"] == f"./{first}.png"
+    assert row["class"].startswith(f"'{first}")
+    # JSON has no formulas.
+    predict_files(bundle_copy, [Path(f"{first}.png")], Path("some.jsonl"), threads=1)
+    (row,) = rows_of(Path("some.jsonl"))
+    assert (row["path"], row["class"][:-1]) == (f"{first}.png", first)
 
 
 def test_the_command_says_what_it_skipped(

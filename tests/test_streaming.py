@@ -495,7 +495,7 @@ def test_whatever_a_decoder_raises_is_one_line(folder: Path, monkeypatch: pytest
         raise KeyError("some\nthing")
 
     split = load(folder).train
-    monkeypatch.setattr(encoded, "open_image", broken)
+    monkeypatch.setattr("erde.images.Image.open", broken)
     with user_error(r"\.jpg\) cannot be decoded \(KeyError: .*\): remove or replace it"):
         see(make_batches(split, augmentation=PLAIN, workers=1), 0)
 

@@ -153,17 +153,6 @@ def test_best_within_risk() -> None:
     assert best_within_risk(against_teacher, 0.1) == 0
 
 
-def test_the_search_can_count_won_images_too() -> None:
-    # Exit 1 wins two images and loses one; the risk counts the loss, the net drop does not mind it.
-    right = np.array([[False] * 4, [True, True, False, True], [False, False, True, True]])
-    scores = np.array([[0.1] * 4, [0.9] * 4, [0.0] * 4])
-    tune = ScoredSplit(scores, right, right[-1])
-    by_risk, by_net = search_path(tune, COST), search_path(tune, COST, net=True)
-    assert by_risk.risk[1] == 0.25
-    assert by_net.risk[1] == -0.25
-    assert by_net.thresholds[1][1] is not None
-
-
 # ---------------------------------------------------------------- sweeps
 
 

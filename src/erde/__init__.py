@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from erde.fit import distill as distill
     from erde.fit import train as train
     from erde.pipeline import run as run
+    from erde.recalibration import ask_for_labels as ask_for_labels
+    from erde.recalibration import recalibrate_with_labels as recalibrate_with_labels
 
     __version__: str
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
+    "ask_for_labels": "erde.recalibration",
     "attach_exits": "erde.exits",
     "build_backbone": "erde.backbones",
     "calibrate": "erde.calibration",
@@ -36,6 +39,7 @@ _HOMES = {
     "export": "erde.export",
     "load_config": "erde.config",
     "load_data": "erde.data",
+    "recalibrate_with_labels": "erde.recalibration",
     "run": "erde.pipeline",
     "train": "erde.fit",
 }

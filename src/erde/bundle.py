@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from erde.errors import UserError, nearest
+from erde.errors import UserError, in_one_line, nearest, printable
 from erde.files import replacing_folder, write_json, write_text
 from erde.graph_files import check_graph_file
 from erde.policy import SCORES, Ensemble, ExitRule, HarmParameters, harm_feature_count
@@ -31,7 +31,11 @@ CARD = "README.md"
 MAX_MANIFEST_BYTES = 64 * 2**20
 # An ONNX graph is a protobuf message, which cannot be larger; a larger file is refused before it is hashed.
 MAX_FILE_BYTES = 2 * 2**30 - 1
-MAX_ERROR = 500
+# Of objects and lists in a manifest; erde's own have 8. Python's JSON and pydantic have limits of their own, higher ones.
+MAX_DEPTH = 50
+# Of the reference sample, as a share of its largest logit (of 1, where all are smaller): what int8 stages get. On another
+# machine a last bit that differs may tip a rounding.
+MAX_TOLERANCE = 0.02
 
 
 class _Model(BaseModel):
@@ -78,9 +82,11 @@ class Certificate(_Model):
     method: str
     assumptions: str
 
-    def sentence(self) -> str:
-        """The promise in words."""
+    def sentence(self, precision: Precision = "fp32") -> str:
+        """The promise in words; of an int8 bundle the full network is the one in int8."""
         who, share = _REFERENCE_IN_WORDS[self.reference], f"{self.max_risk * 100:g} %"
+        if precision == "int8" and self.reference == "final_exit":
+            who = "the full network in int8"
         sure = "In expectation" if self.confidence is None else f"With {self.confidence * 100:g} % confidence"
         seen = f"{self.lost:,} of {self.images:,} certify images"
         if self.guarantee == "net_drop":
@@ -161,6 +167,16 @@ class ReferenceSample(_Model):
     count: int = Field(ge=1, le=64)
     logits: list[list[list[float]]]  # (E, N, K)
     tolerance: float
+
+    @model_validator(mode="after")
+    def _tight(self) -> ReferenceSample:
+        largest = max((abs(one) for rows in self.logits for row in rows for one in row), default=0.0)
+        allowed = MAX_TOLERANCE * max(1.0, largest)
+        if not self.tolerance <= allowed:
+            raise ValueError(
+                f"the reference sample's tolerance is {self.tolerance:g}, at most {allowed:g} is allowed"
+            )
+        return self
 
     def decode(self, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         """The images, uint8 (N, H, W, C)."""
@@ -257,10 +273,15 @@ class Manifest(_Model):
         for point in self.operating_points:
             if len(point.thresholds) != exits - 1:
                 raise ValueError(f"'{point.name}' has {len(point.thresholds)} thresholds for {exits} exits")
+        self._check_stage_files()
+        return self
+
+    def _check_stage_files(self) -> None:
         for stage in self.stages:
             if stage.file not in self.files:
                 raise ValueError(f"{stage.file} has no checksum")
-        return self
+        if len({stage.file for stage in self.stages}) < len(self.stages):
+            raise ValueError("two stages have the same file")
 
     def _check_parameters(self, exits: int) -> None:
         if (self.score == "harm") != (self.score_parameters is not None):
@@ -343,6 +364,7 @@ def read(folder: Path) -> Manifest:
         matches = False
     if not matches:
         raise UserError(f"bundle {folder}: {MANIFEST} does not match its seal: it was changed after sealing")
+    _check_json(folder, value)
     try:
         manifest = Manifest.model_validate(value)
     except ValidationError as error:
@@ -350,17 +372,21 @@ def read(folder: Path) -> Manifest:
         where = in_one_line(".".join(str(part) for part in first["loc"])) or "manifest"
         what = in_one_line(first["msg"])
         raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {what}") from error
+    for name in manifest.files:
+        _check_file(folder, name)
+    for stage in manifest.stages:
+        # ONNX Runtime tells formats by the name too, and graph_files.py looks at ONNX only.
+        if not stage.file.endswith(".onnx"):
+            raise UserError(f"bundle {folder}: the stage {stage.file} is no .onnx file")
     for name, expected in manifest.files.items():
-        _verify_file(folder, name, expected)
+        if file_hash(folder / name) != expected:
+            raise UserError(
+                f"bundle {folder}: {name} does not match its checksum: it was changed or damaged; "
+                "copy the bundle again"
+            )
     for stage in manifest.stages:
         check_graph_file(folder / stage.file)
     return manifest
-
-
-def in_one_line(text: str) -> str:
-    """``text`` that somebody else wrote, fit for an error message: no line breaks, no control characters, not long."""
-    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[: MAX_ERROR + 1])
-    return line if len(line) <= MAX_ERROR else f"{line[:MAX_ERROR]}..."
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
@@ -380,6 +406,23 @@ def _read_json(folder: Path) -> dict[str, Any]:
     return value
 
 
+def _check_json(folder: Path, value: dict[str, Any]) -> None:
+    """What JSON allows and nobody could print or write again: nesting without end, and half characters."""
+    waiting: list[tuple[Any, int]] = [(value, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        if isinstance(node, str):
+            try:
+                node.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"bundle {folder}: {MANIFEST} has text that is not Unicode") from error
+        elif isinstance(node, dict | list):
+            if depth > MAX_DEPTH:
+                raise UserError(f"bundle {folder}: {MANIFEST} is nested more than {MAX_DEPTH} levels deep")
+            inside = [*node, *node.values()] if isinstance(node, dict) else node
+            waiting += [(one, depth + 1) for one in inside]
+
+
 def _exact_float(text: str) -> float:
     """A number as Python writes it; another spelling of the same float would slip past the seal."""
     value = float(text)
@@ -388,7 +431,8 @@ def _exact_float(text: str) -> float:
     return value
 
 
-def _verify_file(folder: Path, name: str, expected: str) -> None:
+def _check_file(folder: Path, name: str) -> None:
+    """Name, kind and size of a file, before the first one is hashed."""
     # Plain names only: no separators, no "..", so that a manifest cannot point outside its folder.
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
         name = in_one_line(repr(name))
@@ -398,11 +442,6 @@ def _verify_file(folder: Path, name: str, expected: str) -> None:
         raise UserError(f"bundle {folder}: {name} is missing: copy the bundle again")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise UserError(f"bundle {folder}: {name} is larger than {MAX_FILE_BYTES:,} bytes")
-    if file_hash(path) != expected:
-        raise UserError(
-            f"bundle {folder}: {name} does not match its checksum: it was changed or damaged; "
-            "copy the bundle again"
-        )
 
 
 def write(folder: Path, manifest: Manifest, stages: list[Path], beside_seal: Sequence[Path] = ()) -> str:
@@ -455,7 +494,9 @@ def model_card(manifest: Manifest) -> str:
     lines += ["", "## What is promised", ""]
     certified = [point for point in manifest.operating_points if point.certificate is not None]
     lines += [
-        f"- **{point.name}**: {point.certificate.sentence()}" for point in certified if point.certificate
+        f"- **{point.name}**: {point.certificate.sentence(manifest.precision)}"
+        for point in certified
+        if point.certificate
     ]
     if certified and certified[0].certificate:
         lines += ["", f"Assumed: {certified[0].certificate.assumptions}."]
@@ -485,14 +526,16 @@ def model_card(manifest: Manifest) -> str:
         "- MACs are counts. What they are worth in time depends on the machine: `erde bench BUNDLE` measures it.",
         "",
     ]
-    return "\n".join(lines)
+    # Names are free: another program may seal a bundle whose names would move the cursor of a terminal.
+    return "\n".join(map(printable, lines))
 
 
 def _data_in_words(manifest: Manifest) -> list[str]:
     # Provenance is free: another program may seal a bundle that says nothing of it.
     recipe, splits = manifest.provenance.get("recipe"), manifest.provenance.get("splits")
     lines = []
-    name = recipe.get("data", {}).get("name") if isinstance(recipe, dict) else None
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    name = data.get("name") if isinstance(data, dict) else None
     if isinstance(name, str) and isinstance(splits, dict):
         sizes = ", ".join(
             f"{split} {one['size']:,}"
@@ -518,10 +561,10 @@ def _precision_in_words(manifest: Manifest) -> str:
     quantisation = manifest.provenance.get("quantisation")
     # Provenance is free: another program may seal a bundle that says nothing of it.
     kept = quantisation.get("kept_in_float") if isinstance(quantisation, dict) else None
-    if kept is None:
+    if not isinstance(kept, list):
         return manifest.precision
     layers = {"first": "the first convolution", "last": "the linear layers of the heads"}
-    said = " and ".join(layers.get(one, str(one)) for one in kept)
+    said = " and ".join(layers.get(str(one), str(one)) for one in kept)
     return f"{manifest.precision}, logits in float{f'; {said} kept in float' if said else ''}"
 
 

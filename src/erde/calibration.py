@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from erde import bundle, policy
+from erde import bundle, policy, progress
 from erde.bundle import (
     Calibration,
     Certificate,
@@ -26,7 +26,14 @@ from erde.bundle import (
     OperatingPoint,
     ScoreCandidate,
 )
-from erde.calibration_checks import Request, check_budget, check_latency_budget, check_reuse, check_splits
+from erde.calibration_checks import (
+    Request,
+    check_budget,
+    check_latency_budget,
+    check_reuse,
+    check_splits,
+    doubts,
+)
 from erde.certificates import certify_counts, count_along, images_needed, upper_bound
 from erde.errors import UserError
 from erde.files import make_folder
@@ -112,7 +119,7 @@ def _try_rule(
         scored = ScoredSplit(out_of_fold_scores(tune, right), scored.right, scored.reference_right)
     else:
         scored = ScoredSplit.of(tune, rule, reference_right)
-    path = search_path(scored, cost, net=settings.guarantee == "net_drop")
+    path = search_path(scored, cost)
     index = best_within_risk(path, settings.max_risks[0])
     return Choice(
         rule=rule,
@@ -228,53 +235,39 @@ def calibrate_logits(
     tune_reference_right: NDArray[np.bool_] | None = None,
     certify_reference_right: NDArray[np.bool_] | None = None,
     sources: Sequence[str] = (),
+    name: str = "",
 ) -> CalibratedPolicy:
     """Fit on tune, certify on certify: ``no-exit``, an operating point per certified risk, one per budget.
 
     The first of the risks is the default operating point where it could be certified, else ``no-exit``.
     ``sources`` are kept in the result, so that a second choice on the same images can be told (:func:`check_reuse`).
+    What makes the promise worth less than it seems is said on stderr, with ``name`` before it.
     """
     settings = settings or Settings()
     check_splits(tune, certify_split)
-    asked = Request(tune, certify_split, cost, settings, tuple(sources)).choices()
+    asked = settings
     if len(cost.exit_macs) == 1:
         # Nothing to decide: one exit answers all. The paper's rule stands in for a score.
         settings = Settings(score=PAPER_RULE.score, sharpness=PAPER_RULE.sharpness)
     choices = choose_score(tune, cost, settings, tune_reference_right)
     chosen = choices[0]
     certify_scored = ScoredSplit.of(certify_split, chosen.rule, certify_reference_right)
-    points, left_out = _operating_points(chosen, certify_scored, cost, settings)
-    default = point_name(settings.max_risks[0])
-    if default not in (point.name for point in points):
-        default = "no-exit"
-    thresholds = next(point.thresholds for point in points if point.name == default)
+    points, left_out, default = operating_points(chosen, certify_scored, cost, settings)
     paper = next((one for one in choices if one.rule == PAPER_RULE), None)
     if paper is None:
         paper = _try_rule(tune, PAPER_RULE, cost, settings, tune_reference_right)
         choices.append(paper)
-    ranges = _score_ranges(chosen)
+    temperatures = fit_temperatures(TuneLogits(chosen.rule.apply(tune.logits)[0], tune.labels))
+    for line in doubts(tune, certify_split, temperatures):
+        progress.say(f"{name}{': ' if name else ''}warning: {line}")
     return CalibratedPolicy(
         rule=chosen.rule,
-        temperatures=fit_temperatures(TuneLogits(chosen.rule.apply(tune.logits)[0], tune.labels)),
+        temperatures=temperatures,
         path=chosen.path,
         points=points,
         default=default,
         left_out=left_out,
-        calibration=Calibration(
-            # Of certify, on which nothing was fitted: what new images of the same kind would give.
-            exit_rates=certify_scored.measure(thresholds, cost).exit_rates,
-            score_histograms=[
-                np.histogram(np.clip(scores, *limits), bins=20, range=limits)[0].tolist()
-                for scores, limits in zip(certify_scored.scores, ranges, strict=True)
-            ],
-            score_ranges=ranges,
-            tune_images=len(tune),
-            certify_images=len(certify_split),
-            tune_fingerprint=tune.fingerprint(),
-            certify_fingerprint=certify_split.fingerprint(),
-            sources=list(sources),
-            choices=asked,
-        ),
+        calibration=seen(chosen, certify_scored, points, default, tune, certify_split, cost, asked, sources),
         candidates=[
             ScoreCandidate(
                 score=one.rule.score,
@@ -288,6 +281,46 @@ def calibrate_logits(
         paper_path=paper.path,
         contenders=_contenders(choices, cost),
     )
+
+
+def seen(
+    chosen: Choice,
+    certify_scored: ScoredSplit,
+    points: Sequence[OperatingPoint],
+    default: str,
+    tune: TuneLogits,
+    certify_split: CertifyLogits,
+    cost: Cost,
+    asked: Settings,
+    sources: Sequence[str],
+) -> Calibration:
+    """What calibration saw, for the drift watch and against a second choice on the same images; ``asked`` as given."""
+    ranges = _score_ranges(chosen)
+    thresholds = next(point.thresholds for point in points if point.name == default)
+    return Calibration(
+        # Of certify, on which nothing was fitted: what new images of the same kind would give.
+        exit_rates=certify_scored.measure(thresholds, cost).exit_rates,
+        score_histograms=[
+            np.histogram(np.clip(scores, *limits), bins=20, range=limits)[0].tolist()
+            for scores, limits in zip(certify_scored.scores, ranges, strict=True)
+        ],
+        score_ranges=ranges,
+        tune_images=len(tune),
+        certify_images=len(certify_split),
+        tune_fingerprint=tune.fingerprint(),
+        certify_fingerprint=certify_split.fingerprint(),
+        sources=list(sources),
+        choices=Request(tune, certify_split, cost, asked, tuple(sources)).choices(),
+    )
+
+
+def operating_points(
+    chosen: Choice, certify_scored: ScoredSplit, cost: Cost, settings: Settings
+) -> tuple[list[OperatingPoint], list[LeftOut], str]:
+    """The named points of ``chosen``'s path, what could not be certified, and the name of the default point."""
+    points, left_out = _operating_points(chosen, certify_scored, cost, settings)
+    default = point_name(settings.max_risks[0])
+    return points, left_out, default if default in [point.name for point in points] else "no-exit"
 
 
 def _operating_points(
@@ -455,6 +488,12 @@ def calibrate(
     Sealed in place, or into ``out``. ``max_risk`` is one target or several (the first is the default operating
     point); the reference is the bundle's own final exit. A latency budget needs the bundle's ``profile.json``.
     """
+    for what, value in (("max_risk", max_risk), ("budgets", budgets), ("latency_budgets", latency_budgets)):
+        if isinstance(value, str):
+            raise UserError(
+                f"{what} is '{value}': expected {'a number or ' if what == 'max_risk' else ''}a list of numbers, such as "
+                f"{'[2.0]' if what == 'latency_budgets' else '[0.05] for 5 %'}"
+            )
     settings = Settings(
         max_risks=(max_risk,) if isinstance(max_risk, int | float) else tuple(max_risk),
         confidence=confidence,
@@ -476,21 +515,31 @@ def calibrate_bundle(
 ) -> CalibratedPolicy:
     """Calibrate the bundle of ``session`` and seal it into ``out``; see :func:`calibrate`."""
     manifest = session.manifest
-    if len(manifest.stages) == 1:
-        raise UserError("this bundle has one exit: there is nothing to calibrate")
+    check_exits(manifest)
     # A profile that does not fit must not stand in the way of who asks for no milliseconds.
     cost = session.cost(timed=bool(settings.latency_budgets))
     tune = TuneLogits(session.all_logits(data.tune.images), data.tune.labels)
     certify_logits = CertifyLogits(session.all_logits(data.certify.images), data.certify.labels)
     check_reuse(manifest.calibration, Request(tune, certify_logits, cost, settings, tuple(sources)))
     calibrated = calibrate_logits(tune, certify_logits, cost, settings, sources=sources)
+    seal_calibrated(session, calibrated, out)
+    return calibrated
+
+
+def check_exits(manifest: Manifest) -> None:
+    """:class:`UserError` where a bundle has one exit only."""
+    if len(manifest.stages) == 1:
+        raise UserError("this bundle has one exit: there is nothing to calibrate")
+
+
+def seal_calibrated(session: Session, calibrated: CalibratedPolicy, out: Path) -> None:
+    """Seal the bundle of ``session`` with another policy into ``out``."""
     profile = session.folder / PROFILE
     make_folder(out.parent)
     bundle.write(
         out,
-        apply(manifest, calibrated),
-        [session.folder / stage.file for stage in manifest.stages],
+        apply(session.manifest, calibrated),
+        [session.folder / stage.file for stage in session.manifest.stages],
         # The stages stay, so their times do.
         beside_seal=[profile] if profile.is_file() else [],
     )
-    return calibrated

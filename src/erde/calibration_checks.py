@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,10 @@ from erde.thresholds import Cost
 
 # Rows that tune and certify have in common: above this share it is no coincidence of equal images.
 MOST_OVERLAP = 0.01
+# A final exit that is right this often on certify may have been trained on it.
+NEARLY_ALWAYS = 0.995
+# Temperatures are searched down to 1/20; below this one they ran to the bound.
+SMALLEST_TEMPERATURE = 0.055
 
 
 def check_budget(budget: float, cost: Cost) -> None:
@@ -62,14 +67,59 @@ def check_logits(split: Logits, name: str) -> None:
         )
 
 
-def check_classes(tune_labels: Labels, classes: int) -> None:
-    """:class:`UserError` where a class has no image in tune."""
-    missing = np.flatnonzero(np.bincount(tune_labels, minlength=classes) == 0)
-    if len(missing):
-        raise UserError(
-            f"{len(missing)} of {classes} classes have no image in tune (first: class {missing[0]}): "
-            "thresholds would be blind to them; give tune images of every class"
+def absent_classes(labels: Labels, classes: int) -> str | None:
+    """A line where classes have no image in tune. The promise is over images as they come, so it holds all the same."""
+    missing = int((np.bincount(labels, minlength=classes) == 0).sum())
+    if not missing:
+        return None
+    return (
+        f"{missing:,} of {classes:,} classes have no image in tune: the promise is over images as they come, "
+        "and rare classes have none of their own"
+    )
+
+
+def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list[str]:
+    """What makes a promise worth less than it seems, a line each: absent classes, images seen before, a poor network."""
+    classes = certify.logits.shape[-1]
+    lines = [absent_classes(tune.labels, classes)]
+    right = (certify.logits.argmax(axis=-1) == certify.labels).mean(axis=1)
+    final, early = float(right[-1]), float(right[:-1].max(initial=0.0))
+    if final >= NEARLY_ALWAYS and len(certify) >= 200:
+        lines.append(
+            f"the final exit is right on {final:.1%} of the certify images: if the network was trained on them (weights from "
+            "elsewhere?), the promise does not hold for new images"
         )
+    if final < min(0.5, 5 / classes) or final < early - 0.02:
+        beside = f", an earlier exit on {early:.1%}" if early > final else ""
+        lines.append(
+            f"the full network is right on {final:.1%} of the certify images{beside}: a promise against it says little; "
+            "train it better first"
+        )
+    bound = [str(index) for index, one in enumerate(temperatures) if one < SMALLEST_TEMPERATURE]
+    if bound:
+        lines.append(
+            f"the temperature of exit {', '.join(bound)} ran to its bound: tune looks as if the network had been trained on "
+            "it; its probabilities mean nothing for new images"
+        )
+    return [line for line in lines if line is not None]
+
+
+def seen_before(certify: Logits, test: Logits) -> str | None:
+    """A line where the final exit is far better on certify than on test: it may have been trained on certify.
+
+    Far is three points or more, and four standard errors of the difference of two shares.
+    """
+    on_certify, on_test = (
+        float((one.logits[-1].argmax(axis=-1) == one.labels).mean()) for one in (certify, test)
+    )
+    pooled = (on_certify * len(certify) + on_test * len(test)) / (len(certify) + len(test))
+    error = (pooled * (1 - pooled) * (1 / len(certify) + 1 / len(test))) ** 0.5
+    if on_certify - on_test < max(0.03, 4 * error):
+        return None
+    return (
+        f"the final exit is right on {on_certify:.1%} of certify and on {on_test:.1%} of test: if it was trained on certify, "
+        "the promise does not hold; if test is another kind of images, it is not about them"
+    )
 
 
 def check_splits(tune: TuneLogits, certify_split: CertifyLogits) -> None:
@@ -81,7 +131,6 @@ def check_splits(tune: TuneLogits, certify_split: CertifyLogits) -> None:
             f"tune logits are of shape {tune.logits.shape} and certify logits of {certify_split.logits.shape}: "
             "both must have the same exits and classes, (E, N, K)"
         )
-    check_classes(tune.labels, tune.logits.shape[-1])
     seen = {row.tobytes() for row in _rows(tune)}
     common = sum(row.tobytes() in seen for row in _rows(certify_split))
     if common > MOST_OVERLAP * len(certify_split):
@@ -93,6 +142,12 @@ def check_splits(tune: TuneLogits, certify_split: CertifyLogits) -> None:
 
 def _rows(split: Logits) -> NDArray[np.float32]:
     return np.ascontiguousarray(split.logits.transpose(1, 0, 2))
+
+
+# The settings of the first version: always hashed. A newer one is hashed where it differs from its default.
+HASHED_ALWAYS = (
+    "max_risks", "confidence", "budgets", "latency_budgets", "reference", "guarantee", "score", "sharpness", "ensemble",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,14 +164,29 @@ class Request:
     sources: tuple[str, ...] = ()
 
     def choices(self) -> str:
-        """A hash of it: what a second calibration on the same certify images must not change."""
-        value = [asdict(self.settings), asdict(self.cost), self.tune.fingerprint()]
+        """A hash of it: what a second calibration on the same certify images must not change.
+
+        Milliseconds are left out: nothing that is certified depends on them, and a new profile is no second choice.
+        """
+        return self._hash(replace(self.cost, exit_milliseconds=None))
+
+    def is_that_of(self, earlier: Calibration) -> bool:
+        """Whether an earlier calibration made the same choices; before, its hash covered milliseconds too."""
+        return earlier.choices in (self.choices(), self._hash(self.cost))
+
+    def _hash(self, cost: Cost) -> str:
+        settings = asdict(self.settings)
+        for one in fields(self.settings):
+            # A setting that an earlier version did not have changes no hash while it keeps its default.
+            if one.name not in HASHED_ALWAYS and settings[one.name] == one.default:
+                del settings[one.name]
+        value = [settings, asdict(cost), self.tune.fingerprint()]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_reuse(earlier: Calibration | None, request: Request) -> None:
     """:class:`UserError` where images that would certify ``request`` already certified other choices."""
-    if earlier is None or earlier.choices == request.choices():
+    if earlier is None or request.is_that_of(earlier):
         return
     if earlier.certify_fingerprint == request.certify.fingerprint() or set(earlier.sources) & set(
         request.sources

@@ -6,8 +6,8 @@ careful end, and the last point before the first one that fails is certified. Th
 ``risk``
     ``P(risk > ε) <= 1 - confidence``: exact binomial p-values (Learn then Test, arXiv 2110.01052).
 ``net_drop``
-    the same for the net drop of accuracy, which counts images won by leaving early too: p-values by
-    betting (Waudby-Smith and Ramdas, arXiv 2010.09686), since a loss in {-1, 0, 1} has no binomial bound.
+    the same for the net drop of accuracy, which counts images won by leaving early too: an exact trinomial test,
+    maximised over the share of images that are lost or won (Berger and Boos 1994). It passes wherever ``risk`` does.
 ``expected_risk``
     ``E[risk] <= ε`` over the draw of the certify split, without a confidence: conformal risk control
     (arXiv 2208.02814). It needs fewer images, and it promises less.
@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.stats import beta, binom
+from scipy.special import bdtr
+from scipy.stats import beta, binom, norm
 
 from erde import policy
 from erde.bundle import Certificate, Guarantee, Reference
@@ -31,15 +32,17 @@ from erde.thresholds import ScoredSplit, ThresholdPath, sweep
 GUARANTEES: tuple[Guarantee, ...] = get_args(Guarantee)
 METHODS: dict[Guarantee, str] = {
     "risk": "fixed-sequence test on a path of thresholds, exact binomial bound",
-    "net_drop": "fixed-sequence test on a path of thresholds, betting bound for losses in -1, 0, 1",
+    "net_drop": "fixed-sequence test on a path of thresholds, exact trinomial bound",
     "expected_risk": "conformal risk control on a path of thresholds, in expectation",
 }
 ASSUMPTIONS = (
     "images in use are drawn like those of the certify split, which chose nothing else; "
     "the promise is over the draw of that split; each operating point's promise stands by itself"
 )
-# Bets as shares of the largest one that cannot lose everything; small ones for large splits.
-_BETS = np.geomspace(1e-3, 0.999, 60)
+# The chance that the trinomial test leaves to an interval of its nuisance parameter that misses.
+_INTERVAL_MISSES = 0.001
+# Shares of discordant images at which the trinomial probability is taken; with 300 no decision changed.
+_SHARES_TRIED = 25
 
 
 @dataclass(frozen=True)
@@ -72,25 +75,70 @@ def binomial_p_value(lost: NDArray[np.int64], images: int, max_risk: float) -> N
     return np.asarray(binom.cdf(lost, images, max_risk))
 
 
-def net_drop_p_value(
-    lost: NDArray[np.int64], won: NDArray[np.int64], images: int, max_drop: float
-) -> NDArray[np.float64]:
-    """Of "net drop > max_drop", where an image's loss D is 1 if lost, -1 if won, else 0.
+@lru_cache(maxsize=1000)
+def most_lost(images: int, max_risk: float, level: float) -> int:
+    """The largest number of lost images that still passes the binomial test at ``level``; -1 if none does."""
+    lost = int(binom.ppf(level, images, max_risk))
+    return lost if binom.cdf(lost, images, max_risk) <= level else lost - 1
 
-    ``W_λ = Π_i (1 + λ (max_drop - D_i))`` has expectation at most 1 under the hypothesis for every bet λ in
-    [0, 1/(1 - max_drop)), so does the mean over a fixed grid of bets, and by Markov's inequality
-    ``min(1, 1/mean W)`` is a p-value (Waudby-Smith and Ramdas 2024, arXiv 2010.09686).
+
+def net_drop_passes(lost: int, won: int, images: int, max_drop: float, level: float) -> bool:
+    """Whether the counts refute "net drop > max_drop" at ``level``, by a test that rejects wherever that of the risk does.
+
+    Let ``s = most_lost(images, max_drop, level)``. With at most ``s`` lost images the point passes, as it would for the
+    risk. Else let ``v`` be the share of discordant images (lost or won). At a net drop of exactly ``max_drop`` such
+    an image is lost with probability ``(v + max_drop) / (2 v)``, and the chance to pass, be it by few lost images or by
+    a net loss of at most ``d = lost - won``, is
+
+        P_v = sum_k Bin(k; images, v) BinCDF(max(s, floor((d + k) / 2)); k, (v + max_drop) / (2 v)).
+
+    The point passes if ``P_v + m <= level`` for all ``v`` in a Clopper-Pearson interval that misses with probability
+    at most ``m``, the smaller of 0.001 and what the binomial test leaves of ``level`` (Berger and Boos 1994,
+    Journal of the American Statistical Association 89). The chance to pass under the hypothesis is at most ``level``:
+    where some ``d`` passes at the true ``v`` it is at most ``P_v`` for the largest such ``d``, plus ``m``; where none
+    does it is at most that of ``lost <= s``, plus ``m``. A larger net drop at the same ``v`` only loses more.
     """
-    bets = (_BETS / (1 - max_drop))[:, None]
-    lost, won = np.atleast_1d(lost), np.atleast_1d(won)
-    log_wealth = (
-        lost * np.log1p(-bets * (1 - max_drop))
-        + won * np.log1p(bets * (1 + max_drop))
-        + (images - lost - won) * np.log1p(bets * max_drop)
+    if lost <= most_lost(images, max_drop, level):
+        return True
+    return lost - won <= _most_net_loss(lost + won, images, max_drop, level)
+
+
+@lru_cache(maxsize=100_000)
+def _most_net_loss(discordant: int, images: int, max_drop: float, level: float) -> int:
+    """The largest net loss that passes where ``discordant`` images were lost or won; below -discordant if none does."""
+    few = most_lost(images, max_drop, level)
+    misses = min(_INTERVAL_MISSES, level - float(binom.cdf(few, images, max_drop)))
+    nothing = -discordant - 1
+    if misses <= 0:
+        return nothing
+    low = float(beta.ppf(misses / 2, discordant, images - discordant + 1)) if discordant else 0.0
+    high = float(beta.isf(misses / 2, discordant + 1, images - discordant)) if discordant < images else 1.0
+    # The chance mostly grows with the share: what fails, fails at once.
+    shares = np.linspace(max(high, max_drop), max(low, max_drop), _SHARES_TRIED)
+
+    def passes(net: int) -> bool:
+        return all(_trinomial(net, few, images, float(v), max_drop) + misses <= level for v in shares)
+
+    # The normal approximation is off by a few images.
+    net = round(images * max_drop + float(norm.ppf(level)) * math.sqrt(images * shares[0]))
+    net = min(max(net, nothing), discordant)
+    while net > nothing and not passes(net):
+        net -= 1
+    while net < discordant and passes(net + 1):
+        net += 1
+    return net
+
+
+def _trinomial(net: int, few: int, images: int, share: float, drop: float) -> float:
+    """``P(lost <= few or lost - won <= net)`` where ``share`` are lost or won and the net drop is ``drop``."""
+    spread = 9 * math.sqrt(images * share * (1 - share)) + 10
+    first, last = max(0, int(images * share - spread)), min(images, int(images * share + spread))
+    discordant = np.arange(first, last + 1)
+    lost = np.minimum(np.maximum(few, (net + discordant) // 2), discordant)
+    at_most = np.where(
+        lost < 0, 0.0, bdtr(np.maximum(lost, 0), discordant, min(1.0, (share + drop) / (2 * share)))
     )
-    highest = log_wealth.max(axis=0)
-    log_mean = highest + np.log(np.exp(log_wealth - highest).mean(axis=0))
-    return np.asarray(np.exp(-np.maximum(log_mean, 0.0)))
+    return float(binom.pmf(discordant, images, share) @ at_most)
 
 
 def walk(counts: PathCounts, max_risk: float, confidence: float, guarantee: Guarantee = "risk") -> int:
@@ -104,11 +152,19 @@ def walk(counts: PathCounts, max_risk: float, confidence: float, guarantee: Guar
     if guarantee == "expected_risk":
         passed = (counts.lost_so_far + 1) / (counts.images + 1) <= max_risk
     elif guarantee == "net_drop":
-        passed = net_drop_p_value(counts.lost, counts.won, counts.images, max_risk) <= 1 - confidence
+        return _walk_net_drop(counts, max_risk, 1 - confidence)
     else:
         passed = binomial_p_value(counts.lost, counts.images, max_risk) <= 1 - confidence
     failed = np.flatnonzero(~passed)
     return int(failed[0]) - 1 if len(failed) else len(passed) - 1
+
+
+def _walk_net_drop(counts: PathCounts, max_drop: float, level: float) -> int:
+    # Point by point: the test is worth its sums up to the first failure only.
+    for index, (lost, won) in enumerate(zip(counts.lost.tolist(), counts.won.tolist(), strict=True)):
+        if not net_drop_passes(lost, won, counts.images, max_drop, level):
+            return index - 1
+    return len(counts.lost) - 1
 
 
 def upper_bound(
@@ -117,17 +173,17 @@ def upper_bound(
     """The largest risk (or net drop) that the counts do not refute at ``confidence``; None in expectation."""
     if guarantee == "expected_risk":
         return None
-    if guarantee == "risk":
-        return 1.0 if lost >= images else float(beta.ppf(confidence, lost + 1, images - lost))
-
-    def excess(drop: float) -> float:
-        p_value = net_drop_p_value(np.asarray(lost), np.asarray(won), images, drop)[0]
-        return float(p_value) - (1 - confidence)
-
-    lowest, highest = 1e-9, 1 - 1e-9
-    if excess(lowest) <= 0:
-        return 0.0  # far more won than lost
-    return 1.0 if excess(highest) > 0 else float(brentq(excess, lowest, highest))
+    bound = 1.0 if lost >= images else float(beta.ppf(confidence, lost + 1, images - lost))
+    if guarantee == "risk" or bound == 1:
+        return bound
+    refuted, passes = 0.0, bound
+    while passes - refuted > 1e-7:
+        middle = (refuted + passes) / 2
+        if net_drop_passes(lost, won, images, middle, 1 - confidence):
+            passes = middle
+        else:
+            refuted = middle
+    return passes
 
 
 def images_needed(max_risk: float, confidence: float, guarantee: Guarantee = "risk") -> int:
@@ -135,17 +191,8 @@ def images_needed(max_risk: float, confidence: float, guarantee: Guarantee = "ri
     if guarantee == "expected_risk":
         fewest = max(1, math.ceil(1 / max_risk) - 2)
         return next(images for images in range(fewest, fewest + 4) if 1 / (images + 1) <= max_risk)
-    if guarantee == "risk":
-        return math.ceil(math.log(1 - confidence) / math.log1p(-max_risk))
-    none = np.zeros(1, dtype=np.int64)
-    low, high = 0, 1
-    while net_drop_p_value(none, none, high, max_risk)[0] > 1 - confidence:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = net_drop_p_value(none, none, middle, max_risk)[0] <= 1 - confidence
-        low, high = (low, middle) if enough else (middle, high)
-    return high
+    # With none lost the test of the net drop is that of the risk.
+    return math.ceil(math.log(1 - confidence) / math.log1p(-max_risk))
 
 
 def certify(
@@ -175,6 +222,7 @@ def certify_counts(
     if accepted < 0:
         return 0, None
     lost, won = int(counts.lost[accepted]), int(counts.won[accepted])
+    bound = upper_bound(lost, won, counts.images, confidence, guarantee)
     seen = lost - won if guarantee == "net_drop" else lost
     return accepted, Certificate(
         guarantee=guarantee,
@@ -184,7 +232,8 @@ def certify_counts(
         lost=lost,
         won=won,
         risk=seen / counts.images,
-        upper_bound=upper_bound(lost, won, counts.images, confidence, guarantee),
+        # The point passed at max_risk, so the bound cannot be larger but by rounding.
+        upper_bound=None if bound is None else min(bound, max_risk),
         reference=reference,
         method=METHODS[guarantee],
         assumptions=ASSUMPTIONS,

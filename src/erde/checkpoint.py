@@ -54,10 +54,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is damaged: its metadata is not JSON; remove it") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is damaged: its metadata is no JSON object; remove it")
-    version = state.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
+    if state and state.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path} is of format version {version!r:.20}, this erde reads {FORMAT_VERSION}: use the erde that wrote it"
+            f"{path} is a checkpoint of format version {state.get('format_version')!r}, this erde reads {FORMAT_VERSION}: "
+            "use the erde that wrote it, or train anew in another folder"
         )
     return tensors, state
 
@@ -91,6 +91,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
+    # Plain SGD keeps none; of the others a training without it would go on, to other numbers.
+    keeps = isinstance(optimizer, torch.optim.AdamW) or any(
+        one.get("momentum") for one in optimizer.param_groups
+    )
+    if keeps and not state:
+        raise UserError(
+            "the checkpoint has nothing of the optimiser: it was changed, or is of another training; remove it to start anew"
+        )
     whole = optimizer.state_dict()
     whole["state"] = state
     optimizer.load_state_dict(whole)

@@ -14,9 +14,10 @@ import typer.core
 
 from erde import cli_about, cli_bundles
 from erde.cli_common import Json, finish
-from erde.errors import UserError, nearest
+from erde.errors import UserError, nearest, printable
 
 if TYPE_CHECKING:
+    from erde.bundle import Precision
     from erde.pipeline import Run
     from erde.results import Results, RuntimeAgreement
 
@@ -159,7 +160,7 @@ def _fail(message: str) -> None:
     parallel = sys.modules.get("erde.parallel")
     if os.environ.get("LOCAL_RANK", "0") == "0" or (parallel is not None and parallel.processes() > 1):
         with contextlib.suppress(OSError):
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -244,6 +245,15 @@ def calibrate(
     data: Annotated[
         Path | None, typer.Option(help="For a bundle: labelled images, a sub-folder per class.")
     ] = None,
+    labels_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a bundle: --data has no labels; write a CSV of the few images that need one, to fill in."
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="For a bundle: the filled CSV; certifies on all images of --data.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The new bundle (BUNDLE-recalibrated), or the policy's JSON file.")
     ] = None,
@@ -285,7 +295,7 @@ def calibrate(
         "--data": data, "--max-risk": max_risk, "--budget": budget, "--latency-budget": latency_budget,
         "--sharpness": sharpness, "--macs": macs, "--no-exit-macs": no_exit_macs, "--out": out,
         "--confidence": confidence, "--guarantee": guarantee, "--score": score, "--ensemble": ensemble,
-        "--tune-share": tune_share, "--seed": seed,
+        "--tune-share": tune_share, "--seed": seed, "--labels": labels, "--labels-out": labels_out,
     }  # fmt: skip
     kind = _kind_of(target)
     if kind == "run":
@@ -294,13 +304,25 @@ def calibrate(
             run.calibrate()
         _next_step(target, "calibrate", "erde evaluate", as_json)
         return
-    from erde.recalibration import describe, parse_share, recalibrate_bundle, settings_of
+    from erde.bundle import read as read_bundle
+    from erde.calibration import point_name
+    from erde.recalibration import (
+        describe,
+        parse_share,
+        recalibrate_bundle,
+        recalibrate_with_labels,
+        settings_of,
+    )
 
+    few = labels is not None or labels_out is not None
     settings = settings_of(
-        max_risks=max_risk, confidence=confidence or "90%", budgets=budget, latency_budgets=latency_budget,
+        # A label costs somebody's time: no ladder of risks unless it is asked for.
+        max_risks=max_risk or (["1%"] if few else None),
+        confidence=confidence or "90%", budgets=budget, latency_budgets=latency_budget,
         guarantee=guarantee or "risk", score=score or "auto", sharpness=sharpness, ensemble=ensemble or "auto",
     )  # fmt: skip
     share = parse_share(tune_share or "50%", "--tune-share")
+    precision: Precision = "fp32"
     if kind == "bundle":
         if data is None:
             raise UserError(
@@ -309,20 +331,43 @@ def calibrate(
         _refuse({key: given[key] for key in ("--macs", "--no-exit-macs")}, f"{target} knows its own MACs")
         resolved = target.resolve()
         out = out or resolved.with_name(f"{resolved.name}-recalibrated")
-        calibrated = recalibrate_bundle(target, data, out, settings, share, seed or 0)
+        if few:
+            unused = {key: given[key] for key in ("--score", "--sharpness", "--ensemble")}
+            _refuse(unused, "with few labels the bundle keeps its score, which was fitted where labels were")
+        if labels_out is not None:
+            _ask_for_labels(target, data, labels_out, settings, share, seed or 0, labels, as_json)
+            return
+        calibrated = (
+            recalibrate_bundle(target, data, out, settings, share, seed or 0)
+            if labels is None
+            else recalibrate_with_labels(target, data, labels, out, settings, share, seed or 0)
+        )
+        precision = read_bundle(out).precision
         print(f"bundle: {out}")
     else:
         from erde.logits_file import calibrate_file, default_policy_path
 
-        _refuse({"--data": data}, f"{target} holds logits, not a bundle")
+        _refuse(
+            {"--data": data, "--labels": labels, "--labels-out": labels_out},
+            f"{target} holds logits, not a bundle",
+        )
         out = out or default_policy_path(target)
         per_exit = None if macs is None else _numbers(macs, "--macs")
         calibrated = calibrate_file(
             target, settings, out, macs=per_exit, no_exit_macs=no_exit_macs, tune_share=share, seed=seed or 0
         )
         print(f"policy: {out}")
-    for line in describe(calibrated):
+    for line in describe(calibrated, precision):
         print(line)
+    if calibrated.default == "no-exit":
+        others = [point.name for point in calibrated.points if point.name != "no-exit"]
+        asked = point_name(settings.max_risks[0])
+        named = f"name {' or '.join(others)} where you use it, or " if others else ""
+        print(
+            f"warning: {asked} could not be certified, so the default operating point is no-exit: {out} never leaves early "
+            f"by default; {named}give more images or a larger risk",
+            file=sys.stderr,
+        )
     finish(as_json, {"out": str(out), **calibrated.summary()})
 
 
@@ -398,6 +443,26 @@ def compare(
     if formats is not None:
         _write_figures(runs, out.with_suffix(""), formats)
     finish(as_json, {"out": str(out), "runs": list(results), "comparisons": len(comparisons)})
+
+
+def _ask_for_labels(
+    bundle: Path,
+    data: Path,
+    labels_out: Path,
+    settings: Any,
+    share: float,
+    seed: int,
+    labels: Path | None,
+    as_json: bool,
+) -> None:
+    from erde.recalibration import ask_for_labels
+
+    listed, images = ask_for_labels(bundle, data, labels_out, settings, share, seed, labels)
+    print(
+        f"labels: {listed:,} of {images:,} certify images need one; fill the column 'label' of {labels_out}, then give it with "
+        "--labels and the same options"
+    )
+    finish(as_json, {"labels_out": str(labels_out), "asked": listed, "certify_images": images})
 
 
 def _write_figures(runs: list[Path], folder: Path, formats: str) -> None:
@@ -539,7 +604,7 @@ def _print_promise(results: Results, name: str) -> None:
     arm = results.arms[name]
     certificate = arm.default_point().certificate
     print(
-        f"{name}: {certificate.sentence() if certificate else 'nothing is promised, no image leaves early'}"
+        f"{name}: {certificate.sentence(arm.precision) if certificate else 'nothing is promised, no image leaves early'}"
     )
     for left_out in arm.left_out:
         print(f"{name}, {left_out.name} left out: {left_out.note}")

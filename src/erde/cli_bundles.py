@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from erde.cli_common import Json, finish
-from erde.errors import UserError
+from erde.errors import UserError, printable
 
 # More than any machine has.
 MAX_THREADS = 1024
@@ -187,7 +187,7 @@ def bundle_diff(first: Path, second: Path, as_json: Json = False) -> None:
 
     found = differences(read(first), read(second))
     for key, (before, after) in found.items():
-        print(f"{key}: {_short(before)} -> {_short(after)}")
+        print(f"{printable(key)}: {_short(before)} -> {_short(after)}")
     if not found:
         print("the bundles are the same")
     fields = {key: {"first": before, "second": after} for key, (before, after) in found.items()}

@@ -56,6 +56,12 @@ class SeedGroup:
     runs: tuple[str, ...]
 
 
+CHOOSING = (
+    "Whoever takes the arm or the run that saves most here has chosen on the images that certify: its promise is then broken "
+    "more often than its confidence says. Certify the chosen one again on other images."
+)
+
+
 def write_comparison(runs: Mapping[str, Results], path: Path, comparisons: Sequence[Comparison] = ()) -> None:
     """Write the comparison of ``runs`` to ``path``, in one step.
 
@@ -155,9 +161,12 @@ def _notes(runs: Mapping[str, Results]) -> Html:
             f"These runs were measured on different test images ({listed}): no paired test between them, and their "
             "differences hold the luck of drawing those images."
         )
+    choosing = tag("p", CHOOSING, class_="soft small")
     if not notes:
-        return tag("p", "All runs were measured on the same test images.", class_="soft small")
-    return tag("div", *(tag("p", note) for note in notes), class_="promise warn")
+        return join(
+            tag("p", "All runs were measured on the same test images.", class_="soft small"), choosing
+        )
+    return join(tag("div", *(tag("p", note) for note in notes), class_="promise warn"), choosing)
 
 
 # ---------------------------------------------------------------- tables

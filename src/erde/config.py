@@ -5,6 +5,7 @@ Unknown keys and wrong types are errors that name the key, the nearest valid one
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
@@ -40,7 +41,7 @@ MAX_THREADS = 1024
 # Keys that a later version added, and what runs did that were begun without them: a saved recipe that lacks the key
 # means this value, where it is not the key's default. Keys of train, data, ... only, as "train.some_key": what
 # teacher.train or an arm does not name it takes from there.
-ADDED_LATER: dict[str, Any] = {}
+ADDED_LATER: dict[str, Any] = {"train.refit_heads": 0}
 
 
 class Frozen(BaseModel):
@@ -100,6 +101,9 @@ class DataConfig(Frozen):
     name: str = Field("digits", description="a shipped name, a hub id, or a folder")
     image_column: str | None = None
     label_column: str | None = None
+    group: str | None = Field(
+        None, description="column whose equal values stay in one split: a video, a patient"
+    )
     channels: Literal[1, 3] = 3
     image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None, description="pixels a side, at most 4096; None keeps the images' own size"
@@ -119,6 +123,9 @@ class DataConfig(Frozen):
     streaming: Literal["auto", "always", "never"] = "auto"
     memory_limit_gib: Positive = Field(4.0, description="larger sets are streamed by a DataLoader")
     workers: int = Field(2, ge=0, le=256, description="DataLoader processes, for streamed sets")
+    skip_unreadable: bool = Field(
+        False, description="leave out images that cannot be read, instead of stopping"
+    )
 
     @model_validator(mode="after")
     def _encoded_for_crops(self) -> DataConfig:
@@ -139,7 +146,7 @@ class NetworkConfig(Frozen):
     backbone: str = "resnet20"
     exits: Count | Annotated[list[str], Field(min_length=1)] = 3
     head: Literal["auto", "erde", "linear", "conv", "native"] = "auto"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     weights: str | None = Field(None, description="safetensors to start from")
     pretrained: bool = Field(False, description="timm's own weights, for backbones of timm's")
 
@@ -168,6 +175,11 @@ class TrainConfig(Frozen):
         False,
         description="after backbone_epochs, or from the start, train heads only; a network with one exit is trained whole",
     )
+    refit_heads: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="epochs after the others that train new intermediate heads on the finished backbone; 0: none; "
+        "auto: a quarter of epochs, rounded up",
+    )
     channels_last: bool = True
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast on a GPU that has it"
@@ -184,6 +196,13 @@ class TrainConfig(Frozen):
         if self.backbone_epochs > self.epochs:
             raise ValueError(f"backbone_epochs ({self.backbone_epochs}) exceeds epochs ({self.epochs})")
         return self
+
+    @property
+    def refit_epochs(self) -> int:
+        """Epochs of the refit, where the network has intermediate heads."""
+        if self.refit_heads == "auto" and self.freeze_backbone:
+            return 0  # heads were trained on a frozen backbone all along
+        return math.ceil(self.epochs / 4) if self.refit_heads == "auto" else self.refit_heads
 
 
 def check_phases(where: str, train: TrainConfig, has_early_exits: bool) -> None:
@@ -569,19 +588,12 @@ def load_saved_config(path: Path) -> Config:
     tree = _as_tree(read_yaml_file(path, where), where)
     for key, value in ADDED_LATER.items():
         group, name = key.split(".")
-        node = tree.get(group)
-        if node is None or (isinstance(node, dict) and name not in node):
-            tree[group] = {**(node or {}), name: value}
+        if isinstance(tree.setdefault(group, {}), dict):
+            tree[group].setdefault(name, value)
     try:
         return validate(Config, tree)
     except UserError as error:
         raise UserError(f"{where} is not a recipe of this version of erde: {error}") from error
-
-
-def default_of(key: str) -> Any:
-    """The default of a key such as ``train.epochs``."""
-    group, name = key.split(".")
-    return getattr(Config.model_fields[group].default, name)
 
 
 def _as_tree(value: Any, where: str) -> dict[str, Any]:

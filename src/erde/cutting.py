@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from erde.cost import MacCounter, mode
+from erde.errors import UserError
 from erde.tracing import BATCHES, Trace, example_batches, run_node, without_computing
 
 # More tensors than these are no place for an exit.
@@ -217,8 +218,8 @@ def _needed(facts: Facts, wanted: Sequence[fx.Node], places: range) -> set[fx.No
 class _StageBuilder:
     """One stretch of the graph as a graph of its own, which takes what flows in and gives what flows out."""
 
-    def __init__(self, facts: Facts, start: Cut | None, end: Cut | None) -> None:
-        self.facts, self.start, self.end = facts, start, end
+    def __init__(self, model: nn.Module, facts: Facts, start: Cut | None, end: Cut | None) -> None:
+        self.model, self.facts, self.start, self.end = model, facts, start, end
         self.graph = fx.Graph()
         self.found: dict[fx.Node, Any] = {}
         self.carrier: fx.Node | None = None
@@ -298,8 +299,13 @@ class _StageBuilder:
         """A size: itself, or so many times the batch."""
         if one == other or not isinstance(one, int):
             return one
+        if isinstance(one, bool) or one * BATCHES[1] != other * BATCHES[0]:
+            raise UserError(
+                f"{type(self.model).__name__} cannot be cut: a number that a later step needs ({one} for {BATCHES[0]} images, "
+                f"{other} for {BATCHES[1]}) depends on the number of images in the batch; an image's answer may not depend on "
+                "how many come with it"
+            )
         batch = self.graph.call_method("size", (self.carrier, 0))
-        assert one * BATCHES[1] == other * BATCHES[0], (one, other)
         times = one // BATCHES[0]
         return batch if times == 1 else self.graph.call_function(_times, (batch, times))
 
@@ -321,7 +327,7 @@ def build_stage(trace: Trace, facts: Facts, start: Cut | None, end: Cut | None) 
 
     Names inside are the model's own paths.
     """
-    graph = _StageBuilder(facts, start, end).build()
+    graph = _StageBuilder(trace.model, facts, start, end).build()
     targets = {
         str(node.target): trace.lookup(str(node.target))
         for node in graph.nodes

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from erde.config import AugmentationConfig, DataConfig
+from erde.copies import apart
 from erde.encoded import Index, ResizedCrop, StreamedImages
 from erde.errors import UserError
-from erde.sources import load_columns, load_digits, part_of
+from erde.progress import say
+from erde.sources import Columns, load_columns, load_digits, part_of
 from erde.splits import CertifySplit, Labels, TestSplit, TrainSplit, TuneSplit
 from erde.streaming import DecodedBatches
 from erde.views import Views
@@ -91,28 +93,38 @@ def load_data(name: str | os.PathLike[str], *, seed: int = 0, **settings: Any) -
     return load_splits(validate(DataConfig, {"name": os.fspath(name), **settings}, prefix="data."), seed)
 
 
-def load_splits(config: DataConfig, seed: int) -> DataSplits:
-    """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine."""
+def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> DataSplits:
+    """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine.
+
+    Images that stand in more than one split are kept in one (copies.py), unless ``copies_apart`` is False: earlier
+    versions of erde let them be.
+    """
     seed = seed if config.split_seed is None else config.split_seed
     pool, test, classes = load_digits() if config.name == "digits" else load_columns(config)
+    if config.group is not None and pool.groups is None:
+        raise UserError(f"data.group is '{config.group}', and '{config.name}' has no columns: leave it out")
     if test is None:
-        order = stratified_order(pool.labels, seed + 1)
-        _check_size("test", config.test_size, order, "data.test_size")
-        test = pool.take(order[: config.test_size])
-        pool = pool.take(np.sort(order[config.test_size :]))
-    order = stratified_order(pool.labels, seed)
-    held_out = config.tune_size + config.certify_size
+        order = _order(pool, seed + 1)
+        size = _whole_groups(pool, order, config.test_size)
+        _check_size("test", size, order, "data.test_size")
+        test = pool.take(order[:size])
+        pool = pool.take(np.sort(order[size:]))
+    order = _order(pool, seed)
+    tune_size = _whole_groups(pool, order, config.tune_size)
+    held_out = _whole_groups(pool, order, tune_size + config.certify_size)
     _check_size("tune and certify", held_out, order, "data.tune_size or data.certify_size")
-    tune = pool.take(order[: config.tune_size])
-    certify = pool.take(order[config.tune_size : held_out])
+    tune = pool.take(order[:tune_size])
+    certify = pool.take(order[tune_size:held_out])
     train = pool.take(order[held_out:])
-    for split_name, part in (("train", train), ("tune", tune), ("certify", certify), ("test", test)):
-        missing = sorted(set(range(len(classes))) - set(part.labels.tolist()))
-        if missing:
-            raise UserError(
-                f"data set '{config.name}': class '{classes[missing[0]]}' has no image in the {split_name} split "
-                f"({len(part.labels):,} images for {len(classes)} classes): enlarge the split or the data set"
-            )
+    if copies_apart:
+        train, tune, certify, test = _apart(train, tune, certify, test)
+    # Only train must show every class: what is promised and measured is about images as they come.
+    missing = sorted(set(range(len(classes))) - set(train.labels.tolist()))
+    if missing:
+        raise UserError(
+            f"data set '{config.name}': class '{classes[missing[0]]}' has no image in the train split "
+            f"({len(train.labels):,} images for {len(classes)} classes): enlarge the data set"
+        )
     train_split = TrainSplit(train.images, train.labels)
     if config.train_subset is not None and config.train_subset > len(train_split):
         raise UserError(
@@ -139,9 +151,21 @@ def load_splits_again(config: DataConfig, seed: int, fingerprints: Mapping[str, 
 
     Where a run held its train images in memory and this one streams them, or the other way round, the train split
     has another kind of fingerprint, and its mean and standard deviation are measured on another number of images:
-    both are then taken as they were.
+    both are then taken as they were. A run of an earlier erde left copies of images where they were.
     """
-    data = load_splits(config, seed)
+    for copies_apart in (True, False):
+        data = _as_begun(config, seed, fingerprints, copies_apart)
+        if data is not None:
+            if not copies_apart:
+                say("data: copies of images stand in more than one split, as this run began with them")
+            return data
+    return None
+
+
+def _as_begun(
+    config: DataConfig, seed: int, fingerprints: Mapping[str, Any], copies_apart: bool
+) -> DataSplits | None:
+    data = load_splits(config, seed, copies_apart)
     now = data.fingerprints()
     if now == fingerprints:
         return data
@@ -151,7 +175,8 @@ def load_splits_again(config: DataConfig, seed: int, fingerprints: Mapping[str, 
     if streamed:
         began = data.train.decoded_fingerprint()
     elif config.name != "digits":
-        began = load_splits(config.model_copy(update={"streaming": "always"}), seed).train.fingerprint()
+        always = config.model_copy(update={"streaming": "always"})
+        began = load_splits(always, seed, copies_apart).train.fingerprint()
     else:
         return None
     train = {"size": len(data.train), "fingerprint": began}
@@ -161,6 +186,38 @@ def load_splits_again(config: DataConfig, seed: int, fingerprints: Mapping[str, 
         config, data.train, NORMALISATION_IMAGES if streamed else STREAMED_NORMALISATION_IMAGES
     )
     return replace(data, mean=mean, std=std, train_fingerprint=began)
+
+
+def _apart(*parts: Columns) -> tuple[Columns, ...]:
+    kept = apart([one.images for one in parts])
+    left_out = [len(one.labels) - len(rows) for one, rows in zip(parts, kept, strict=True)]
+    if not any(left_out):
+        return parts
+    train, tune, certify, _ = left_out
+    say(
+        f"copies of images in more than one split, or twice in certify: {sum(left_out):,} left out "
+        f"({train:,} of train, {tune:,} of tune, {certify:,} of certify)"
+    )
+    return tuple(
+        one if gone == 0 else one.take(rows) for one, rows, gone in zip(parts, kept, left_out, strict=True)
+    )
+
+
+def _order(columns: Columns, seed: int) -> Index:
+    """Stratified; with groups, group after group at random, which keeps no shares."""
+    if columns.groups is None:
+        return stratified_order(columns.labels, seed)
+    generator = np.random.default_rng(seed)
+    place = generator.permutation(int(columns.groups.max()) + 1)[columns.groups]
+    return np.lexsort((generator.random(len(place)), place)).astype(np.int64)
+
+
+def _whole_groups(columns: Columns, order: Index, size: int) -> int:
+    """``size``, or so much more that no group is cut in two."""
+    groups = columns.groups
+    while groups is not None and 0 < size < len(order) and groups[order[size]] == groups[order[size - 1]]:
+        size += 1
+    return size
 
 
 def stratified_order(labels: Labels, seed: int) -> Index:
@@ -287,6 +344,11 @@ class TrainBatches:
             draw = {name: one.to(self._device) for name, one in self.views.unpack(numbers).items()}
             yield self._augment(images, draw)
 
+    def plain(self, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images at ``batches`` (n, B), normalised and not augmented (B, C, H, W), and their labels (B,)."""
+        for images, labels in self._gather(0, batches):
+            yield self._normalise(images).permute(0, 3, 1, 2), labels
+
     def _gather(self, epoch: int, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
         if self._resident is not None:
             if self._augmentation.resized_crop is not None:
@@ -358,11 +420,14 @@ class TrainBatches:
             # One gather does crop and flip.
             index = torch.arange(batch, device=images.device)[:, None, None]
             images = images[index, rows[:, :, None], columns[:, None, :]]
-        x = images.to(torch.float32) * self._scale + self._shift
+        x = self._normalise(images)
         if self._augmentation.cutout:
             x = x * self._cutout_mask(draw, height, width)
         # NHWC seen as NCHW is channels-last already: no copy.
         return x.permute(0, 3, 1, 2)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32) * self._scale + self._shift
 
     def _cutout_mask(self, draw: dict[str, Tensor], height: int, width: int) -> Tensor:
         side = self._augmentation.cutout

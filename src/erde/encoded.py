@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 
 from erde.environment import available_cpus
 from erde.errors import UserError
-from erde.images import channels_of, converted, open_image, to_array
+from erde.images import UnreadableError, converted, open_image, read_file, to_array, upright_size
 from erde.splits import Images
 
 Index = NDArray[np.int64]
@@ -121,6 +122,48 @@ class StreamedImages:
             self._table, self._column, self._where, self._rows[rows], self._image_shape, self._same_size
         )
 
+    @cached_property
+    def encoded_lengths(self) -> Index:
+        """Bytes of each image as it is stored; offsets and file sizes are read, no image."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = arrow_column(self._table, self._column)
+        # Lengths come from offsets: the bytes themselves stay on the disk.
+        lengths = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1).to_numpy()
+        found: Index = lengths.astype(np.int64)[self._rows]
+        files = np.flatnonzero(found < 0)
+        names = pc.struct_field(column, "path").take(pa.array(self._rows[files])).to_pylist()
+        for place, row, name in zip(files.tolist(), self._rows[files].tolist(), names, strict=True):
+            if name is not None:
+                found[place] = self._size_on_disk(row, name)
+        return found
+
+    def encoded_hashes(self, index: Index, whole: bool) -> list[bytes]:
+        """A hash of each image as it is stored; without ``whole``, of files a piece from the middle."""
+        hashes = []
+        for start in range(0, len(index), 1024):
+            rows = self._rows[index[start : start + 1024]].tolist()
+            for row, value in zip(rows, self._table[rows][self._column], strict=True):
+                try:
+                    content = self._piece(row, value) if not whole else None
+                    content = content or encoded_bytes(value, f"{self._where}, row {row}")[0]
+                except UnreadableError:  # said when it is decoded
+                    content = str(row).encode()
+                hashes.append(hashlib.blake2b(content, digest_size=16).digest())
+        return hashes
+
+    def _piece(self, row: int, value: Any) -> bytes | None:
+        """4 KiB from the middle of a file; None where the image is no file."""
+        if value is None or value["bytes"] is not None or value["path"] is None:
+            return None
+        try:
+            with open(value["path"], "rb") as file:
+                file.seek(os.fstat(file.fileno()).st_size // 2)
+                return file.read(4096)
+        except OSError as error:
+            raise UnreadableError(f"{self._where}, row {row} cannot be read: {error.strerror}") from error
+
     def encoded_digest(self) -> bytes:
         """SHA-256 over name and encoded size of every image, and the bytes of ``CONTENT_IMAGES`` evenly spaced ones.
 
@@ -130,17 +173,12 @@ class StreamedImages:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        column = arrow_column(self._table, self._column)
-        paths, contents = pc.struct_field(column, "path"), pc.struct_field(column, "bytes")
-        # Lengths come from offsets: the bytes themselves stay on the disk.
-        lengths = pc.fill_null(pc.binary_length(contents), -1).to_numpy().astype(np.int64)
+        paths = pc.struct_field(arrow_column(self._table, self._column), "path")
         digest = hashlib.sha256()
         for start in range(0, len(self), 65_536):
-            rows = self._rows[start : start + 65_536]
-            names = paths.take(pa.array(rows)).to_pylist()
-            for row, name, length in zip(rows.tolist(), names, lengths[rows].tolist(), strict=True):
-                if length < 0 and name is not None:
-                    length = self._size_on_disk(row, name)
+            part = slice(start, start + 65_536)
+            names = paths.take(pa.array(self._rows[part])).to_pylist()
+            for name, length in zip(names, self.encoded_lengths[part].tolist(), strict=True):
                 # Where the set lies is not what it is: folder of the class and name of the file count.
                 last = "/".join(Path(name).parts[-2:]) if name is not None else ""
                 digest.update(f"{last}\0{length}\n".encode("utf-8", "surrogateescape"))
@@ -186,15 +224,17 @@ def pixels(
     def reduce(image: Image.Image) -> None:
         nonlocal box
         assert draw is not None
-        whole = image.size
+        whole = upright_size(image)
         left, top, right, bottom = draw(*whole)
         factor = min((right - left) / width, (bottom - top) / height)
         if factor >= 2:
-            image.draft(None, (int(whole[0] / factor), int(whole[1] / factor)))
-        across, down = image.width / whole[0], image.height / whole[1]
+            wanted = int(whole[0] / factor), int(whole[1] / factor)
+            image.draft(None, wanted if whole == image.size else wanted[::-1])
+        now = upright_size(image)
+        across, down = now[0] / whole[0], now[1] / whole[1]
         box = (left * across, top * down, right * across, bottom * down)
 
-    image = decode(value, where, channels, reduce if draw is not None and not same_size else None)
+    image = decode(value, where, reduce if draw is not None and not same_size else None)
     if same_size and image.size != (width, height):
         raise UserError(
             f"{where} is {image.width}x{image.height}, the first image is {width}x{height}: "
@@ -208,37 +248,16 @@ def pixels(
     return np.asarray(image, dtype=np.uint8).reshape(shape)
 
 
-def decode(
-    value: Any, where: str, channels: int, prepare: Callable[[Image.Image], None] | None = None
-) -> Image.Image:
+def decode(value: Any, where: str, prepare: Callable[[Image.Image], None] | None = None) -> Image.Image:
     """An encoded image of a ``datasets`` table as a Pillow image; ``where`` names it in errors."""
-    source, where = encoded_bytes(value, where)
-    try:
-        image = open_image(source, where, prepare)
-    except UserError:
-        raise
-    except Exception as error:  # a decoder may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{where} cannot be decoded ({reason}): remove or replace it") from error
-    found = channels_of(image)
-    if found != channels:
-        remedy = f"set data.channels={found} for a set that is all like it, or" if found in (1, 3) else ""
-        raise UserError(
-            f"{where} has {found} channel{'s' if found > 1 else ''}, data.channels is {channels} (what the networks "
-            f"are built for): {remedy} convert the image to {'gray' if channels == 1 else 'RGB'}"
-        )
-    return image
+    return open_image(*encoded_bytes(value, where), prepare)
 
 
 def encoded_bytes(value: Any, where: str) -> tuple[bytes, str]:
     """The file's content, and ``where`` with the file's path if it is a file."""
     if value is None or (value["bytes"] is None and value["path"] is None):
-        raise UserError(f"{where} has no image: remove the row")
-    source = value["bytes"]
-    if source is None:
-        where = f"{where} ({value['path']})"
-        try:
-            source = Path(value["path"]).read_bytes()
-        except OSError as error:
-            raise UserError(f"{where} cannot be read: {error.strerror}") from error
-    return source, where
+        raise UnreadableError(f"{where} has no image: remove the row")
+    if value["bytes"] is not None:
+        return value["bytes"], where
+    where = f"{where} ({value['path']})"
+    return read_file(Path(value["path"]), where), where

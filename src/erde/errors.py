@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_ERROR = 500
+
 
 class UserError(ValueError):
     """Bad input: the message says what was given, what was expected and what to do, in one line.
@@ -20,3 +22,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     if matches:
         return f" (did you mean '{matches[0]}'?)"
     return f" (choose from: {', '.join(choices)})" if choices else ""
+
+
+def printable(text: str) -> str:
+    """``text`` that somebody else wrote, for a terminal: control characters and line breaks as escapes."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def in_one_line(text: str) -> str:
+    """The same for an error message: not longer than ``MAX_ERROR`` characters."""
+    line = printable(text[: MAX_ERROR + 1])
+    return line if len(line) <= MAX_ERROR else f"{line[:MAX_ERROR]}..."

@@ -33,6 +33,8 @@ __all__ = ["HEADS", "ERDEHead", "EarlyExitNetwork", "LinearHead", "attach_exits"
 
 # float32 steps in another order differ in the last bits; relative to the largest logit.
 _SAME = 1e-5
+# A single image above all: code that asks for the size of the batch asks for 1.
+_COMPARED_BATCHES = (1, 2, 5)
 FINAL = "final"
 
 
@@ -42,7 +44,7 @@ def attach_exits(
     *,
     input_size: InputSize,
     head: str = AUTO,
-    dropout: float = 0.5,
+    dropout: float = 0.1,
 ) -> EarlyExitNetwork:
     """Put exits on a classifier, sharing its weights; its own classifier is the final exit.
 
@@ -203,8 +205,7 @@ def _attach_to_trace(
         raise UserError(
             "head native is for backbones that bring exit heads along: choose auto, erde, linear or conv"
         )
-    expected = _check_model(model, input_size)
-    classes = expected.shape[-1]
+    classes = _check_model(model, input_size)
     plan = plan_exits(Opener(model, input_size), exits, input_size)
     bounds: list[Cut | None] = [None, *plan.cuts, plan.tail]
     stages = [build_stage(plan.trace, plan.facts, start, end) for start, end in itertools.pairwise(bounds)]
@@ -226,18 +227,18 @@ def _attach_to_trace(
     network.to(next(model.parameters()).device)
     for note in plan.notes:
         say(note)
-    _check_same(model, network, expected, input_size)
+    _check_same(model, network, input_size)
     return _in_mode_of(network, model)
 
 
-def _probe(model: nn.Module, input_size: InputSize) -> Tensor:
+def _probe(model: nn.Module, input_size: InputSize, batch: int = 2) -> Tensor:
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(20)
-    return torch.randn(2, *input_size, generator=generator).to(parameter)
+    return torch.randn(batch, *input_size, generator=generator).to(parameter)
 
 
-def _check_model(model: nn.Module, input_size: InputSize) -> Tensor:
-    """The logits of two random images, if the model gives logits for images of that size at all."""
+def _check_model(model: nn.Module, input_size: InputSize) -> int:
+    """The number of classes, if the model gives logits for images of that size at all."""
     name = type(model).__name__
     if not any(True for _ in model.parameters()):
         raise UserError(f"{name} has no parameters: there is nothing to put exits on")
@@ -260,7 +261,7 @@ def _check_model(model: nn.Module, input_size: InputSize) -> Tensor:
         raise UserError(
             f"{name} has num_classes=0, so it gives features and no logits: build it with its classifier"
         )
-    return logits
+    return logits.shape[-1]
 
 
 def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final: Features) -> range:
@@ -296,15 +297,19 @@ def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final
     return range(places[0], places[-1] + 1)
 
 
-def _check_same(model: nn.Module, network: EarlyExitNetwork, expected: Tensor, input_size: InputSize) -> None:
-    with mode(network, False), torch.no_grad():
-        found = network.forward_final(_probe(model, input_size))
-    difference = float((found - expected).abs().max())
-    if not difference <= _SAME * max(1.0, float(expected.abs().max())):
-        raise UserError(
-            f"cut at its exits {type(model).__name__} gives other logits than before (by {difference:.2g}): it keeps something "
-            "from one call to the next, or draws random numbers"
-        )
+def _check_same(model: nn.Module, network: EarlyExitNetwork, input_size: InputSize) -> None:
+    """Hold the final exit against the model, for several sizes of the batch."""
+    for batch in _COMPARED_BATCHES:
+        images = _probe(model, input_size, batch)
+        with mode(model, False), mode(network, False), torch.no_grad():
+            expected, logits = model(images), network.forward_final(images)
+        difference = float((logits - expected).abs().max())
+        if not difference <= _SAME * max(1.0, float(expected.abs().max())):
+            raise UserError(
+                f"cut at its exits {type(model).__name__} gives other logits than before (by {difference:.2g}, for a batch "
+                f"of {batch}): it keeps something from one call to the next, draws random numbers, or its answer depends on "
+                "the number of images in the batch"
+            )
 
 
 def _in_mode_of(network: EarlyExitNetwork, model: nn.Module) -> EarlyExitNetwork:

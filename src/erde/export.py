@@ -29,6 +29,7 @@ from erde.data import DataSplits
 from erde.errors import UserError, nearest
 from erde.exits import EarlyExitNetwork
 from erde.files import make_folder, replacing_file, replacing_folder, write_json
+from erde.graph_files import refusal
 from erde.graphs import block_input, strip_metadata
 from erde.progress import say
 from erde.quantisation import Quantisation, quantise, quantise_stages, range_images
@@ -43,7 +44,7 @@ PARITY_BATCHES = (0, 1, 2, 7, 32)
 PARITY_TOLERANCE = 1e-4
 # Of int8 stages on another machine: a last bit that differs may tip a rounding. Switching off every optimisation
 # of ONNX Runtime, which computes in float then, moves logits by 0.3 % of the largest; rounding itself, by 3 % and more.
-INT8_TOLERANCE = 0.02
+INT8_TOLERANCE = bundle.MAX_TOLERANCE
 REFERENCE_IMAGES = 2
 
 
@@ -218,6 +219,11 @@ def export_stages(
             module = _Stage(enter, network, index).eval()
             outputs = ["logits"] if module.is_last else ["features", "logits"]
             _export_graph(module, x, beside / name, ["images" if index == 0 else FEATURES_IN], outputs, opset)
+            reason = refusal(beside / name)
+            if reason is not None:
+                raise UserError(
+                    f"this network cannot be a bundle: its graph {reason} (docs/formats.md: what is verified)"
+                )
             with torch.no_grad():
                 handed = module.handed_over(x)
             x = module.pack(handed)

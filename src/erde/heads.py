@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,28 +16,59 @@ from erde.errors import UserError, nearest
 _MOST_INPUTS = 4096
 # And reduces larger maps of this many pixels a side by a convolution first.
 _EARLY_SIDE = 8
+# A linear layer's inputs are scaled down as if it had at most so many; see fix_scale.
+_SCALED_INPUTS = 256
 # What a ConvHead's reduction gives: pixels a side at most, and channels.
 _REDUCED_SIDE = 4
 _NARROWEST, _WIDEST = 64, 256
 
 
+Norm = TypeVar("Norm", nn.BatchNorm2d, nn.LayerNorm)
+
+
+def fix_scale(norm: Norm, inputs: int = 1) -> Norm:
+    """Fix a norm's scale at ``min(1, sqrt(256 / inputs))`` and its shift at 0; they are not trained.
+
+    ``inputs`` is how many numbers the linear layer behind it reads. The curvature of the loss in that layer's weights
+    grows with the sum of their squares, thousands on an early map, and at a usual learning rate every step overshoots.
+    A norm that is trained then flees to where its ReLU is never on: the head dies. With the fixed scale the step fits
+    the layer, and without a shift about half of all places stay on. See LOG.md, 2026-11-24.
+    """
+    norm.fixed_scale = min(1.0, math.sqrt(_SCALED_INPUTS / inputs))  # type: ignore[assignment]
+    # Parameters still, not buffers: weights from before they were fixed can be loaded.
+    norm.requires_grad_(False)
+    reset_head(norm)
+    return norm
+
+
+def reset_head(head: nn.Module) -> None:
+    """Give a head new weights, by torch's random numbers, as it had them when it was made."""
+    for module in head.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm) and "fixed_scale" in vars(module):
+            nn.init.constant_(module.weight, vars(module)["fixed_scale"])
+
+
 class ERDEHead(nn.Sequential):
     """ERDE's exit head: batch norm, ReLU, 2x2 average pool, dropout, one linear layer.
 
-    Takes a feature map (B, C, H, W) and gives logits (B, K). A map of a single pixel a side is not pooled.
+    The norm is fixed, see :func:`fix_scale`. Takes a feature map (B, C, H, W) and gives logits (B, K). A map of a
+    single pixel a side is not pooled.
     """
 
-    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.5) -> None:
+    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.1) -> None:
         channels, height, width = feature_shape
         pool = 2 if min(height, width) >= 2 else 1
+        inputs = channels * (height // pool) * (width // pool)
         super().__init__(
             OrderedDict(
-                norm=nn.BatchNorm2d(channels),
+                norm=fix_scale(nn.BatchNorm2d(channels), inputs),
                 relu=nn.ReLU(),
                 pool=nn.AvgPool2d(pool),
                 flatten=nn.Flatten(),
                 dropout=nn.Dropout(dropout),
-                linear=nn.Linear(channels * (height // pool) * (width // pool), classes),
+                linear=nn.Linear(inputs, classes),
             )
         )
 
@@ -45,11 +76,11 @@ class ERDEHead(nn.Sequential):
 class LinearHead(nn.Sequential):
     """Batch norm, ReLU, global average pool, dropout, one linear layer: (B, C, H, W) to (B, K)."""
 
-    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.5) -> None:
+    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.1) -> None:
         channels = feature_shape[0]
         super().__init__(
             OrderedDict(
-                norm=nn.BatchNorm2d(channels),
+                norm=fix_scale(nn.BatchNorm2d(channels), channels),
                 relu=nn.ReLU(),
                 pool=nn.AdaptiveAvgPool2d(1),
                 flatten=nn.Flatten(),
@@ -66,20 +97,20 @@ class ConvHead(nn.Sequential):
     twice the channels (but 64 to 256), batch norm, ReLU, global average pool, dropout, linear: (B, C, H, W) to (B, K).
     """
 
-    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.5) -> None:
+    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.1) -> None:
         channels, height, width = feature_shape
         stride = max(1, math.ceil(min(height, width) / _REDUCED_SIDE))
         kernel = max(3, stride + 1 - stride % 2)  # odd, and no pixel is left out
         wide = min(max(2 * channels, _NARROWEST), _WIDEST)
         super().__init__(
             OrderedDict(
-                norm=nn.BatchNorm2d(channels),
+                norm=fix_scale(nn.BatchNorm2d(channels)),
                 relu=nn.ReLU(),
                 depthwise=nn.Conv2d(
                     channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=False
                 ),
                 pointwise=nn.Conv2d(channels, wide, 1, bias=False),
-                norm2=nn.BatchNorm2d(wide),
+                norm2=fix_scale(nn.BatchNorm2d(wide), wide),
                 relu2=nn.ReLU(),
                 pool=nn.AdaptiveAvgPool2d(1),
                 flatten=nn.Flatten(),
@@ -106,10 +137,10 @@ class TokenPool(nn.Module):
 class TokenHead(nn.Sequential):
     """Layer norm, the mean of some tokens (or the class token), dropout, one linear layer: (B, N, C) to (B, K)."""
 
-    def __init__(self, channels: int, tokens: range, classes: int, dropout: float = 0.5) -> None:
+    def __init__(self, channels: int, tokens: range, classes: int, dropout: float = 0.1) -> None:
         super().__init__(
             OrderedDict(
-                norm=nn.LayerNorm(channels),
+                norm=fix_scale(nn.LayerNorm(channels), channels),
                 pool=TokenPool(tokens.start, tokens.stop),
                 dropout=nn.Dropout(dropout),
                 linear=nn.Linear(channels, classes),
@@ -120,10 +151,10 @@ class TokenHead(nn.Sequential):
 class VectorHead(nn.Sequential):
     """Layer norm, ReLU, dropout, one linear layer: (B, C) to (B, K)."""
 
-    def __init__(self, channels: int, classes: int, dropout: float = 0.5) -> None:
+    def __init__(self, channels: int, classes: int, dropout: float = 0.1) -> None:
         super().__init__(
             OrderedDict(
-                norm=nn.LayerNorm(channels),
+                norm=fix_scale(nn.LayerNorm(channels), channels),
                 relu=nn.ReLU(),
                 dropout=nn.Dropout(dropout),
                 linear=nn.Linear(channels, classes),

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from erde.errors import UserError, in_one_line
 from erde.images import SUFFIXES
 
-# Of files that may tell the classes of the images beside them.
-TABLES = {".csv", ".json", ".jsonl", ".parquet", ".md", ".arrow", ".py"}
+MAX_CARD_BYTES = 2**20
 # Folder name -> split.
 SPLITS = {"train": "train", "test": "test", "val": "validation", "validation": "validation"}
 
@@ -27,7 +28,10 @@ def open_image_folder(folder: Path) -> dict[str, Any] | None:
     ``validation`` beside it; no metadata files, no folders in a class's folder.
     """
     found, files = _entries(folder)
-    if files & {"metadata.csv", "metadata.jsonl", "metadata.parquet", "README.md"} or not found:
+    if files & {"metadata.csv", "metadata.jsonl", "metadata.parquet", "README.md"}:
+        return None
+    _check_classes(folder, found, files)
+    if not found:
         return None
     if "train" in found:
         splits = {split: folder / name for name, split in SPLITS.items() if name in found}
@@ -43,11 +47,56 @@ def open_image_folder(folder: Path) -> dict[str, Any] | None:
     return {split: _table(splits[split], one, classes) for split, one in contents.items()}
 
 
-def is_flat(folder: Path) -> bool:
-    """Whether there are images in ``folder`` and nothing that tells their classes."""
-    folders, files = _entries(folder)
-    suffixes = {os.path.splitext(name)[1].lower() for name in files}
-    return not folders and bool(suffixes & set(SUFFIXES)) and not suffixes & TABLES
+def _check_classes(folder: Path, folders: set[str], files: set[str]) -> None:
+    """Images that lie side by side have no labels: say where the classes are looked for."""
+    if "train" in folders:
+        folder = folder / "train"
+        folders, files = _entries(folder)
+    lying = sorted(one for one in files if Path(one).suffix.lower() in SUFFIXES)
+    if lying and len(lying) == len(files) and not folders:
+        raise UserError(
+            f"{folder} has images ({lying[0]}, ...) and no folder per class, which their labels come from: "
+            f"move them to {folder}/<class>/<image>, or see `erde predict` for images without labels"
+        )
+
+
+def check_card(folder: Path) -> None:
+    """Refuse a card (``README.md``) that sends the ``datasets`` library to the network or out of ``folder``.
+
+    Raises:
+        UserError: the place that it names, or a card that is not YAML.
+    """
+    from huggingface_hub import DatasetCard
+
+    for name in ("README.md", ".huggingface.yaml"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > MAX_CARD_BYTES:
+            raise UserError(f"{path} is larger than {MAX_CARD_BYTES:,} bytes: remove it")
+        try:
+            card = (
+                DatasetCard.load(path).data.to_dict()
+                if name == "README.md"
+                else yaml.safe_load(path.read_bytes())
+            )
+        except Exception as error:  # of two libraries
+            raise UserError(f"the YAML in {path} cannot be read: repair it, or remove the file") from error
+        waiting = [card.get("configs") if isinstance(card, dict) else None]
+        seen: set[int] = set()  # an alias may stand for what it is part of
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, str) and _leads_away(node):
+                raise UserError(
+                    f"{path} takes data from '{in_one_line(node)}', which is not in the folder: remove that line"
+                )
+            if isinstance(node, dict | list) and id(node) not in seen:
+                seen.add(id(node))
+                waiting += node.values() if isinstance(node, dict) else node
+
+
+def _leads_away(place: str) -> bool:
+    return "://" in place or "::" in place or place.startswith(("/", "~")) or ".." in Path(place).parts
 
 
 def _entries(folder: Path) -> tuple[set[str], set[str]]:

@@ -6,6 +6,7 @@ Images are decoded batch by batch: the folder may be larger than memory.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde.errors import UserError, nearest
-from erde.images import SUFFIXES, load_image
+from erde.images import SUFFIXES, load_image, read_file
 from erde.splits import CertifySplit, Images, Labels, TuneSplit
 
 
@@ -48,18 +49,82 @@ class TuneAndCertify:
     fingerprint: str
 
 
-def halves(labels: Labels, tune_share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of a stratified random split in two: per class ``tune_share`` of the images, one at least for each part.
+@dataclass(frozen=True)
+class Unlabelled:
+    """Images without labels in two parts: the certify files' names and hashes, and those of all by name."""
 
-    A class with one image gives it to the first part.
+    tune: ImageFiles
+    certify: ImageFiles
+    certify_names: tuple[str, ...]
+    digests: dict[str, str]
+    copies: int
+    fingerprint: str
+
+
+def load_unlabelled(
+    folder: Path, shape: tuple[int, int, int], tune_share: float = 0.5, seed: int = 0
+) -> Unlabelled:
+    """The images below ``folder`` at any depth, split at random by seed; a copy of a file counts once.
+
+    Raises:
+        UserError: no such folder, fewer than two images.
     """
+    _check_share(tune_share)
+    if not folder.is_dir():
+        raise UserError(f"no folder at {folder}: expected images")
+    by_digest: dict[bytes, Path] = {}
+    copies = 0
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            digest = _digest(path)
+            copies += digest in by_digest
+            by_digest.setdefault(digest, path)
+    if len(by_digest) < 2:
+        raise UserError(
+            f"{len(by_digest)} images below {folder}: calibration needs two or more, to tune and to certify"
+        )
+    # In the order of the hashes: a renamed file stays on its side.
+    found = sorted(by_digest.items())
+    order = np.random.default_rng(seed).permutation(len(found))
+    size = max(1, min(len(found) - 1, round(tune_share * len(found))))
+    names = [path.relative_to(folder).as_posix() for _, path in found]
+    tune, certify = (tuple(int(row) for row in np.sort(part)) for part in (order[:size], order[size:]))
+    return Unlabelled(
+        ImageFiles(tuple(found[row][1] for row in tune), shape),
+        ImageFiles(tuple(found[row][1] for row in certify), shape),
+        tuple(names[row] for row in certify),
+        {name: digest.hex() for name, (digest, _) in zip(names, found, strict=True)},
+        copies,
+        _set_fingerprint(by_digest),
+    )
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(read_file(path)).digest()
+
+
+def _set_fingerprint(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def _check_share(tune_share: float) -> None:
     if not 0 < tune_share < 1:
         raise UserError(f"the tune share must lie between 0 and 1 (0 % and 100 %), got {tune_share:g}")
+
+
+def halves(labels: Labels, tune_share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of a stratified random split in two: per class ``tune_share`` of the images, rounded up or down at random.
+
+    On average each class gives its share to both parts, however rare it is: a part that rare classes are missing
+    from would make the certificate lean one way.
+    """
+    _check_share(tune_share)
     generator = np.random.default_rng(seed)
     tune, certify = [], []
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
-        size = max(1, min(len(rows) - 1, round(tune_share * len(rows))))
+        # floor(share * n + U) has the mean share * n.
+        size = int(np.floor(tune_share * len(rows) + generator.random()))
         tune.append(rows[:size])
         certify.append(rows[size:])
     return np.sort(np.concatenate(tune)), np.sort(np.concatenate(certify))
@@ -73,7 +138,7 @@ def load_tune_and_certify(
     A file with the same bytes as another counts once: a copy on the other side would make the certificate lie.
 
     Raises:
-        UserError: no such folder, a sub-folder that is no class, a class without an image.
+        UserError: no such folder, a sub-folder that is no class, fewer than two images.
     """
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}: expected labelled images, a sub-folder per class")
@@ -89,9 +154,9 @@ def load_tune_and_certify(
     seen: dict[bytes, Path] = {}
     for one in found:
         for path in sorted(one.rglob("*")):
-            if path.suffix.lower() not in SUFFIXES or not path.is_file():
+            if path.suffix.lower() not in SUFFIXES or path.is_dir():
                 continue
-            digest = hashlib.sha256(path.read_bytes()).digest()
+            digest = _digest(path)
             if digest in seen:
                 if seen[digest].relative_to(folder).parts[0] != one.name:
                     raise UserError(
@@ -103,13 +168,11 @@ def load_tune_and_certify(
             paths.append(path)
             labels.append(classes.index(one.name))
     all_labels = np.asarray(labels, dtype=np.int64)
-    for index, name in enumerate(classes):
-        count = int((all_labels == index).sum())
-        if count < 2:
-            raise UserError(
-                f"{count} image{'' if count == 1 else 's'} of class '{name}' below {folder}: calibration needs two or more "
-                "of every class, to tune and to certify"
-            )
+    if len(all_labels) < 2:
+        raise UserError(
+            f"{len(all_labels)} image{'s' * (len(all_labels) != 1)} below {folder}: calibration needs two or more, to tune "
+            "and to certify"
+        )
     tune, certify = halves(all_labels, tune_share, seed)
 
     def files(rows: NDArray[np.int64]) -> ImageFiles:
@@ -119,5 +182,5 @@ def load_tune_and_certify(
         TuneSplit(files(tune), all_labels[tune]),
         CertifySplit(files(certify), all_labels[certify]),
         copies,
-        hashlib.sha256(b"".join(sorted(seen))).hexdigest(),
+        _set_fingerprint(seen),
     )

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from erde import checkpoint, parallel, progress
 from erde.config import AugmentationConfig, TrainConfig
-from erde.data import Batch
+from erde.data import Batch, TrainBatches
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork
 from erde.files import make_folder
+from erde.heads import reset_head
+from erde.health import IMAGES, measure_health
 from erde.losses import Extra, cross_entropy_loss
 from erde.meter import Meter
-from erde.results import Epoch
+from erde.results import Epoch, Health
 from erde.scalars import Scalars
 from erde.splits import TrainSplit
 from erde.teacher_answers import Answer
@@ -110,10 +114,39 @@ def learning_rate_factor(step: int, steps: int, warmup: int, config: TrainConfig
     return float(config.gamma ** sum(step / steps >= milestone for milestone in config.milestones))
 
 
+PhaseName = Literal["backbone", "joint", "refit"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The epochs from ``first`` up to ``end``, with a learning rate schedule of their own.
+
+    ``backbone``: the final exit alone. ``joint``: all exits, by the criterion. ``refit``: new intermediate heads, by
+    the criterion too, on the backbone that the phases before have left; the final exit's answers stay as they are.
+    """
+
+    name: PhaseName
+    first: int
+    end: int
+
+    @classmethod
+    def all_of(cls, config: TrainConfig, exits: int) -> tuple[Phase, ...]:
+        """The phases of a network with so many exits, those without epochs left out."""
+        bounds: tuple[tuple[PhaseName, int], ...] = (
+            ("backbone", config.backbone_epochs),
+            ("joint", config.epochs),
+            ("refit", config.epochs + (config.refit_epochs if exits > 1 else 0)),
+        )
+        starts = (0, *(end for _, end in bounds))
+        return tuple(
+            cls(name, first, end) for first, (name, end) in zip(starts, bounds, strict=False) if end > first
+        )
+
+
 class _Step(nn.Module):
     """Network and criterion as one module, images to loss parts: what is compiled, and shared by processes."""
 
-    def __init__(self, job: Job, phase: str) -> None:
+    def __init__(self, job: Job, phase: PhaseName) -> None:
         super().__init__()
         self.network, self.criterion, self.phase = job.network, job.criterion, phase
         self.autocast, self.device_type = job.autocast, job.device.type
@@ -158,32 +191,62 @@ class Learner:
         self.meter = Meter()
         self.position = (0, 0)
         self.scalars = Scalars(job.scalars if parallel.is_first() else None)
-        self._model: tuple[str, nn.Module] | None = None
+        self.phases = Phase.all_of(job.config, len(job.network.stages))
+        self._model: tuple[PhaseName, nn.Module] | None = None
 
     # ------------------------------------------------------------ one epoch, one step
 
     @property
-    def phase(self) -> str:
-        """``backbone``: the final exit alone; ``joint``: all exits, by the criterion."""
-        return "backbone" if self.position[0] < self.job.config.backbone_epochs else "joint"
+    def phase(self) -> Phase:
+        """The phase of the epoch that is next, or of the last one."""
+        return next((phase for phase in self.phases if self.position[0] < phase.end), self.phases[-1])
+
+    @property
+    def epochs(self) -> int:
+        """Of all phases."""
+        return self.phases[-1].end
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether this epoch needs the teacher's answers."""
+        return self.job.teacher is not None and self.phase.name != "backbone"
 
     def enter_epoch(self) -> None:
         """Put network and criterion into the mode of the phase."""
+        phase = self.phase
+        if phase.name == "refit" and self.position == (phase.first, 0):
+            self._start_refit()
         self.network.train()
         self.criterion.train()
-        if self.job.config.freeze_backbone and self.phase == "joint":
+        if phase.name == "refit" or (self.job.config.freeze_backbone and phase.name == "joint"):
             # Frozen also means that batch norm keeps its running statistics.
             self.network.stages.eval()
             self.network.heads[-1].eval()
             for parameter in self.network.backbone_parameters():
                 parameter.requires_grad_(False)
-        if self._model is None or self._model[0] != self.phase:
+        if self._model is None or self._model[0] != phase.name:
             # The first phase trains neither heads nor what the criterion owns.
-            unused = self.phase == "backbone"
-            model = parallel.wrap(_Step(self.job, self.phase), self.job.device, unused)
+            unused = phase.name == "backbone"
+            model = parallel.wrap(_Step(self.job, phase.name), self.job.device, unused)
             if self.job.config.compile:
                 model.compile(dynamic=False)
-            self._model = self.phase, model
+            self._model = phase.name, model
+
+    def _start_refit(self) -> None:
+        """New intermediate heads, the same for every arm, and an optimiser that knows nothing of the old ones."""
+        self._use_average()
+        devices = [self.job.device] if self.job.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.job.seed)
+            for head in self.network.heads[:-1]:
+                reset_head(head)
+        self.optimizer = _build_optimizer(self.job)
+
+    def _use_average(self) -> None:
+        """The averaged weights, where they are asked for, become the network's."""
+        if self.average is not None:
+            self.network.load_state_dict(self.average)
+            self.average = None
 
     def step(self, batch: Batch, answer: Answer | None) -> None:
         """One step of the optimiser on a whole batch."""
@@ -196,14 +259,20 @@ class Learner:
         # that are trained together draw what they would have drawn alone.
         (torch.cuda if self.job.device.type == "cuda" else torch.default_generator).manual_seed(batch.seed)
         self.optimizer.zero_grad(set_to_none=True)
-        parts_of_batch = self._split(batch, answer)
-        for number, arguments in enumerate(parts_of_batch, start=1):
+        measured = []
+        for number, arguments in enumerate(self._split(batch, answer), start=1):
             with (
                 parallel.without_averaging(model) if number < config.accumulate else contextlib.nullcontext()
             ):
                 parts, logits = model(*arguments)
                 (parts["loss"] / config.accumulate).backward()
-            self.meter.add(parts, logits, arguments[1])
+            accuracy = (logits.detach().argmax(dim=-1) == arguments[1]).double().mean(dim=1)
+            measured.append({**parts, "accuracy": accuracy})
+        means = {
+            name: torch.stack([parts[name].detach() for parts in measured]).mean(dim=0)
+            for name in measured[0]
+        }
+        self.meter.add({**means, **self._gradient_norms()})
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(
                 [*self.network.parameters(), *self.criterion.parameters()], config.gradient_clip
@@ -213,16 +282,25 @@ class Learner:
             self._update_average()
         self.position = (self.position[0], self.position[1] + 1)
 
+    def _gradient_norms(self) -> dict[str, Tensor]:
+        """Before clipping: of each intermediate head (E-1,), and of the network without them; what is frozen has none."""
+        heads, trunk = self.network.heads[:-1], list(self.network.backbone_parameters())
+        norms = {}
+        if len(heads) and self.phase.name != "backbone":
+            norms["gradient_norm_heads"] = torch.stack([_gradient_norm(head.parameters()) for head in heads])
+        if trunk[0].requires_grad:
+            norms["gradient_norm_trunk"] = _gradient_norm(trunk)
+        return norms
+
     def _split(self, batch: Batch, answer: Answer | None) -> list[tuple[Any, ...]]:
         """The arguments of the step: of the whole batch, or of its parts with ``accumulate``."""
-        if self.phase == "backbone":
-            answer = None
+        listens = self.phase.name != "backbone"
         found = []
         size = len(batch.labels) // self.job.config.accumulate
         for first in range(0, len(batch.labels), size):
             rows = slice(first, first + size)
             extras: dict[str, Any] = {}
-            if self.phase == "joint":
+            if listens:
                 if "indices" in self.job.extras:
                     extras["indices"] = batch.indices[rows].to(self.job.device, non_blocking=True)
                 if "held_out_logits" in self.job.extras:
@@ -232,7 +310,7 @@ class Learner:
                 if "teacher_features" in self.job.extras:
                     assert answer is not None
                     extras["teacher_features"] = [one[rows] for one in answer.features]
-            teacher_logits = None if answer is None else answer.logits[:, rows]
+            teacher_logits = answer.logits[:, rows] if answer is not None and listens else None
             images = batch.images[rows]
             if not self.job.config.channels_last:
                 images = images.contiguous()
@@ -256,27 +334,46 @@ class Learner:
         """Of the step at ``position``."""
         config = self.job.config
         epoch, step = self.position
-        first = 0 if self.phase == "backbone" else config.backbone_epochs
-        last = config.backbone_epochs if self.phase == "backbone" else config.epochs
+        phase = self.phase
         warmup = round(config.warmup_epochs * self._steps)
-        done = (epoch - first) * self._steps + step
-        return config.learning_rate * learning_rate_factor(done, (last - first) * self._steps, warmup, config)
+        done, steps = (epoch - phase.first) * self._steps + step, (phase.end - phase.first) * self._steps
+        return config.learning_rate * learning_rate_factor(done, steps, warmup, config)
 
-    def end_epoch(self) -> None:
-        """Write down the epoch's means, and go on to the next one."""
-        epoch = self.position[0]
+    def end_epoch(self, batches: TrainBatches) -> None:
+        """Write down the epoch's means, at the end of a phase also the heads' health, and go on to the next one."""
+        epoch, phase = self.position[0], self.phase
+        ends = epoch + 1 == phase.end and phase.name != "backbone" and len(self.network.stages) > 1
         self.position = (epoch, self._steps - 1)  # the learning rate of the last step
         entry = Epoch(
             epoch=epoch + 1,
-            phase="backbone" if self.phase == "backbone" else "joint",
+            phase=self.phase.name,
             learning_rate=self.learning_rate(),
             parts=self.means(),
+            health=self._health(batches) if ends else None,
         )
         self.outcome.history.append(entry)
+        if entry.health is not None:
+            when = "refitted heads" if phase.name == "refit" else "heads"
+            progress.say(f"{self.job.name}: {when}: {entry.health.line()}")
         self.meter, self.position = Meter(), (epoch + 1, 0)
         speed = round(self.outcome.images_per_second, 1)
         self.log.write("epoch", arm=self.job.name, images_per_second=speed, **entry.model_dump())
         self.scalars.write(entry, speed)
+
+    def _health(self, batches: TrainBatches) -> Health:
+        images = np.random.default_rng(self.job.seed).permutation(len(self.job.train))[:IMAGES]
+        size = min(batches.batch_size, len(images))
+        chunks = images[: len(images) // size * size].reshape(-1, size)
+        average, own = self.average, None
+        if average is not None:
+            # What will be the network is looked at, not what is on the way there.
+            own = {name: value.clone() for name, value in self.network.state_dict().items()}
+            self.network.load_state_dict(average)
+        try:
+            return measure_health(self.network, batches.plain(chunks))
+        finally:
+            if own is not None:
+                self.network.load_state_dict(own)
 
     def means(self) -> dict[str, float | list[float]]:
         """The means of the epoch so far; :class:`UserError` where the loss is not finite."""
@@ -312,8 +409,7 @@ class Learner:
     def finish(self) -> None:
         """The end of training: the averaged weights become the network's, and the final file is written."""
         self.scalars.close()
-        if self.average is not None:
-            self.network.load_state_dict(self.average)
+        self._use_average()
         if self.folder is not None and parallel.is_first():
             tensors = {
                 **checkpoint.with_prefix("network", self.network.state_dict()),
@@ -357,12 +453,22 @@ class Learner:
             return True
         checkpoint.restore_optimizer(self.optimizer, checkpoint.under_prefix("optimizer", tensors))
         if self.average is not None:
+            # The refit has none any more.
             average = checkpoint.under_prefix("average", tensors)
-            self.average = {name: average[name].to(one.device) for name, one in self.average.items()}
+            self.average = (
+                {name: average[name].to(one.device) for name, one in self.average.items()}
+                if average
+                else None
+            )
         sums = tensors["meter"].to(self.job.device) if state["meter"]["steps"] else None
         self.meter = Meter(sums, state["meter"]["steps"], state["meter"]["layout"])
         self.log.write("resumed", arm=self.job.name, epoch=self.position[0], step=self.position[1])
         return False
+
+
+def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return nn.utils.get_total_norm(gradients)
 
 
 def _build_optimizer(job: Job) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ final exit is right. docs/formats.md has an example.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -177,6 +178,7 @@ def calibrate_file(
     if tune.reference_right is not None:
         settings = dataclasses.replace(settings, reference="given")
     tune_logits = _as(TuneLogits, tune)
+    request = Request(tune_logits, certify_logits, cost, settings, tuple(sources))
     if out.exists():
         try:
             earlier = read_policy(out).policy.calibration
@@ -184,7 +186,10 @@ def calibrate_file(
             raise UserError(
                 f"{out} is there and is no policy of this erde: remove it, or give another --out"
             ) from error
-        check_reuse(earlier, Request(tune_logits, certify_logits, cost, settings, tuple(sources)))
+        check_reuse(earlier, request)
+    # Another --out is no new set of images. What lies there under this name and is no policy says nothing.
+    with contextlib.suppress(UnreadablePolicyError):
+        check_reuse(read_policy(default_policy_path(path)).policy.calibration, request)
     calibrated = calibrate_logits(
         tune_logits,
         certify_logits,
@@ -244,6 +249,10 @@ class SavedPolicy:
             raise ValueError("its parts do not fit one another")
 
 
+class UnreadablePolicyError(UserError):
+    """No policy file, or one that this version did not write."""
+
+
 def read_policy(path: Path) -> SavedPolicy:
     """What :func:`calibrate_file` wrote; :class:`UserError` where ``path`` is something else."""
     try:
@@ -255,9 +264,9 @@ def read_policy(path: Path) -> SavedPolicy:
         saved = SavedPolicy(CalibratedPolicy.from_json(value), cost, classes)
         saved.check()
     except OSError as error:
-        raise UserError(f"no policy at {path}: erde calibrate LOGITS.npz writes one") from error
+        raise UnreadablePolicyError(f"no policy at {path}: erde calibrate LOGITS.npz writes one") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
+        raise UnreadablePolicyError(
             f"{path} is not a policy that erde calibrate LOGITS.npz wrote: calibrate again"
         ) from error
     return saved

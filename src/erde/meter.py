@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Meter:
-    """Sums of the loss parts and of the exits' training accuracy."""
+    """Sums of a step's parts: of the loss, the exits' training accuracy, gradient norms."""
 
     def __init__(
         self, sums: Tensor | None = None, steps: int = 0, layout: list[list[Any]] | None = None
@@ -19,14 +19,12 @@ class Meter:
         # [name, number of values, or 0 for a scalar], in the order of ``sums``.
         self.layout: list[list[Any]] = layout or []
 
-    def add(self, parts: Mapping[str, Tensor], logits: Tensor, labels: Tensor) -> None:
-        """Parts are scalars or (E,), logits (E, B, K), labels (B,)."""
-        accuracy = (logits.detach().argmax(dim=-1) == labels).double().mean(dim=1)
-        named = {**parts, "accuracy": accuracy}
-        row = torch.cat([part.detach().reshape(-1).double() for part in named.values()])
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """One step's parts: scalars, or (E,)."""
+        row = torch.cat([part.detach().reshape(-1).double() for part in parts.values()])
         if self.sums is None:
             self.sums = torch.zeros_like(row)
-            self.layout = [[name, part.numel() if part.ndim else 0] for name, part in named.items()]
+            self.layout = [[name, part.numel() if part.ndim else 0] for name, part in parts.items()]
         self.sums += row
         self.steps += 1
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from erde import (
     calibration,
@@ -34,14 +35,13 @@ from erde import (
 from erde.backbones import build_backbone
 from erde.bundle import file_hash, stages_hash
 from erde.bundle import read as read_bundle
-from erde.calibration_checks import Request, check_budget, check_classes, check_reuse
+from erde.calibration_checks import Request, check_budget, check_reuse
 from erde.config import (
     ADDED_LATER,
     Config,
     DistillationConfig,
     NetworkConfig,
     TeacherConfig,
-    default_of,
     load_saved_config,
     validate,
 )
@@ -387,7 +387,6 @@ class Run:
 
     def check(self) -> None:
         """Build every job of the recipe once: what does not fit together is said before anything is written."""
-        check_classes(self.data.tune.labels, len(self.data.classes))
         teacher = None
         if self.needs_teacher:
             teacher = self.new_network(TEACHER, load=not self.is_trained(TEACHER))
@@ -643,6 +642,7 @@ class Run:
                 settings,
                 tune_reference_right=tune_right,
                 certify_reference_right=certify_right,
+                name=arm,
             )
             self._write_policy(path, calibrated.to_json())
 
@@ -710,25 +710,38 @@ def _check_empty(folder: Path) -> None:
 def _resumed(config: Config, saved: Path) -> Config:
     """The recipe to go on with: that of ``saved``, but for the keys that may change; else :class:`UserError`.
 
-    Both are compared as trees with all keys: what the older file does not name has the value that it had then.
+    What ``config`` leaves to a default stays as the run began with it, so that a later version of erde, with other
+    defaults and more keys, goes on with older runs.
     """
     old = _with_whole_paths(load_saved_config(saved))
-    began, now = old.model_dump(mode="json"), config.model_dump(mode="json")
+    began = old.model_dump(mode="json")
+    now = _fill_from(config, began)
     for group, key in run_folder.FREE_TO_CHANGE:
         began[group][key] = now[group][key]
-    for key, value in ADDED_LATER.items():
-        # Left at its default, a key that the run did not know when it began keeps the value of that time.
-        group, name = key.split(".")
-        if began[group][name] == value and now[group][name] == default_of(key):
-            now[group][name] = value
     difference = _first_difference(began, now)
     if difference is not None:
         key, before, after = difference
         raise UserError(
-            f"{saved.parent} belongs to another recipe: there {key} is {before!r}, now it is {after!r}; "
-            "give the same recipe and overrides, or another folder"
+            f"{saved.parent} belongs to another recipe: there {key} is {before!r}, now it is {after!r}; give the same "
+            f"recipe and overrides, or another folder; `erde run {saved} --out {saved.parent} --resume` goes on as it began"
         )
     return validate(Config, now)
+
+
+def _fill_from(model: BaseModel, began: dict[str, Any]) -> dict[str, Any]:
+    """The tree of ``model``; keys that nobody set have their value in ``began``, where it has them."""
+    tree = model.model_dump(mode="json")
+    for name in type(model).model_fields:
+        value, before = getattr(model, name), began.get(name)
+        if name not in model.model_fields_set:
+            tree[name] = began.get(name, tree[name])
+        elif isinstance(value, BaseModel) and isinstance(before, dict):
+            tree[name] = _fill_from(value, before)
+        elif isinstance(value, dict) and isinstance(before, dict):
+            for key, inner in value.items():
+                if isinstance(inner, BaseModel) and isinstance(before.get(key), dict):
+                    tree[name][key] = _fill_from(inner, before[key])
+    return tree
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 
 from erde import progress
 from erde.bundle import file_hash, seal_of
-from erde.errors import UserError
+from erde.errors import UserError, printable
 from erde.files import Lock, explain_full_disk, make_folder, replacing_file
 from erde.images import SUFFIXES, load_image
 from erde.profile import PROFILE
 from erde.runtime import Prediction, Session
 
+# What a cell begins with that spreadsheets compute (OWASP, "CSV Injection").
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 COLUMNS = ("path", "label", "class", "probability", "exit", "score", "macs")
 
 
@@ -68,7 +70,7 @@ def images_below(folder: Path) -> Iterator[Path]:
         path = folder / name
         if deeper:
             yield from images_below(path)
-        elif path.is_file():
+        else:  # a dangling link or a pipe too: what cannot be read is said
             yield path
 
 
@@ -173,7 +175,8 @@ def _load(
 
 
 def _line(text: str) -> str:
-    return " ".join(text.splitlines())
+    """``text`` without control characters: a file's name may hold any. Bytes that are no UTF-8 stay as they are."""
+    return "".join(one if "\udc80" <= one <= "\udcff" else printable(one) for one in text)
 
 
 def _rows(paths: Sequence[Path], answer: Prediction, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -245,7 +248,7 @@ class _Sink:
             others = f" ({self.totals.skipped:,} in all)" if self.totals.skipped > 1 else ""
             raise UserError(f"no image can be read{others}: {reason}")
         for reason in self.reasons():
-            progress.say(f"skipped: {reason}")
+            progress.say(f"skipped: {printable(reason)}")
 
 
 @contextmanager
@@ -377,11 +380,19 @@ def _heading(out: Path) -> bytes:
     return (",".join(COLUMNS) + "\r\n").encode() if out.suffix == ".csv" else b""
 
 
+def _for_spreadsheets(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose text no spreadsheet takes for a formula; file and class names are anybody's."""
+    path, name = row["path"], row["class"]
+    # "./" leaves the path what it is.
+    safe_path = f"./{path}" if path.startswith(FORMULA) else path
+    return {**row, "path": safe_path, "class": f"'{name}" if name.startswith(FORMULA) else name}
+
+
 def _file_writer(file: BinaryIO, suffix: str) -> Callable[[list[dict[str, Any]]], int]:
     def write(rows: list[dict[str, Any]]) -> int:
         text = io.StringIO(newline="")
         if suffix == ".csv":
-            csv.DictWriter(text, COLUMNS).writerows(rows)
+            csv.DictWriter(text, COLUMNS).writerows(map(_for_spreadsheets, rows))
         else:
             text.writelines(map(_json_line, rows))
         # A file's name need not be UTF-8: its bytes go through as they are.

@@ -66,6 +66,7 @@ def render(results: Results, evidence: Evidence | None = None) -> str:
         "scores": report_details.scores(results),
         "score_outcomes": report_details.score_outcomes(results),
         "history": report_details.history(results),
+        "unhealthy_heads": report_details.unhealthy_heads(results),
         "agreement": report_details.agreement(results),
         "data_tables": report_details.data_tables(results),
         "environment": report_details.environment(results),
@@ -131,7 +132,7 @@ def _promise(arm: Arm) -> Html:
     assumptions = point.certificate.assumptions
     return tag(
         "div",
-        tag("p", tag("strong", "Certified. "), point.certificate.sentence()),
+        tag("p", tag("strong", "Certified. "), point.certificate.sentence(arm.precision)),
         tag("p", f"Operating point {point.name}. {assumptions[:1].upper()}{assumptions[1:]}. {rest}"),
         class_="promise good",
     )

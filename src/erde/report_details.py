@@ -30,7 +30,7 @@ from erde.report_html import (
     tag,
 )
 from erde.report_sections import exit_names, rule_in_words, several, unfolded
-from erde.results import Arm, EntropyHistograms, Results, RuntimeAgreement
+from erde.results import Arm, EntropyHistograms, Epoch, Health, Results, RuntimeAgreement
 
 # Classes of one table: more would fill the page, and those with the largest drop are what one looks for.
 CLASSES_SHOWN = 100
@@ -286,14 +286,57 @@ def _score_outcomes(name: str, arm: Arm) -> Html:
 
 
 def history(results: Results) -> Html:
-    """First and last training loss."""
-    rows = []
+    """First and last training loss, and the health of the heads."""
+    rows, heads = [], []
     for name, arm in results.arms.items():
         losses = [loss for epoch in arm.history if isinstance(loss := epoch.parts.get("loss"), float)]
         if losses:
             rows.append(([name, str(len(losses)), f"{losses[0]:.4g}", f"{losses[-1]:.4g}"], False))
+        heads += [([name, *_health(epoch, epoch.health)], False) for epoch in arm.history if epoch.health]
     columns = ("arm", "epochs", "loss, first epoch", "loss, last epoch")
-    return table("Mean training loss of an epoch.", columns, [(None, rows)], narrow=True)
+    parts = [table("Mean training loss of an epoch.", columns, [(None, rows)], narrow=True)]
+    if heads:
+        parts.append(table(HEALTH_CAPTION, HEALTH_COLUMNS, [(None, heads)], text={0, 1}))
+    return join(*parts)
+
+
+def unhealthy_heads(results: Results) -> Html:
+    """A line for each arm whose heads ended in trouble."""
+    ends = {
+        name: health
+        for name, arm in results.arms.items()
+        if (health := next((epoch.health for epoch in reversed(arm.history) if epoch.health), None))
+    }
+    lines = [
+        tag("p", badge("heads", "warn"), f" {name}: {health.line()}.")
+        for name, health in ends.items()
+        if not health.is_good
+    ]
+    return join(*lines)
+
+
+HEALTH_CAPTION = (
+    "Health of the heads at the end of training, and after their refit. A dead unit gives the same for every image. "
+    "A healthy first exit is no worse than a linear probe on the same features, on train images. Gradient norms are "
+    "means over the epoch, before clipping."
+)
+HEALTH_COLUMNS = (
+    "arm", "after", "dead units", "first exit, %", "linear probe, %", "gradient norm, heads", "trunk",
+)  # fmt: skip
+
+
+def _health(epoch: Epoch, health: Health) -> list[str]:
+    dead = [f"{dead} of {units}" for dead, units in zip(health.dead_units, health.units, strict=True)]
+    norms, trunk = epoch.parts.get("gradient_norm_heads", []), epoch.parts.get("gradient_norm_trunk")
+    probe = health.probe_accuracy
+    return [
+        "refit" if epoch.phase == "refit" else "training",
+        " / ".join(dead),
+        f"{100 * health.first_exit_accuracy:.1f}",
+        NONE if probe is None else f"{100 * probe:.1f}",
+        " / ".join(f"{norm:.2g}" for norm in norms) if isinstance(norms, list) else NONE,
+        f"{trunk:.2g}" if isinstance(trunk, float) else NONE,
+    ]
 
 
 # ---------------------------------------------------------------- agreement, data

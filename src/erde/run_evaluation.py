@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from erde import bundle, calibration, environment, evaluation, evidence, policy, run_folder
+from erde import bundle, calibration, environment, evaluation, evidence, policy, progress, run_folder
+from erde.calibration_checks import seen_before
 from erde.comparison import compare_arms
 from erde.errors import UserError
 from erde.evidence import ArmInput, Evidence
@@ -45,6 +46,9 @@ def evaluate(run: Run) -> Results:
     for arm in run.measured_arms:
         run.check_stages(arm)
     inputs = arm_inputs(run)
+    for arm, one in inputs.items():
+        if line := seen_before(run_folder.read_logits(run.folder, arm)[1], one.test):
+            progress.say(f"{arm}: warning: {line}")
     arms = {arm: _arm(run, arm, inputs) for arm in run.measured_arms}
     exported, int8 = run.config.export.arm, run.config.export.int8_arm
     torch_off = _check_torch(run, exported, inputs[exported])

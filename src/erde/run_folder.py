@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     ("teacher", "cache"),
     ("data", "workers"),
     ("data", "memory_limit_gib"),
+    ("data", "skip_unreadable"),  # what it leaves out would show in splits.json
 )
 
 

@@ -17,7 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from erde import bundle, policy
-from erde.errors import UserError
+from erde.errors import UserError, in_one_line
 from erde.monitor import Monitor
 from erde.profile import PROFILE, Profile
 from erde.splits import ImageSource
@@ -114,11 +114,19 @@ class Session:
             raise UserError(f"expected images of shape (N, {expected}), got {tuple(images.shape)}")
         return self._stages.all_logits(images)
 
-    def cost(self, timed: bool = True) -> Cost:
-        """MACs per exit, and milliseconds where ``timed`` and the bundle's folder has a profile of the machine."""
+    def cost(self, timed: bool | None = None) -> Cost:
+        """MACs per exit, and milliseconds where the bundle's folder has a profile of the machine.
+
+        A profile that does not fit is an error where milliseconds are asked for (``timed=True``) and as good as none
+        else; with ``timed=False`` none is read.
+        """
         milliseconds = None
-        if timed and (self.folder / PROFILE).is_file():
-            milliseconds = self._profile_on_disk().exit_milliseconds()
+        if timed is not False and (self.folder / PROFILE).is_file():
+            try:
+                milliseconds = self._profile_on_disk().exit_milliseconds()
+            except UserError:
+                if timed:
+                    raise
         return Cost(tuple(self._macs.tolist()), self.manifest.no_exit_macs, milliseconds)
 
     def profile(
@@ -471,9 +479,7 @@ class Session:
             images = sample.decode(self.manifest.input_shape)
             logits = self._stages.all_logits(images)
         except Exception as error:  # a stage that does not take what the last one gives, and the like
-            raise UserError(
-                f"bundle {folder}: its stages do not run: {bundle.in_one_line(str(error))}"
-            ) from error
+            raise UserError(f"bundle {folder}: its stages do not run: {in_one_line(str(error))}") from error
         expected = np.asarray(sample.logits)
         if logits.shape != expected.shape or not np.abs(logits - expected).max() <= sample.tolerance:
             raise UserError(

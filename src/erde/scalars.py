@@ -40,10 +40,16 @@ class Scalars:
             self._writer = SummaryWriter(str(self._folder), purge_step=entry.epoch)
         self._writer.add_scalar("learning_rate", entry.learning_rate, entry.epoch)
         self._writer.add_scalar("images_per_second", images_per_second, entry.epoch)
-        for name, value in entry.parts.items():
+        values: dict[str, float | list[float]] = dict(entry.parts)
+        if entry.health is not None:
+            values["health/dead_units"] = [float(dead) for dead in entry.health.dead_units]
+            values["health/first_exit_accuracy"] = entry.health.first_exit_accuracy
+            if entry.health.probe_accuracy is not None:
+                values["health/probe_accuracy"] = entry.health.probe_accuracy
+        for name, value in values.items():
             if isinstance(value, list):
-                for index, one in enumerate(value):
-                    self._writer.add_scalar(f"{name}/exit_{index}", one, entry.epoch)
+                for index, number in enumerate(value):
+                    self._writer.add_scalar(f"{name}/exit_{index}", number, entry.epoch)
             else:
                 self._writer.add_scalar(name, value, entry.epoch)
         self._writer.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from erde import policy
@@ -44,6 +45,18 @@ class Settings:
     ensemble: Literal["auto"] | Ensemble = "auto"
 
     def __post_init__(self) -> None:
+        for what, values in (
+            ("target risk", self.max_risks),
+            ("confidence", (self.confidence,)),
+            ("budget", self.budgets),
+            ("latency budget", self.latency_budgets),
+            ("sharpness", () if self.sharpness is None else (self.sharpness,)),
+        ):
+            for value in values:
+                if not isinstance(value, Real) or isinstance(value, bool):
+                    raise UserError(
+                        f"a {what} must be a number, got {value!r} (a share such as 0.05, for 5 %)"
+                    )
         for what, values in (
             ("target risk", self.max_risks),
             ("confidence", (self.confidence,)),

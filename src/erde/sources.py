@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,10 @@ import numpy as np
 from erde.config import DataConfig
 from erde.encoded import Index, StreamedImages, arrow_column, decode, pixels
 from erde.errors import UserError, nearest
-from erde.image_folders import is_flat, open_image_folder
-from erde.splits import Images, ImageSource, Labels
+from erde.image_folders import check_card, open_image_folder
+from erde.images import UnreadableError
+from erde.progress import say
+from erde.splits import ImageSource, Labels
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ class Columns:
 
     images: ImageSource
     labels: Labels
+    groups: Index | None = None  # (N,), a number per group of images that belong together
 
     def take(self, rows: Index) -> Columns:
         """The rows asked for, in that order."""
-        return Columns(part_of(self.images, rows), self.labels[rows])
+        groups = None if self.groups is None else self.groups[rows]
+        return Columns(part_of(self.images, rows), self.labels[rows], groups)
 
 
 def part_of(images: ImageSource, rows: Index) -> ImageSource:
@@ -109,14 +113,10 @@ def _open_tables(name: str) -> tuple[Any, Shipped | None]:
     try:
         if folder.is_dir():
             _check_parquet(folder)
+            check_card(folder)
             plain = open_image_folder(folder)
             if plain is not None:
                 return plain, shipped
-            if is_flat(folder):
-                raise UserError(
-                    f"{folder} holds images, but no folder per class: expected {folder}/<class>/<image>, since the name of the "
-                    "folder is the label"
-                )
             # A copy of the hub's repository can hold several configurations.
             configuration = shipped.configuration if shipped else None
             if configuration not in datasets.get_dataset_config_names(str(folder)):
@@ -181,9 +181,11 @@ def _columns(
     if len(table) == 0:
         raise UserError(f"{where} is empty")
     labels = _labels(table, label_column, where, classes)
+    # Of a test split of its own nothing is cut.
+    groups = _groups(table, config.group, where) if config.group is not None and shape is None else None
     table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     if shape is None:
-        first = decode(table[0][image_column], f"{where}, row 0", config.channels)
+        first = _first_image(table, image_column, where, config)
         size = config.image_size
         shape = (size or first.height, size or first.width, config.channels)
     same_size = config.image_size is None
@@ -191,10 +193,95 @@ def _columns(
     # Random parts are cut from the files as they are, not from images that were brought to size.
     needed = size_gib > config.memory_limit_gib or config.augmentation.resized_crop is not None
     if config.streaming == "always" or (config.streaming == "auto" and needed):
-        return Columns(
-            StreamedImages(table, image_column, where, np.arange(len(table)), shape, same_size), labels
+        rows = np.arange(len(table))
+        if config.skip_unreadable:
+            # Decoded once for that alone: a bad file must be known before the set is split.
+            bad = _for_each(table, image_column, where, lambda _, value, place: decode(value, place).close())
+            rows = np.delete(rows, _skipped(bad, len(table), where))
+        images: ImageSource = StreamedImages(table, image_column, where, rows, shape, same_size)
+        return Columns(images, labels[rows], None if groups is None else groups[rows])
+    decoded = np.empty((len(table), *shape), dtype=np.uint8)
+
+    def take(row: int, value: Any, place: str) -> None:
+        decoded[row] = pixels(value, place, shape, same_size)
+
+    bad = _for_each(table, image_column, where, take)
+    if not bad:
+        return Columns(decoded, labels, groups)
+    if not config.skip_unreadable:
+        raise UnreadableError(f"{_listed(bad)}; data.skip_unreadable=true leaves such images out")
+    rows = np.delete(np.arange(len(table)), _skipped(bad, len(table), where))
+    return Columns(decoded, labels, groups).take(rows)
+
+
+def _first_image(table: Any, column: str, where: str, config: DataConfig) -> Any:
+    """The first image that can be read: it sets the size. What is wrong with others is said when they are decoded."""
+    bad: dict[int, str] = {}
+    for row in range(len(table)):
+        try:
+            first = decode(table[row][column], f"{where}, row {row}")
+        except UnreadableError as error:
+            bad[row] = str(error)
+            continue
+        if config.channels == 3 and first.mode in ("1", "L", "I;16"):
+            say(f"{where}: the first image is gray; data.channels=1 computes less, if all are")
+        return first
+    raise UnreadableError(f"{where} has no image that can be read: {_listed(bad)}")
+
+
+def _for_each(table: Any, column: str, where: str, use: Callable[[int, Any, str], object]) -> dict[int, str]:
+    """Call ``use`` with row, encoded image and place of each image; what is wrong with those that cannot be read."""
+    bad: dict[int, str] = {}
+
+    def chunk(start: int) -> None:
+        for row, value in enumerate(table[start : start + 512][column], start):
+            try:
+                use(row, value, f"{where}, row {row}")
+            except UnreadableError as error:
+                bad[row] = str(error)
+
+    # Pillow decodes without the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(chunk, range(0, len(table), 512)))
+    return dict(sorted(bad.items()))
+
+
+def _skipped(bad: dict[int, str], images: int, where: str) -> list[int]:
+    """The rows that are left out; says so."""
+    if len(bad) == images:
+        raise UnreadableError(f"{where} has no image that can be read: {_listed(bad)}")
+    if bad:
+        say(f"skipped {len(bad):,} of {images:,} images: {_listed(bad)}")
+    return list(bad)
+
+
+def _listed(bad: dict[int, str], most: int = 10) -> str:
+    reasons = list(bad.values())
+    if len(reasons) == 1:
+        return reasons[0]
+    more = f"; and {len(reasons) - most:,} more" if len(reasons) > most else ""
+    return f"{len(reasons):,} images cannot be read: {'; '.join(reasons[:most])}{more}"
+
+
+def _groups(table: Any, column: str, where: str) -> Index:
+    """A number per value of ``column``, int64 (N,)."""
+    import pyarrow.compute as pc
+
+    if column not in table.column_names:
+        raise UserError(f"data.group: no column '{column}' in {where}{nearest(column, table.column_names)}")
+    values = arrow_column(table, column)
+    if values.null_count:
+        raise UserError(
+            f"data.group: {values.null_count:,} rows of '{column}' in {where} are empty: fill them"
         )
-    return Columns(_decode_all(table, image_column, where, shape, same_size), labels)
+    try:
+        encoded = pc.dictionary_encode(values.combine_chunks())
+    except NotImplementedError as error:  # of ArrowNotImplementedError: lists, images
+        raise UserError(
+            f"data.group: '{column}' in {where} holds {values.type}, text or numbers are expected"
+        ) from error
+    numbers: Index = encoded.indices.to_numpy().astype(np.int64)
+    return numbers
 
 
 def _highest_label(table: Any, column: str) -> int:
@@ -222,16 +309,3 @@ def _labels(table: Any, column: str, where: str, classes: int) -> Labels:
     raise UserError(
         f"{where}, row {wrong}: the label is {found[wrong].as_py()!r}, expected a number, 0 to {classes - 1}"
     )
-
-
-def _decode_all(table: Any, column: str, where: str, shape: tuple[int, int, int], same_size: bool) -> Images:
-    images = np.empty((len(table), *shape), dtype=np.uint8)
-
-    def decode_chunk(start: int) -> None:
-        for offset, value in enumerate(table[start : start + 512][column]):
-            images[start + offset] = pixels(value, f"{where}, row {start + offset}", shape, same_size)
-
-    # Pillow decodes without the interpreter lock.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(decode_chunk, range(0, len(table), 512)))
-    return images

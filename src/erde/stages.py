@@ -13,8 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from erde.bundle import in_one_line
-from erde.errors import UserError
+from erde.errors import UserError, in_one_line
 from erde.splits import ImageSource
 
 Providers = Sequence[str | tuple[str, dict[str, Any]]]
@@ -53,6 +52,8 @@ class StageRunner:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Every stage has threads of its own: those of one must not wait actively while the next one works.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Not by the file's name or content: bundle.py has looked at ONNX files, and at no others.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         chosen = list(providers or [CPU])
         _check_available(chosen)
         self._sessions = []

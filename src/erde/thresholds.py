@@ -158,20 +158,17 @@ class ThresholdPath:
         return cls(thresholds, np.asarray(value["risk"]), np.asarray(value["macs"]))
 
 
-def search_path(tune: ScoredSplit, cost: Cost, *, net: bool = False) -> ThresholdPath:
+def search_path(tune: ScoredSplit, cost: Cost) -> ThresholdPath:
     """Walk greedily from no early exit to the first exit for all, by the least harm per MAC saved.
 
     A step lowers the threshold of one exit along a grid of midpoints between observed scores; the step
     taken is the one with the smallest ratio of added harm to saved MACs (the lower convex hull of what
     is reachable), and every grid point passed on the way belongs to the path. Trying every combination
-    finds more on tune and less on other images: hull and order keep the path from fitting noise. With ``net`` an image that
-    is won by leaving early makes up for one that is lost.
+    finds more on tune and less on other images: hull and order keep the path from fitting noise.
     """
     count = len(tune)
     macs = np.asarray(cost.exit_macs, dtype=np.float64)
     harm = tune.harm.astype(np.float64)
-    if net:
-        harm -= tune.right & ~tune.reference_right
     intermediate = len(macs) - 1
     grids = [_threshold_grid(tune.scores[index]) for index in range(intermediate)]
     # entry[k][i]: the first level of exit k's grid at which image i would leave there (level 0: disabled).

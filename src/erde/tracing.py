@@ -7,6 +7,7 @@ flow and its own names. A module is opened only if its own code gives the same s
 from __future__ import annotations
 
 import contextlib
+import operator
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +25,16 @@ from erde.errors import UserError
 
 # Two sizes tell what follows the batch from what does not.
 BATCHES = (2, 3)
+# A decision that looks at the batch must also be the same for these: code asks for 1, rarely for other sizes.
+_OTHER_BATCHES = (1, 5, 33)
 # Of the wrapper that is traced: it keeps the defaults of the model's own arguments.
 _ROOT = "model"
 # They take sizes and devices only, so that fx does not see them being called.
 _FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn", "meshgrid")
+
+
+BY_VALUE = "its control flow depends on what it computes"
+BY_BATCH = "its control flow depends on the number of images in the batch"
 
 
 class _TracingError(Exception):
@@ -120,7 +127,7 @@ class _ValueProxy(fx.Proxy):
         return float(self.tracer.decide(self.node))
 
     def __len__(self) -> int:
-        return len(self.tracer.values[self.node][0])
+        return self.tracer.length(self.node)
 
 
 class _ValueTracer(_Tracer):
@@ -131,6 +138,8 @@ class _ValueTracer(_Tracer):
         self.wrapper, self.inputs = wrapper, inputs
         self.computes = False
         self.values: dict[fx.Node, tuple[Any, ...]] = {}
+        self.from_batch: set[fx.Node] = set()  # sizes that were computed from the batch's
+        self.other_values: dict[int, dict[fx.Node, Any]] = {batch: {} for batch in _OTHER_BATCHES}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A proxy with values."""
@@ -153,7 +162,21 @@ class _ValueTracer(_Tracer):
                     )
             finally:
                 self.computes = False
+            if self._follows_batch(node):
+                self.from_batch.add(node)
         return node
+
+    def _follows_batch(self, node: fx.Node) -> bool:
+        """Whether ``node`` is a size, or the answer to a question about one, that the batch may change."""
+        values = self.values[node]
+        if any(isinstance(value, Tensor) for value in values):
+            return False
+        if any(value != values[0] for value in values):
+            return True
+        # Of a shape (B, C, H, W) only the batch's own entry follows the batch.
+        return node.target is not operator.getitem and any(
+            source in self.from_batch for source in node.all_input_nodes
+        )
 
     # fx looks at every module's call and attributes while it traces; what is computed is none of its business.
     def call_module(
@@ -174,12 +197,40 @@ class _ValueTracer(_Tracer):
 
     def decide(self, node: fx.Node) -> Any:
         """The value of ``node`` where it is no tensor and the same for any batch."""
-        found = self.values[node]
-        if any(isinstance(one, Tensor) for one in found):
-            raise fx.proxy.TraceError("control flow depends on the values of a tensor")
-        if any(one != found[0] for one in found):
-            raise fx.proxy.TraceError("control flow depends on the batch size")
-        return found[0]
+        values = self.values[node]
+        if any(isinstance(value, Tensor) for value in values):
+            raise fx.proxy.TraceError(BY_VALUE)
+        if any(value != values[0] for value in values):
+            raise fx.proxy.TraceError(BY_BATCH)
+        if node in self.from_batch:
+            for batch in _OTHER_BATCHES:
+                if self._value_for(batch, node, otherwise=values[0]) != values[0]:
+                    raise fx.proxy.TraceError(BY_BATCH)
+        return values[0]
+
+    def length(self, node: fx.Node) -> int:
+        """``len`` of what ``node`` gives: a tuple's, or a tensor's where that is not the batch."""
+        lengths = {len(value) for value in self.values[node]}
+        if len(lengths) > 1:
+            raise fx.proxy.TraceError(f"{BY_BATCH} (len(x) of a batch: x.shape[0] can be traced)")
+        return lengths.pop()
+
+    def _value_for(self, batch: int, wanted: fx.Node, otherwise: Any) -> Any:
+        """What ``wanted`` gives for another batch size, by running all steps so far; ``otherwise`` where that fails."""
+        values = self.other_values[batch]
+        self.computes = True
+        try:
+            with torch.no_grad():
+                for node in self.graph.nodes:
+                    if node.op == "placeholder":
+                        values[node] = self.inputs[0].new_zeros(batch, *self.inputs[0].shape[1:])
+                    elif node not in values:
+                        values[node] = run_node(node, self._lookup, values.__getitem__)
+        except (RuntimeError, ValueError, IndexError, AssertionError, ZeroDivisionError):
+            return otherwise  # batch norm takes no single image in training
+        finally:
+            self.computes = False
+        return values[wanted]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A decision of the model's code."""
@@ -452,17 +503,21 @@ class Opener:
 
 
 def _explain(model: nn.Module, error: BaseException) -> str:
-    """One line: which operation cannot be traced, and where it stands."""
+    """One line: which operation cannot be traced, where it stands, and what to do."""
+    return f"{type(model).__name__} cannot be cut{explain_failure(error)}"
+
+
+def explain_failure(error: BaseException) -> str:
+    """`` at FILE:LINE, `CODE`: REASON; ADVICE`` for an error that the tracing of a model's code ended in."""
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not any(part in frame.filename for part in ("/torch/", "erde/tracing.py", "<frozen"))
     ]
-    where = ""
-    if own:
-        frame = own[-1]
-        where = f" at {Path(frame.filename).name}:{frame.lineno}, `{frame.line}`"
+    where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if text.startswith(BY_BATCH):
+        return f"{where}: {text}; an image's answer may not depend on how many come with it"
     if isinstance(error, fx.proxy.TraceError) or "symbolically traced" in text:
-        text = "its control flow depends on what it computes"
-    return f"{type(model).__name__} cannot be cut{where}: {text}; put that step into a module of its own, which stays whole"
+        text = BY_VALUE
+    return f"{where}: {text}; put that step into a module of its own, which stays whole"

@@ -143,16 +143,20 @@ class _Trainer:
 
     def _train(self, learners: list[Learner]) -> None:
         teacher = self._teacher([learner.job for learner in learners])
-        # After a kill in the middle of writing they may stand at different steps.
-        start, first = min(learner.position for learner in learners)
+        # After a kill in the middle of writing they may stand at different steps. A network with one exit has no heads
+        # to refit, and waits for the others at its end.
+        start, first = min(
+            (learner.position for learner in learners if learner.position[0] < learner.epochs), default=(0, 0)
+        )
         name, steps = " + ".join(learner.job.name for learner in learners), self.batches.steps
-        with progress.task(name, self.config.epochs * steps, start * steps + first) as task:
-            for epoch in range(start, self.config.epochs):
-                self._epoch(
-                    [one for one in learners if one.position[0] == epoch], epoch, first, teacher, task
-                )
+        epochs = max(learner.epochs for learner in learners)
+        with progress.task(name, epochs * steps, start * steps + first) as task:
+            for epoch in range(start, epochs):
+                active = [learner for learner in learners if learner.position[0] == epoch < learner.epochs]
+                if active:
+                    self._epoch(active, epoch, first, teacher, task)
                 first = 0
-                if self._save_is_due() and epoch + 1 < self.config.epochs:
+                if self._save_is_due() and epoch + 1 < epochs:
                     self._save(learners)
         for learner in learners:
             learner.finish()
@@ -170,14 +174,14 @@ class _Trainer:
         clock = _Clock(learners, self.batches.batch_size)
         for step, batch in enumerate(self.batches.epoch(epoch, first), start=first):
             active = [learner for learner in learners if learner.position[1] == step]
-            asked = any(one.job.teacher is not None and one.phase == "joint" for one in active)
+            asked = any(learner.asks_teacher for learner in active)
             answer = teacher(batch) if asked and teacher is not None else None
             for learner in active:
                 learner.step(batch, answer if learner.job.teacher is not None else None)
             clock.steps += 1
             if task.due():
                 done = epoch * self.batches.steps + step + 1
-                task.update(done, _describe(learners, epoch, self.config.epochs, clock))
+                task.update(done, _describe(learners, epoch, clock))
             # After the last step the epoch's end has its own bookkeeping.
             if step + 1 < self.batches.steps and self._save_is_due():
                 clock.stop()
@@ -185,7 +189,7 @@ class _Trainer:
                 clock = _Clock(learners, self.batches.batch_size)
         clock.stop()
         for learner in learners:
-            learner.end_epoch()
+            learner.end_epoch(self.batches)
 
     def _teacher(self, jobs: list[Job]) -> Teacher | CachedTeacher | None:
         asking = [job for job in jobs if job.teacher is not None]
@@ -239,14 +243,18 @@ class _Clock:
             learner.outcome.images += self.steps * self._batch_size
 
 
-def _describe(learners: Sequence[Learner], epoch: int, epochs: int, clock: _Clock) -> str:
-    shown = [f"epoch {epoch + 1}/{epochs}  {clock.images_per_second():,.0f} images/s"]
+def _describe(learners: Sequence[Learner], epoch: int, clock: _Clock) -> str:
+    phase = learners[0].phase
+    refit = "refit of the heads, " if phase.name == "refit" else ""
+    shown = [f"{refit}epoch {epoch + 1}/{learners[0].epochs}  {clock.images_per_second():,.0f} images/s"]
     for learner in learners:
         means = learner.means()
         if len(learners) > 1:
             shown.append(f"{learner.job.name} {means['loss']:.3f}")
             continue
         for name, value in means.items():
+            if name.startswith("gradient_norm"):
+                continue  # in the history
             numbers = value if isinstance(value, list) else [value]
             shown.append(f"{name} " + "/".join(f"{number:.3f}" for number in numbers))
     return "  ".join(shown)

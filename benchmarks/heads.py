@@ -1,0 +1,349 @@
+"""Exit heads that die: how a student ends with other heads, on the product's own loop, with and without a refit.
+
+    python benchmarks/heads.py RECIPE [KEY=VALUE ...] --teacher exits|FILE.npz --arms ce,kd,erde --heads before,now
+        --seeds 0,1,2 --work FOLDER --out FILE.json
+
+Arms of one seed share data order, initialisation and teacher, and are trained together. FOLDER keeps checkpoints and
+logits: a second call goes on where the first one ended. Splits and the teacher are those of seed 0. See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from erde import checkpoint, environment, evaluation, training
+from erde.calibration import calibrate_logits
+from erde.config import Config, load_config, resolve_loss
+from erde.cost import mode, network_cost
+from erde.exits import EarlyExitNetwork
+from erde.files import replacing_file, write_json
+from erde.fit import build_criterion
+from erde.heads import ERDEHead, reset_head
+from erde.health import measure_health
+from erde.learner import Job, Learner
+from erde.network import EarlyExitNetwork as Network
+from erde.pipeline import TEACHER, Run
+from erde.settings import Settings
+from erde.splits import CertifyLogits, Split, TestLogits, TuneLogits
+from erde.thresholds import Cost
+
+RISKS = (0.01, 0.005, 0.02)
+BATCH = 500
+
+
+def heads_of(network: EarlyExitNetwork) -> list[ERDEHead]:
+    return [head for head in network.heads[:-1] if isinstance(head, ERDEHead)]
+
+
+def fixed_norms(network: EarlyExitNetwork) -> list[nn.Module]:
+    """The norms of all intermediate heads that the product fixes, of heads for tokens too."""
+    return [
+        module for head in network.heads[:-1] for module in head.modules() if "fixed_scale" in vars(module)
+    ]
+
+
+# ---------------------------------------------------------------- variants: (learner) -> None, once it is built
+
+
+def trained_norm(learner: Learner) -> None:
+    """The norm as it was: scale 1 and shift 0 at the start, and trained."""
+    for norm in fixed_norms(learner.network):
+        nn.init.ones_(norm.weight)  # type: ignore[arg-type]
+        norm.requires_grad_(True)
+
+
+def with_groups(learner: Learner, split: Callable[[Network], Iterable[dict[str, Any]]]) -> None:
+    """The optimiser with other settings for some parameters; ``scale`` multiplies their learning rate."""
+    config, groups = learner.job.config, list(split(learner.network))
+    named = {id(parameter) for group in groups for parameter in group["params"]}
+    rest = [parameter for parameter in learner.network.parameters() if id(parameter) not in named]
+    rest += list(learner.job.criterion.parameters())
+    learner.optimizer = torch.optim.SGD(
+        [{"params": rest}, *groups],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=True,
+        weight_decay=config.weight_decay,
+    )
+
+    def scale(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("scale", 1.0)
+
+    learner.optimizer.register_step_pre_hook(scale)
+
+
+def head_parameters(network: Network) -> list[nn.Parameter]:
+    return [parameter for head in network.heads[:-1] for parameter in head.parameters()]
+
+
+def norm_parameters(network: Network) -> list[nn.Parameter]:
+    return [parameter for head in heads_of(network) for parameter in head.norm.parameters()]
+
+
+def clip_heads(learner: Learner) -> None:
+    parameters = head_parameters(learner.network)
+    learner.optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(parameters, 1.0) and None)
+
+
+def floor_norm(learner: Learner) -> None:
+    def hold(*_: Any) -> None:
+        with torch.no_grad():
+            for head in heads_of(learner.network):
+                head.norm.weight.clamp_(min=0.3)  # type: ignore[operator]
+                head.norm.bias.clamp_(-0.3, 0.3)  # type: ignore[operator]
+
+    learner.optimizer.register_step_post_hook(hold)
+
+
+def activation(learner: Learner, make: Callable[[], nn.Module]) -> None:
+    for head in heads_of(learner.network):
+        head.relu = make()
+
+
+def zero_start(learner: Learner) -> None:
+    for head in heads_of(learner.network):
+        nn.init.zeros_(head.linear.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(head.linear.bias)  # type: ignore[arg-type]
+
+
+def fixed_at(learner: Learner, inputs: float | None) -> None:
+    """The norm fixed at a scale as if the linear layer read so many numbers; None: at 1."""
+    for head in heads_of(learner.network):
+        scale = 1.0 if inputs is None else (inputs / head.linear.in_features) ** 0.5  # type: ignore[operator]
+        nn.init.constant_(head.norm.weight, min(1.0, scale))  # type: ignore[arg-type]
+
+
+def by_fan_in(network: Network) -> list[dict[str, Any]]:
+    linear = [head.linear for head in heads_of(network)]
+    return [{"params": [layer.weight], "scale": min(1.0, 256 / layer.in_features)} for layer in linear]  # type: ignore[operator]
+
+
+def other_group(
+    learner: Learner, parameters: Callable[[Network], list[nn.Parameter]], **settings: float
+) -> None:
+    with_groups(learner, lambda network: [{"params": parameters(network), **settings}])
+
+
+Change = Callable[[Learner], None]
+# Name -> (dropout of the heads, keys of train, changes).
+VARIANTS: dict[str, tuple[float, dict[str, Any], list[Change]]] = {
+    "before": (0.5, {}, [trained_norm]),
+    "head lr x 0.1": (0.5, {}, [trained_norm, partial(other_group, parameters=head_parameters, scale=0.1)]),
+    "head weight decay 0": (0.5, {}, [trained_norm, partial(other_group, parameters=head_parameters, weight_decay=0.0)]),
+    "norm weight decay 0": (0.5, {}, [trained_norm, partial(other_group, parameters=norm_parameters, weight_decay=0.0)]),
+    "linear lr by fan-in": (0.5, {}, [trained_norm, partial(with_groups, split=by_fan_in)]),
+    "heads clipped at 1": (0.5, {}, [trained_norm, clip_heads]),
+    "all clipped at 1": (0.5, {"gradient_clip": 1.0}, [trained_norm]),
+    "norm with a floor": (0.5, {}, [trained_norm, floor_norm]),
+    "norm fixed at 1": (0.5, {}, [partial(fixed_at, inputs=None)]),
+    "leaky ReLU": (0.5, {}, [trained_norm, partial(activation, make=lambda: nn.LeakyReLU(0.1))]),
+    "GELU": (0.5, {}, [trained_norm, partial(activation, make=nn.GELU)]),
+    "no activation": (0.5, {}, [trained_norm, partial(activation, make=nn.Identity)]),
+    "dropout 0.1": (0.1, {}, [trained_norm]),
+    "linear starts at 0": (0.5, {}, [trained_norm, zero_start]),
+    "warm-up of 5 epochs": (0.5, {"warmup_epochs": 5}, [trained_norm]),
+    "scaled norm, dropout 0.5": (0.5, {}, []),
+    "now": (0.1, {}, []),
+    "scaled as 64 inputs": (0.1, {}, [partial(fixed_at, inputs=64)]),
+    "scaled as 1024 inputs": (0.1, {}, [partial(fixed_at, inputs=1024)]),
+}  # fmt: skip
+
+
+class VariantLearner(Learner):
+    """A learner whose network and optimiser are changed before training, by the variant in its job's name.
+
+    The refit is that of the product, whatever the heads were before; the network is kept as it was before the refit.
+    """
+
+    def __init__(self, job: Job, *arguments: Any) -> None:
+        super().__init__(job, *arguments)
+        for change in VARIANTS[job.name.split("/", 1)[1]][2]:
+            change(self)
+
+    def _start_refit(self) -> None:
+        assert self.folder is not None
+        checkpoint.save(self.folder / "joint.safetensors", self.network.state_dict(), {})
+        for norm in fixed_norms(self.network):
+            norm.requires_grad_(False)
+        super()._start_refit()
+
+
+# ---------------------------------------------------------------- one seed
+
+
+AFTER = ("joint", "refit", "refit by ce")
+
+
+def train_seed(
+    run: Run, teacher: EarlyExitNetwork, arms: list[str], variants: list[str], folder: Path
+) -> None:
+    """Train every arm with every variant together; each leaves one file of logits for each of AFTER."""
+    jobs, folders = [], []
+    for arm in arms:
+        for variant in variants:
+            place = folder / f"{arm}, {variant}"
+            if not (place / f"{AFTER[-1]}.npz").exists():
+                jobs.append(make_job(run, arm, variant, teacher))
+                folders.append(place)
+    if not jobs:
+        return
+    training.Learner = VariantLearner  # type: ignore[misc]
+    training.train_together(jobs, folders)
+    training.Learner = Learner  # type: ignore[misc]
+    for job, place in zip(jobs, folders, strict=True):
+        write_logits(run, job.network, place / "refit.npz")
+        checkpoint.load_weights(job.network, place / "joint.safetensors")
+        write_logits(run, job.network, place / "joint.npz")
+        refit_by_cross_entropy(run, job)
+        write_logits(run, job.network, place / f"{AFTER[-1]}.npz")
+
+
+def refit_by_cross_entropy(run: Run, job: Job) -> None:
+    """New heads on the frozen backbone, by cross-entropy, for as many epochs as the product's own refit."""
+    torch.manual_seed(job.seed)
+    for head in job.network.heads[:-1]:
+        reset_head(head)
+    changes = {"freeze_backbone": True, "epochs": job.config.refit_epochs, "refit_heads": 0}
+    criterion = build_criterion(
+        resolve_loss("ce"), run.config.distillation, job.network, None, run.data, train_images=len(job.train)
+    )
+    alone = dataclasses.replace(
+        job, criterion=criterion, teacher=None, extras=(), config=job.config.model_copy(update=changes)
+    )
+    training.train_network(alone)
+
+
+def make_job(run: Run, arm: str, variant: str, teacher: EarlyExitNetwork) -> Job:
+    config, (dropout, keys, _) = run.config, VARIANTS[variant]
+    student = config.student.model_copy(update={"dropout": dropout})
+    loss = next((known.loss for name, known in config.arms.items() if name == arm), resolve_loss(arm))
+    run.config = config.model_copy(
+        update={"arms": {arm: config.arms["ce"].model_copy(update={"loss": loss})}, "student": student}
+    )
+    try:
+        job = run._job(arm, run.new_network(arm), teacher)
+    finally:
+        run.config = config
+    settings = job.config.model_copy(update=keys)
+    return dataclasses.replace(job, name=f"{arm}/{variant}", config=settings)
+
+
+@torch.no_grad()
+def write_logits(run: Run, network: EarlyExitNetwork, path: Path) -> None:
+    data = run.data
+    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+
+    def normalised(split: Split, first: int) -> torch.Tensor:
+        images = torch.from_numpy(np.asarray(split.images[first : first + BATCH]))
+        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    arrays: dict[str, NDArray[Any]] = {}
+    with mode(network, False):
+        for split in (data.tune, data.certify, data.test):
+            parts = [network(normalised(split, first)).numpy() for first in range(0, len(split), BATCH)]
+            arrays[f"{split.name}_logits"] = np.concatenate(parts, axis=1)
+            arrays[f"{split.name}_labels"] = split.labels
+    tune = [(normalised(data.tune, 0), torch.from_numpy(data.tune.labels[:BATCH]))]
+    arrays["dead"] = np.array(measure_health(network, tune).dead_units)
+    with replacing_file(path) as beside, beside.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def measure(path: Path, cost: Cost) -> dict[str, Any]:
+    """Dead units, accuracy of the exits on tune and test, certified points on test."""
+    with np.load(path) as arrays:
+        tune = TuneLogits(arrays["tune_logits"], arrays["tune_labels"])
+        certify = CertifyLogits(arrays["certify_logits"], arrays["certify_labels"])
+        test = TestLogits(arrays["test_logits"], arrays["test_labels"])
+        row: dict[str, Any] = {"dead_units": arrays["dead"].tolist()}
+    for split in (tune, test):
+        name = "tune" if split is tune else "test"
+        row[f"{name}_accuracy"] = (
+            (split.logits.argmax(axis=-1) == split.labels).mean(axis=1).round(4).tolist()
+        )
+    policy = calibrate_logits(tune, certify, cost, Settings(max_risks=RISKS))
+    row["score"] = [policy.rule.score, policy.rule.sharpness, policy.rule.ensemble]
+    for point in evaluation.measure_points(test, policy, cost, None):
+        measured = point.test
+        if measured is not None and point.name.startswith("risk"):
+            row[point.name] = {
+                "macs_saved": round(measured.macs_saved, 4),
+                "accuracy": round(measured.accuracy, 4),
+                "risk": round(measured.risk, 4),
+            }
+    return row
+
+
+def load(arguments: argparse.Namespace, seed: int) -> Config:
+    overrides = [f"seed={seed}", *(["data.split_seed=0"] if seed else []), *arguments.overrides]
+    if arguments.teacher != "exits":
+        teacher = {
+            "backbone": "resnet20-a", "exits": 1, "trained": True, "weights": arguments.teacher,
+            "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+        }  # fmt: skip
+        overrides.append(f"teacher={json.dumps(teacher)}")
+    return load_config(arguments.recipe, overrides)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument(
+        "--teacher", default="exits", help="exits: the recipe's own; or weights of a plain resnet20-a"
+    )
+    parser.add_argument("--arms", default="ce,kd,erde")
+    parser.add_argument("--heads", default="before,now", help=f"of: {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arms, variants = arguments.arms.split(","), arguments.heads.split(",")
+    teacher = "exits" if arguments.teacher == "exits" else "plain"
+    rows: list[dict[str, Any]] = []
+    if arguments.out.exists():
+        rows = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"]
+    if teacher == "exits":
+        base = Run.open(load(arguments, 0), arguments.work / "teacher", (arguments.work / "teacher").exists())
+        base.train()
+    for seed in map(int, arguments.seeds.split(",")):
+        config = load(arguments, seed)
+        folder = arguments.work / teacher / f"seed{seed}"
+        run = Run(config, folder)
+        # The teacher of seed 0 teaches every seed.
+        network = run.new_network(TEACHER) if teacher == "plain" else base.trained_network(TEACHER)
+        train_seed(run, network, arms, variants, folder)
+        cost = network_cost(run.new_network(arms[0]), run.data.input_size)
+        for arm, variant, after in itertools.product(arms, variants, AFTER):
+            key = {"teacher": teacher, "seed": seed, "arm": arm, "heads": variant, "after": after}
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            path = folder / f"{arm}, {variant}" / f"{after}.npz"
+            rows.append({**key, **measure(path, Cost(cost.macs, cost.no_exit_macs))})
+            print(json.dumps(rows[-1]), flush=True)
+        machine = environment.describe(run.device, run.threads)
+        write_json(
+            arguments.out, {"recipe": config.model_dump(mode="json"), "environment": machine, "rows": rows}
+        )
+
+
+if __name__ == "__main__":
+    main()
