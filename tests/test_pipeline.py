@@ -175,8 +175,7 @@ def test_a_key_that_came_later_has_its_default_unless_a_table_says_what_runs_did
     run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit_saved(run_copy, lambda value: [value["train"].pop(key) for key in ("gamma", "momentum", "ema")])
-    for module in (config, pipeline):
-        monkeypatch.setattr(module, "ADDED_LATER", {"train.ema": 0.5})
+    monkeypatch.setattr(config, "ADDED_LATER", {"train.ema": 0.5})
     for _ in range(2):
         with Run.open(recipe(tmp_path), run_copy, resume=True) as run:
             assert (run.config.train.gamma, run.config.train.momentum, run.config.train.ema) == (

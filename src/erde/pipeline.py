@@ -37,7 +37,6 @@ from erde.bundle import file_hash, stages_hash
 from erde.bundle import read as read_bundle
 from erde.calibration_checks import Request, check_budget, check_reuse
 from erde.config import (
-    ADDED_LATER,
     Config,
     DistillationConfig,
     NetworkConfig,
