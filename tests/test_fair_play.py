@@ -68,14 +68,13 @@ def test_the_curve_uses_thresholds_of_tune_not_the_best_of_test(calibrated: Cali
     measured = [scored.measure(thresholds, COST) for thresholds in path]
     assert set(zip(curve.macs, curve.accuracy, strict=True)) <= {(one.macs, one.accuracy) for one in measured}
     assert len(curve.macs) > 10
-    # A curve that picks the best thresholds on test would be another one, and a better one.
+    # A curve whose path was walked on test would be another one.
     best = TuneLogits(test.logits, test.labels)
     certify = logits_of(CertifyLogits, 2)
     assert isinstance(certify, CertifyLogits)
     peeking = calibrate_logits(best, certify, COST, Settings((0.05,), budgets=(0.6,)))
     optimised = measure_curve(test, peeking, COST, None)
     assert list(optimised.accuracy) != list(curve.accuracy)
-    assert max(optimised.accuracy) > max(curve.accuracy)
 
 
 def test_head_cost_is_in_the_macs(calibrated: CalibratedPolicy) -> None:

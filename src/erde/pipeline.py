@@ -139,7 +139,11 @@ class Run:
         config = _with_whole_paths(config)
         opened: list[Run] = []
         parallel.first_only(lambda: opened.append(cls._open(config, folder, resume)))
-        return opened[0] if opened else cls(config, folder)
+        if opened:
+            return opened[0]
+        # What the first process made of the recipe, where the others see it.
+        saved = folder / CONFIG
+        return cls(load_saved_config(saved) if resume and saved.is_file() else config, folder)
 
     @classmethod
     def _open(cls, config: Config, folder: Path, resume: bool) -> Run:
@@ -518,15 +522,15 @@ class Run:
     def _export_baselines(self) -> None:
         """The exported arm without its exits, and every arm that has none, as ordinary ONNX files."""
         exported = self.config.export.arm
-        for arm in self.config.arms:
+        arms = [arm for arm in self.arms if arm == exported or len(self.stages(arm).files) == 1]
+        for arm in arms:
             path = self.baseline(arm)
             if path.stem == f"arm+{arm}" and not path.exists():
                 # A version that kept only one file of the two: which network it is of is not known.
-                (path.parent / f"{arm}.onnx").unlink(missing_ok=True)
-                self.export_plain(arm, path)
-        for arm in self.arms:
-            is_plain = len(self.stages(arm).files) == 1
-            if (is_plain or arm == exported) and not self.baseline(arm).exists():
+                for name in (NO_EXIT, NO_EXIT_INT8):
+                    (path.parent / f"{name}.onnx").unlink(missing_ok=True)
+        for arm in arms:
+            if not self.baseline(arm).exists():
                 self.export_plain(arm, self.baseline(arm))
 
     def _export_int8(self, arm: str) -> None:
