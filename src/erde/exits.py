@@ -99,7 +99,9 @@ def _check_exits(exits: Any) -> int | list[str]:
 
 def _check_input_size(input_size: Any) -> InputSize:
     sides = list(input_size) if isinstance(input_size, Iterable) and not isinstance(input_size, str) else []
-    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and side >= 1 for side in sides)
+    whole = all(
+        isinstance(side, Integral) and not isinstance(side, bool) and int(side) >= 1 for side in sides
+    )
     if len(sides) != 3 or not whole:
         raise UserError(
             f"input_size={input_size!r}: expected (C, H, W), three whole numbers of 1 or more, such as (3, 32, 32)"
@@ -118,7 +120,7 @@ def _check_kind(model: Any) -> None:
     for path, module in model.named_modules():
         where = f"'{path}' in {name}" if path else name
         kind = type(module).__module__
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:  # type: ignore[truthy-function]
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise UserError(
                 f"{where} is compiled: put exits on it before it is compiled (torch.compile(x)._orig_mod is x)"
             )

@@ -370,6 +370,15 @@ def _merge_modes(training: Trace, evaluation: Trace) -> str | None:
     return None
 
 
+def _given(trace: Trace) -> str | None:
+    """The type of what a model gives, where it is no tensor as far as the trace tells."""
+    given = next(node for node in trace.graph.nodes if node.op == "output").args[0]
+    if not isinstance(given, fx.Node):
+        return type(given).__name__
+    # A named tuple is made by a step of its own.
+    return given.target.__name__ if isinstance(given.target, type) else None
+
+
 def _same_target(left: Any, right: Any) -> bool:
     if left == right:
         return True
@@ -494,11 +503,11 @@ class Opener:
             if differs is None:
                 return found
             culprit = self._innermost(found, training, differs)
-            given = next(node for node in training.graph.nodes if node.op == "output").args[0]
-            if culprit is None and not isinstance(given, fx.Node):
+            given = _given(training)
+            if culprit is None and given is not None:
                 raise UserError(
-                    f"{type(self.model).__name__} gives a {type(given).__name__} in training and logits in evaluation: build "
-                    "it without auxiliary classifiers (such as aux_logits=False), or wrap it"
+                    f"{type(self.model).__name__} gives a {given} in training and logits in evaluation: build it without "
+                    "auxiliary classifiers (such as aux_logits=False), or wrap it"
                 )
             if culprit is None:
                 raise UserError(
