@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import erde
 from erde.cost import head_macs, network_cost
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork, attach_exits
 from erde.export import export_stages
 from erde.stages import StageRunner
+from tests.conftest import user_error
 
 torch.set_num_threads(1)
 
@@ -353,12 +355,77 @@ class NoEmptyBatch(Small):
         return self.fc(x.reshape(x.shape[0], 4, -1).mean(dim=-1))
 
 
-def test_a_model_that_takes_no_empty_batch_is_exported_and_it_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+class Recurrent(nn.Module):
+    """ONNX Runtime's LSTM ends the process at an empty batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm, self.fc = nn.Conv2d(3, 4, 3), nn.LSTM(56, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, _ = self.lstm(torch.relu(self.conv(x)).transpose(1, 2).flatten(2))
+        return self.fc(rows[:, -1])
+
+
+@pytest.mark.parametrize("model", [NoEmptyBatch, Recurrent])
+def test_an_empty_batch_is_answered_whatever_the_model_makes_of_it(
+    model: type[nn.Module], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    _, network = make(NoEmptyBatch(), 2)
-    check_stages(network, tmp_path / "stages")
-    assert "this network takes no empty batch" in capsys.readouterr().err
+    _, network = make(model(), ["conv"] if model is Recurrent else 2)
+    runner = check_stages(network, tmp_path / "stages")
+    assert runner.all_logits(np.zeros((0, 16, 16, 3), np.uint8)).shape == (2, 0, 5)
+    assert capfd.readouterr() == ("", "")
+
+
+class LooksAtBatch(nn.Module):
+    """Stays whole, so that torch follows its decision; ONNX cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(x))
+        return x * 2 if x.shape[0] > 1 else x
+
+
+class LooksAtOthers(nn.Module):
+    """A batch norm of one's own that takes the statistics of whatever comes together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x - x.mean(dim=0, keepdim=True) / 2
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            LooksAtBatch,
+            "at exit 'final' for a batch of 1, .*a part of the network looks at the size of the batch",
+        ),
+        (LooksAtOthers, "may not depend on the other images of its batch"),
+    ],
+)
+def test_an_answer_that_depends_on_the_batch_is_not_exported(
+    part: type[nn.Module], message: str, tmp_path: Path
+) -> None:
+    class Model(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv2 = part()
+
+    model, network = make(Model(), ["conv"])
+    for number in (1, 2):
+        assert torch.equal(network.eval()(images(number))[-1], model.eval()(images(number)))
+    with pytest.raises(UserError, match=message) as caught:
+        check_stages(network, tmp_path / "stages")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- places
@@ -521,6 +588,12 @@ class AuxiliaryInTraining(Small):
         return (logits, x) if self.training else logits
 
 
+class OtherInTraining(Small):
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return logits * 2 + logits if self.training else logits
+
+
 class Remembers(Small):
     calls = 0
 
@@ -552,7 +625,8 @@ class Remembers(Small):
         (Maps, r"Maps gives shape \('B', 4, 12, 12\) for a batch of B, expected logits \(B, K\)"),
         (NoClassifier, "NoClassifier has num_classes=0, so it gives features and no logits"),
         (Detached, "Detached's classifier is detached from its features"),
-        (AuxiliaryInTraining, "AuxiliaryInTraining computes something else in training than in evaluation"),
+        (AuxiliaryInTraining, "AuxiliaryInTraining gives a tuple in training and logits in evaluation"),
+        (OtherInTraining, "OtherInTraining computes something else in training than in evaluation"),
         (Remembers, "cut at its exits Remembers gives other logits than before"),
         (nn.Flatten, "Flatten has no parameters"),
         (
@@ -610,3 +684,286 @@ def test_images_that_do_not_fit(size: tuple[int, int, int]) -> None:
 def test_heads_that_are_refused(head: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(head=head)
+
+
+@pytest.mark.parametrize(
+    ("exits", "message"),
+    [
+        (3.0, r"exits=3\.0: expected a whole number, or a list"),
+        (1.5, r"exits=1\.5: expected a whole number, or a list"),
+        (True, "exits=True: expected a whole number, or a list"),
+        (None, "exits=None: expected a whole number, or a list"),
+        ("blocks.1", r"exits='blocks\.1' is a single name: write exits=\['blocks\.1'\]"),
+        (["blocks.1", 3], r"exits=\['blocks.1', 3\]: 3 is no module path"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_exits_of_another_type(exits: Any, message: str, own: bool) -> None:
+    model = Mine() if own else erde.build_backbone("resnet8", classes=5)
+    with user_error(message):
+        make(model, exits)
+
+
+def test_exits_in_numpy_and_in_a_tuple() -> None:
+    assert len(make(exits=np.int64(3))[1].stages) == 3
+    assert make(exits=("blocks.1",))[1].exit_names == ["blocks.1", "final"]
+
+
+@pytest.mark.parametrize(
+    "size", [(8, 8), 16, (3, 16.0, 16), "3x8x8", (3, 0, 8), (3, -8, 8), (True, 8, 8), None]
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_input_sizes_that_are_none(size: Any, own: bool) -> None:
+    model = Mine() if own else erde.build_backbone("resnet8", classes=5)
+    with user_error(r"input_size=.*: expected \(C, H, W\), three whole numbers"):
+        attach_exits(model, 2, input_size=size)
+
+
+def compiled_inside() -> nn.Module:
+    model = Mine()
+    model.blocks[1].compile()
+    return model
+
+
+def quantised(module: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Small, "Small is a class: pass an instance"),
+        (lambda: torch.relu, "the model is a builtin_function_or_method, expected a torch.nn.Module"),
+        (lambda: torch.compile(Small()), "OptimizedModule is compiled: put exits on it before"),
+        (lambda: nn.Sequential(torch.compile(Small())), "'0' in Sequential is compiled"),
+        (compiled_inside, r"'blocks\.1' in Mine is compiled"),
+        (lambda: torch.jit.script(Small()), "RecursiveScriptModule is a scripted or traced module"),
+        (
+            lambda: torch.jit.trace(Small(), torch.zeros(2, *SIZE)),
+            "TopLevelTracedModule is a scripted or traced",
+        ),
+        (lambda: quantised(Small()), r"'fc' in Small is quantised \(Linear\): put exits on the float model"),
+        (
+            lambda: quantised(nn.Sequential(nn.Flatten(), nn.Linear(768, 9), nn.ReLU(), nn.Linear(9, 5))),
+            "'1' in Sequential is quantised",
+        ),
+        (
+            lambda: Small().half(),
+            r"Small has parameters of float16 \('conv.weight'\), expected float32: call model.float",
+        ),
+        (lambda: Small().bfloat16(), "Small has parameters of bfloat16"),
+    ],
+)
+def test_kinds_of_models_that_are_refused(model: Any, message: str) -> None:
+    given = model()
+    with user_error(message):
+        attach_exits(given, 2, input_size=SIZE)
+
+
+def test_a_network_in_half_precision_is_not_exported(tmp_path: Path) -> None:
+    _, network = make()
+    with user_error(r"the network has parameters of float16 \('stages.0.shift'\)"):
+        export_stages(network.half(), (16, 16, 3), (0.5,) * 3, (0.25,) * 3, tmp_path / "stages")
+    with user_error("the network is a Mine: put exits on it first"):
+        export_stages(Mine(), (16, 16, 3), (0.5,) * 3, (0.25,) * 3, tmp_path / "stages")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+class FrozenStem(Mine):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(x.mean(dim=(2, 3)) + self.shift.flatten(1))
+
+
+def test_what_no_grad_keeps_from_learning_would_learn() -> None:
+    with user_error(r"FrozenStem keeps 'stem.weight' and 1 more from learning by no_grad\(\)"):
+        make(FrozenStem())
+    # The way out that the message names.
+    model = FrozenStem()
+    for one in model.stem.parameters():
+        one.requires_grad_(False)
+    make(model)
+
+
+class Lowers(Small):
+    def forward(self, x: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_what_is_switched_on_for_a_while_is_named() -> None:
+    with user_error(r"gives other logits than before .*\(torch.autocast\)"):
+        make(Lowers(), 2)
+
+
+class AsksForTypes(nn.Module):
+    """As in Hugging Face's vision transformers: an inner module asks for dtypes and sizes before its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList([Block(8) for _ in range(6)])
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        expected_dtype = self.stem.weight.dtype
+        if pixel_values.dtype != expected_dtype:
+            pixel_values = pixel_values.to(expected_dtype)
+        if pixel_values.shape[1] != 3 or pixel_values.shape[-1] % 2:
+            raise ValueError("channels or size")
+        x = self.stem(pixel_values)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Inner(nn.Module):
+    def __init__(self, inner: nn.Module, width: int = 8) -> None:
+        super().__init__()
+        self.inner, self.fc = inner, nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.inner(x).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("exits", [3, ["inner.blocks.1", "inner.blocks.3"]])
+def test_an_inner_module_may_ask_for_types_and_sizes(exits: Any) -> None:
+    model, network = make(Inner(AsksForTypes()), exits)
+    assert network.exit_names == ["inner.blocks.1", "inner.blocks.3", "final"]
+    assert network.notes == ()
+    for number in (1, 2, 5):
+        assert torch.equal(network.eval()(images(number))[-1], model.eval()(images(number)))
+
+
+class AsksForValues(AsksForTypes):
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.max() > 1e9:
+            raise ValueError("not normalised")
+        return super().forward(pixel_values)
+
+
+def test_why_a_module_stays_whole_is_said() -> None:
+    why = r"\(AsksForValues\): at test_attach.py:\d+, `if pixel_values.max\(\) > 1e9:`: its control flow depends"
+    with user_error(
+        rf"exits=3 is not possible on this model: expected 1 to \d.*; 'inner', \d+% of .* stays whole {why}"
+    ):
+        make(Inner(AsksForValues()))
+    with user_error(rf"no exit can stand at 'inner.blocks.1': 'inner' can only be run as a whole {why}"):
+        make(Inner(AsksForValues()), ["inner.blocks.1"])
+
+
+def test_a_module_that_stays_whole_may_decide_by_values() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Inner(AsksForValues()))
+    _, network = make(model, ["0"])
+    assert torch.equal(network.eval()(images())[-1], model.eval()(images()))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.patches, self.encoder, self.fc = (
+            nn.Conv2d(3, 16, 4, 4),
+            nn.TransformerEncoder(layer, 4),
+            nn.Linear(16, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(dim=1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_of_torchs_own_stays_whole_and_it_is_said() -> None:
+    why = r"\(TransformerEncoder\): it is a module of torch's own; call its layers in a loop"
+    with user_error(
+        rf"exits=4 is not possible on this model: .*'encoder', 9\d% of the MACs, stays whole {why}"
+    ):
+        make(Encoder(), 4)
+    with user_error(rf"no exit can stand at 'encoder.layers.1': 'encoder' can only be run as a whole {why}"):
+        make(Encoder(), ["encoder.layers.1"])
+
+
+class TakesLists(nn.Module):
+    """As in SelecSLS: a block takes a tensor or a list, which a traced value is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Any) -> Any:
+        if not isinstance(x, list):
+            x = [x]
+        return [torch.relu(self.conv(x[0]))]
+
+
+class GivesLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(TakesLists() for _ in range(6)))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x))[0].mean(dim=(2, 3)))
+
+
+def test_a_block_that_takes_a_tensor_or_a_list() -> None:
+    model, network = make(GivesLists(), 3)
+    assert len(network.stages) == 3
+    for number in (1, 2):
+        assert torch.equal(network.eval()(images(number))[-1], model.eval()(images(number)))
+
+
+class Outputs(NamedTuple):
+    logits: Tensor
+    auxiliary: Tensor
+
+
+class NamedAuxiliary(Small):
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return Outputs(logits, x) if self.training else logits
+
+
+def test_auxiliary_classifiers_are_named() -> None:
+    with user_error(
+        r"NamedAuxiliary gives a Outputs in training and logits in evaluation: .*aux_logits=False"
+    ):
+        make(NamedAuxiliary(), 2)
+
+
+def test_hooks_of_the_model_itself_are_not_called_and_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Mine()
+    model.register_forward_hook(lambda *_: None)
+    make(model)
+    assert "the forward hooks of Mine itself are not called by the network" in capsys.readouterr().err
+
+
+class ChannelsLast(nn.Module):
+    """As in Swin: channels last, twice as many at each halving; once as many as pixels a side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.merge, self.third, self.fc = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.relu(self.first(self.stem(x).permute(0, 2, 3, 1))))
+        x = x.unflatten(1, (8, 2)).unflatten(3, (8, 2)).permute(0, 1, 3, 2, 4, 5).flatten(3)
+        return self.fc(self.third(torch.relu(self.merge(x))).mean(dim=(1, 2)))
+
+
+def test_as_many_channels_as_pixels_a_side() -> None:
+    _, network = make(ChannelsLast(), ["second"])
+    assert network.feature_shapes(SIZE)[0] == (16, 16, 16)
+    assert type(network.heads[0][0]).__name__ == "ChannelsFirst"
+    # The other layout, by the same shape.
+    convolutions = [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 3)]
+    channels_first = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    _, network = make(channels_first, ["0"])
+    assert network.feature_shapes(SIZE)[0] == (16, 16, 16)
+    assert type(network.heads[0][0]).__name__ != "ChannelsFirst"

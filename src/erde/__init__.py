@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from erde.data import load_data as load_data
     from erde.exits import EarlyExitNetwork as EarlyExitNetwork
     from erde.exits import attach_exits as attach_exits
+    from erde.export import ImageFormat as ImageFormat
     from erde.export import export as export
     from erde.fit import distill as distill
     from erde.fit import train as train
@@ -37,6 +38,7 @@ _HOMES = {
     "distill": "erde.fit",
     "EarlyExitNetwork": "erde.exits",
     "export": "erde.export",
+    "ImageFormat": "erde.export",
     "load_config": "erde.config",
     "load_data": "erde.data",
     "recalibrate_with_labels": "erde.recalibration",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from erde.cost import MacCounter, mode
@@ -22,6 +25,14 @@ from erde.tracing import BATCHES, Trace, example_batches, run_node, without_comp
 MOST_TENSORS = 4
 # Of what flows: images, or computed from them; sizes; nothing of either.
 _DATA, _SIZE, _CONSTANT = "data", "size", "constant"
+
+
+class StepError(Exception):
+    """A step of a traced model fails, though the model itself does not: its code asked what it was given."""
+
+    def __init__(self, node: fx.Node, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.node, self.cause = node, cause
 
 
 @dataclass
@@ -71,12 +82,26 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def gather_facts(trace: Trace, input_size: Sequence[int]) -> Facts:
-    """Run ``trace`` without computing (fake tensors), for each of ``BATCHES``."""
+    """Run ``trace`` for each of ``BATCHES``, without computing (fake tensors) where that goes.
+
+    Raises:
+        StepError: where a step fails.
+    """
     prune(trace.graph)
+    try:
+        return _gather(trace, input_size, without_computing(trace.model))
+    except StepError as error:
+        if not isinstance(error.cause, DataDependentOutputException | DynamicOutputShapeException):
+            raise
+        # A module that stays whole may decide by values, which fake tensors have not.
+        return _gather(trace, input_size, torch.no_grad())
+
+
+def _gather(trace: Trace, input_size: Sequence[int], context: AbstractContextManager[None]) -> Facts:
     nodes = list(trace.graph.nodes)
     values: dict[fx.Node, list[Any]] = {node: [] for node in nodes}
     changed_by: dict[fx.Node, list[int]] = {}
-    with without_computing(trace.model), mode(trace.model, False):
+    with context, mode(trace.model, False):
         macs = [
             _run(trace, nodes, images, values, changed_by)
             for images in example_batches(trace.model, input_size)
@@ -108,8 +133,11 @@ def _run(
         elif node.op == "output":
             current[node] = fx.node.map_arg(node.args[0], current.__getitem__)
         else:
-            with counter:
-                current[node] = run_node(node, trace.lookup, current.__getitem__)
+            try:
+                with counter:
+                    current[node] = run_node(node, trace.lookup, current.__getitem__)
+            except Exception as error:
+                raise StepError(node, error) from error
         macs.append(counter.macs)
         for earlier, before in versions.items():
             now = [one._version for one in _tensors(current[earlier])]

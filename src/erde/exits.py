@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,6 @@ from erde.heads import (
 from erde.network import EarlyExitNetwork
 from erde.places import Plan, plan_exits
 from erde.progress import say
-from erde.tracing import Opener
 
 __all__ = ["HEADS", "ERDEHead", "EarlyExitNetwork", "LinearHead", "attach_exits"]
 
@@ -66,9 +67,80 @@ def attach_exits(
             not fit, a model that cannot be traced or does not give logits.
     """
     check_head(head)
+    exits = _check_exits(exits)
+    input_size = _check_input_size(input_size)
+    _check_kind(model)
     if isinstance(model, Backbone):
         return _attach_to_blocks(model, exits, input_size, head, dropout)
-    return _attach_to_trace(model, exits, input_size, head, dropout)
+    try:
+        return _attach_to_trace(model, exits, input_size, head, dropout)
+    except UserError:
+        raise
+    except Exception as error:
+        # The code of any model may run into what the tracing does not foresee.
+        text = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise UserError(f"{type(model).__name__} cannot be cut: {type(error).__name__}: {text}") from error
+
+
+def _check_exits(exits: Any) -> int | list[str]:
+    expected = "expected a whole number, or a list of module paths such as ['layer1', 'layer3']"
+    if isinstance(exits, str):
+        raise UserError(f"exits='{exits}' is a single name: write exits=['{exits}']")
+    if isinstance(exits, bool) or not isinstance(exits, (Integral, Iterable)):
+        raise UserError(f"exits={exits!r}: {expected}")
+    if isinstance(exits, Integral):
+        return int(exits)
+    names = list(exits)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise UserError(f"exits={names!r}: {wrong[0]!r} is no module path; {expected}")
+    return names
+
+
+def _check_input_size(input_size: Any) -> InputSize:
+    sides = list(input_size) if isinstance(input_size, Iterable) and not isinstance(input_size, str) else []
+    whole = all(
+        isinstance(side, Integral) and not isinstance(side, bool) and int(side) >= 1 for side in sides
+    )
+    if len(sides) != 3 or not whole:
+        raise UserError(
+            f"input_size={input_size!r}: expected (C, H, W), three whole numbers of 1 or more, such as (3, 32, 32)"
+        )
+    channels, height, width = (int(side) for side in sides)
+    return channels, height, width
+
+
+def _check_kind(model: Any) -> None:
+    """Refuse what is no module in Python, in float32, whose code can be read."""
+    if isinstance(model, type):
+        raise UserError(f"{model.__name__} is a class: pass an instance of it")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is a {type(model).__name__}, expected a torch.nn.Module")
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        where = f"'{path}' in {name}" if path else name
+        kind = type(module).__module__
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise UserError(
+                f"{where} is compiled: put exits on it before it is compiled (torch.compile(x)._orig_mod is x)"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"{where} is a scripted or traced module (TorchScript), whose code cannot be cut: pass the module it was made "
+                "from"
+            )
+        if kind.startswith("torch.ao.nn") and "quantized" in kind and "qat" not in kind:
+            raise UserError(
+                f"{where} is quantised ({type(module).__name__}): put exits on the float model; the bundle can be int8 all the "
+                "same (precision='int8')"
+            )
+    other = [(path, one.dtype) for path, one in model.named_parameters() if one.dtype != torch.float32]
+    if other:
+        path, dtype = other[0]
+        raise UserError(
+            f"{name} has parameters of {str(dtype).removeprefix('torch.')} ('{path}'), expected float32: call model.float() "
+            "first (training can use bfloat16 all the same)"
+        )
 
 
 def _attach_to_blocks(
@@ -206,17 +278,20 @@ def _attach_to_trace(
             "head native is for backbones that bring exit heads along: choose auto, erde, linear or conv"
         )
     classes = _check_model(model, input_size)
-    plan = plan_exits(Opener(model, input_size), exits, input_size)
+    if model._forward_hooks or model._forward_pre_hooks:
+        say(f"the forward hooks of {type(model).__name__} itself are not called by the network with exits")
+    plan = plan_exits(model, exits, input_size)
     bounds: list[Cut | None] = [None, *plan.cuts, plan.tail]
     stages = [build_stage(plan.trace, plan.facts, start, end) for start, end in itertools.pairwise(bounds)]
     classifier = build_stage(plan.trace, plan.facts, plan.tail, None)
-    kinds = [Features.of(shape, input_size) for shape in plan.tail.shapes]
+    last = _channels_last(plan, input_size)
+    kinds = [Features.of(shape, input_size, last) for shape in plan.tail.shapes]
     final = max(kinds, key=lambda one: one.channels)
     looked_at = _check_classifier(model, classifier, plan, final)
     heads: list[nn.Module] = []
     looks_at: list[int | None] = []
     for cut, name in zip(plan.cuts, plan.names, strict=True):
-        kinds = [Features.of(shape, input_size) for shape in cut.shapes]
+        kinds = [Features.of(shape, input_size, last) for shape in cut.shapes]
         which = max(range(len(kinds)), key=lambda index: (kinds[index].channels, index))
         looks_at.append(which if cut.tensors > 1 else None)
         tokens = tokens_for(kinds[which], final, looked_at)
@@ -229,6 +304,19 @@ def _attach_to_trace(
         say(note)
     _check_same(model, network, input_size)
     return _in_mode_of(network, model)
+
+
+def _channels_last(plan: Plan, input_size: InputSize) -> bool:
+    """Whether the model's maps have their channels last, by those whose shape tells: the last one's first.
+
+    With as many channels as pixels a side the shape does not tell.
+    """
+    for cut in (plan.tail, *reversed(plan.cuts)):
+        for shape in cut.shapes:
+            first, last = (Features.of(shape, input_size, layout) for layout in (False, True))
+            if first.kind == "map" and first == last:
+                return first.channels_last
+    return False
 
 
 def _probe(model: nn.Module, input_size: InputSize, batch: int = 2) -> Tensor:
@@ -307,9 +395,42 @@ def _check_same(model: nn.Module, network: EarlyExitNetwork, input_size: InputSi
         if not difference <= _SAME * max(1.0, float(expected.abs().max())):
             raise UserError(
                 f"cut at its exits {type(model).__name__} gives other logits than before (by {difference:.2g}, for a batch "
-                f"of {batch}): it keeps something from one call to the next, draws random numbers, or its answer depends on "
-                "the number of images in the batch"
+                f"of {batch}): it keeps something from one call to the next, draws random numbers, its answer depends on the "
+                "number of images in the batch, or its forward switches something on for a while (torch.autocast)"
             )
+    _check_same_gradients(model, network, input_size)
+
+
+def _check_same_gradients(model: nn.Module, network: EarlyExitNetwork, input_size: InputSize) -> None:
+    """Refuse a model that holds parameters from learning by no_grad() in its forward, which a cut would lose."""
+    images = _probe(model, input_size, 1)
+    with mode(model, False), mode(network, False), torch.enable_grad():
+        reached, reached_by_network = _reached(model(images)), _reached(network.forward_final(images))
+    with mode(model, True):
+        pass  # some keep what they computed in evaluation, with its graph, until they are in training
+    held = [name for name, one in model.named_parameters() if one in reached_by_network - reached]
+    if held:
+        raise UserError(
+            f"{type(model).__name__} keeps '{held[0]}'{f' and {len(held) - 1} more' if held[1:] else ''} from learning by "
+            "no_grad() or detach() in its forward, which cut at exits it would not: freeze them instead "
+            "(parameter.requires_grad_(False)), and take it out of the forward"
+        )
+
+
+def _reached(logits: Tensor) -> set[Tensor]:
+    """The parameters that a gradient of ``logits`` would reach, by the graph alone."""
+    reached: set[Tensor] = set()
+    waiting, seen = [logits.grad_fn], {logits.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if isinstance(variable := getattr(node, "variable", None), Tensor):
+            reached.add(variable)
+        following = {source for source, _ in node.next_functions} - seen
+        seen |= following
+        waiting += following
+    return reached
 
 
 def _in_mode_of(network: EarlyExitNetwork, model: nn.Module) -> EarlyExitNetwork:

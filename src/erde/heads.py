@@ -194,8 +194,11 @@ class Features:
     flattened: bool = False
 
     @classmethod
-    def of(cls, shape: Sequence[int], input_size: Sequence[int]) -> Features:
-        """The kind by the shape: a map has the image's proportions, and its channels before or behind them."""
+    def of(cls, shape: Sequence[int], input_size: Sequence[int], channels_last: bool = False) -> Features:
+        """The kind by the shape: a map has the image's proportions, and its channels before or behind them.
+
+        ``channels_last`` decides where the shape does not: with as many channels as pixels a side.
+        """
         shape = tuple(shape)
         if len(shape) == 1:
             return cls("vector", shape)
@@ -203,10 +206,10 @@ class Features:
             return cls("tokens", shape, channels_last=True)
         if len(shape) == 3:
             _, height, width = input_size
-            if _alike(shape[1], shape[2], height, width):
-                return cls("map", shape)
-            if _alike(shape[0], shape[1], height, width):
-                return cls("map", shape, channels_last=True)
+            first = _alike(shape[1], shape[2], height, width)
+            last = _alike(shape[0], shape[1], height, width)
+            if first or last:
+                return cls("map", shape, channels_last=channels_last if first and last else last)
         return cls("tokens", shape, channels_last=True, flattened=True)
 
     @property

@@ -504,6 +504,7 @@ class Run:
                     self.data.std,
                     folder / "stages",
                     self.config.export.opset,
+                    self.data.train.images,
                 )
             if not (folder / run_folder.LOGITS).exists():
                 self._write_logits(arm)
@@ -554,7 +555,8 @@ class Run:
         """An arm's network without exits as one ordinary ONNX file."""
         data = self.data
         network = self.trained_network(arm)
-        export_plain(network, data.image_shape, data.mean, data.std, path, self.config.export.opset)
+        opset = self.config.export.opset
+        export_plain(network, data.image_shape, data.mean, data.std, path, opset, data.train.images)
 
     def stages(self, arm: str) -> ExportedStages:
         """The exported stages of an arm."""

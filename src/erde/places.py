@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from erde.cutting import Cut, Facts, find_cuts, gather_facts
+from erde.cutting import Cut, Facts, StepError, find_cuts, gather_facts
 from erde.errors import UserError, nearest
 from erde.tracing import Opener, Trace
 
@@ -25,7 +25,8 @@ _NO_BLOCK = 99
 class Plan:
     """A traced model with the cuts for its exits in order, ``tail`` being the one before its own classifier.
 
-    ``notes`` say where an exit stands elsewhere than was asked for.
+    ``notes`` say where an exit stands elsewhere than was asked for; ``distance`` is how far the worst exit stands from
+    where it was wanted, in shares of the MACs.
     """
 
     trace: Trace
@@ -34,29 +35,74 @@ class Plan:
     names: tuple[str, ...]
     tail: Cut
     notes: tuple[str, ...]
+    distance: float
 
 
-def plan_exits(opener: Opener, exits: int | Sequence[str], input_size: Sequence[int]) -> Plan:
-    """Open ``opener``'s model as far as ``exits`` needs it, and choose the cuts.
+def plan_exits(model: nn.Module, exits: int | Sequence[str], input_size: Sequence[int]) -> Plan:
+    """Open ``model`` as far as ``exits`` needs it, and choose the cuts.
+
+    Modules inside that ask for sizes or types are opened only where exits would else stand far from where they were
+    wanted: that takes a slower tracer, and opening more may move exits that stand well.
 
     Raises:
         UserError: a name that is no module, a place that cannot be reached, more exits than places.
     """
     if not isinstance(exits, int):
-        _check_names(opener.model, exits)
+        _check_names(model, exits)
     elif exits < 1:
         raise UserError(f"exits={exits} is not possible: expected 1 or more, the final one included")
+    opener = Opener(model, input_size)
+    refusal = plan = None
+    try:
+        plan = _plan(opener, exits, input_size)
+    except UserError as error:
+        refusal = error
+    if (plan is None or plan.distance > NEAR) and opener.refused and not opener.uses_values:
+        try:
+            other = _plan(Opener(model, input_size, uses_values=True), exits, input_size)
+        except UserError:
+            pass  # the first tracer's reason, if there is one, is nearer to the model's code
+        else:
+            plan = other if plan is None or other.distance < plan.distance else plan
+    if plan is None:
+        assert refusal is not None
+        raise refusal
+    return plan
+
+
+def _plan(opener: Opener, exits: int | Sequence[str], input_size: Sequence[int]) -> Plan:
     while True:
-        facts = gather_facts(opener.trace, input_size)
+        try:
+            facts = gather_facts(opener.trace, input_size)
+        except StepError as error:
+            if not opener.close(error.node, error.cause):
+                raise UserError(
+                    f"{type(opener.model).__name__} cannot be cut: '{error.node.name}' in its own forward fails on what is "
+                    f"traced ({str(error).splitlines()[0] if str(error) else type(error.cause).__name__}); put that step into "
+                    "a module of its own, which stays whole"
+                ) from error.cause
+            continue
         if not opener.open(_worth_opening(opener.trace, facts, exits)):
             break
-    map_of = _Map(opener.trace, facts)
+    map_of = _Map(opener, facts)
     cuts = map_of.at_shares(exits) if isinstance(exits, int) else map_of.at_names(exits)
     names = [map_of.name(cut) for cut in cuts]
     for index, cut in enumerate(cuts):
         if names.count(names[index]) > 1:
             names[index] = f"{names[index]}.{facts.nodes[cut.place].name}"
-    return Plan(opener.trace, facts, tuple(cuts), tuple(names), map_of.tail, tuple(map_of.notes))
+    if isinstance(exits, int):
+        distances = [abs(cut.share - number / exits) for number, cut in enumerate(cuts, start=1)]
+    else:
+        distances = map_of.distances
+    return Plan(
+        opener.trace,
+        facts,
+        tuple(cuts),
+        tuple(names),
+        map_of.tail,
+        tuple(map_of.notes),
+        max(distances, default=0.0),
+    )
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -94,11 +140,12 @@ def _worth_opening(trace: Trace, facts: Facts, exits: int | Sequence[str]) -> li
 class _Map:
     """The clean cuts of a traced model, with names."""
 
-    def __init__(self, trace: Trace, facts: Facts) -> None:
-        self.trace, self.facts = trace, facts
+    def __init__(self, opener: Opener, facts: Facts) -> None:
+        self.opener, self.trace, self.facts = opener, opener.trace, facts
         self.notes: list[str] = []
+        self.distances: list[float] = []  # of exits that stand elsewhere than was asked for
         self.paths: dict[fx.Node, list[str]] = {}
-        for path, node in trace.ends.items():
+        for path, node in self.trace.ends.items():
             self.paths.setdefault(node, []).append(path)
         everything = find_cuts(facts)
         self.tail = self._find_tail(everything)
@@ -113,7 +160,7 @@ class _Map:
         if not before_last:
             raise UserError(
                 f"{type(self.trace.model).__name__} has no place before its last layer through which everything flows, so there "
-                "is none for an exit"
+                f"is none for an exit{self._why_so_few(1)}"
             )
         single = [cut for cut in before_last if cut.tensors == 1 and cut.share >= _MOST]
         spatial = [cut for cut in single if len(cut.shapes[0]) >= 2]
@@ -165,6 +212,8 @@ class _Map:
             raise UserError(f"no exit can stand at '{name}': {why}")
         place = self.facts.place[node]
         if place >= self.tail.place or self.facts.macs_until[place] >= self.facts.macs_until[self.tail.place]:
+            if why is not None:
+                raise UserError(f"no exit can stand at '{name}': {why}")
             raise UserError(
                 f"exit '{name}' stands at the end of the network, where the final exit already is: leave it out"
             )
@@ -194,6 +243,8 @@ class _Map:
                 f"flow through: {where}"
             )
         if chosen not in exact or why is not None:
+            # At most NEAR, which a better tracer is tried for too.
+            self.distances.append(max(abs(chosen.share - share), NEAR * 1.01 if why is not None else 0.0))
             self.notes.append(
                 f"no exit can stand at '{name}', at {share:.1%} of the MACs: {reason}; it stands at "
                 f"'{self.name(chosen)}' instead, at {chosen.share:.1%}"
@@ -215,7 +266,10 @@ class _Map:
         for length in range(len(parts) - 1, 0, -1):
             outer = ".".join(parts[:length])
             if outer in self.trace.ends:
-                return self.trace.ends[outer], f"'{outer}' can only be run as a whole"
+                return (
+                    self.trace.ends[outer],
+                    f"'{outer}' can only be run as a whole{self.opener.why_whole(outer)}",
+                )
         return None, "the model does not call it when it classifies"
 
     # ------------------------------------------------------------ shares
@@ -238,6 +292,7 @@ class _Map:
         if exits > len(ordered) + 1:
             raise UserError(
                 f"exits={exits} is not possible on this model: expected 1 to {len(ordered) + 1}, the final one included"
+                f"{self._why_so_few(exits)}"
             )
         chosen: list[Cut] = []
         for number in range(1, exits):
@@ -250,6 +305,19 @@ class _Map:
             ]
             chosen.append(min(ends or free, key=lambda cut: abs(cut.share - share)))
         return chosen
+
+    def _why_so_few(self, exits: int) -> str:
+        """The largest module with parts that stays whole, if exits would have had room in it."""
+        whole = [
+            (macs, str(node.target))
+            for node, macs in zip(self.facts.nodes, self.facts.macs, strict=True)
+            if node.op == "call_module" and any(True for _ in self.trace.lookup(str(node.target)).children())
+        ]
+        macs, path = max(whole, default=(0, ""))
+        if not path or macs * 2 * exits < self.facts.total_macs:
+            return ""
+        share = macs / max(1, self.facts.total_macs)
+        return f"; '{path}', {share:.0%} of the MACs, stays whole{self.opener.why_whole(path)}"
 
     def _ends_block(self, cut: Cut) -> bool:
         return self._preference(cut)[1] < _NO_BLOCK

@@ -289,7 +289,7 @@ def _input_means(model: Any, x: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
         if name not in given:
             tapped.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
     session = onnxruntime.InferenceSession(
         tapped.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

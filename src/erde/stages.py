@@ -44,7 +44,7 @@ class StageRunner:
         spinning: bool = True,
     ) -> None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised, and need not stand on the terminal besides
         options.inter_op_num_threads = 1
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -65,6 +65,7 @@ class StageRunner:
             self._sessions.append(session)
             _check_names(path, session, is_last=len(self._sessions) == len(paths))
         self._inputs = [session.get_inputs()[0].name for session in self._sessions]
+        self._empty = [_empty_outputs(session) for session in self._sessions]
         # On another device ONNX Runtime places what it computes by itself.
         self._binds = chosen == [CPU]
         self._local = threading.local()
@@ -79,6 +80,9 @@ class StageRunner:
 
     def run(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
         """Stage ``index`` on a batch: its feature map (None for the last stage) and its raw logits (B, K)."""
+        empty = self._empty[index] if len(x) == 0 else None
+        if empty is not None:
+            return (None, empty[-1]) if index == len(self._sessions) - 1 else (empty[0], empty[1])
         try:
             outputs = self._sessions[index].run(None, {self._inputs[index]: x})
         except Exception as error:
@@ -160,6 +164,20 @@ class StageRunner:
         if slots is None:
             slots = self._local.slots = [_Slot.of(session) for session in self._sessions]
         return slots
+
+
+def _empty_outputs(session: onnxruntime.InferenceSession) -> list[NDArray[Any]] | None:
+    """What a stage gives for no images, where the graph tells its shapes: some operators refuse an empty batch.
+
+    ONNX Runtime's LSTM even ends the process.
+    """
+    outputs = session.get_outputs()
+    if any(one.type != "tensor(float)" or len(one.shape) < 2 for one in outputs):
+        return None
+    shapes = [tuple(one.shape[1:]) for one in outputs]
+    if any(not isinstance(side, int) for shape in shapes for side in shape):
+        return None
+    return [np.empty((0, *shape), dtype=np.float32) for shape in shapes]
 
 
 def _check_available(providers: Providers) -> None:

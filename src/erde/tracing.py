@@ -370,6 +370,15 @@ def _merge_modes(training: Trace, evaluation: Trace) -> str | None:
     return None
 
 
+def _given(trace: Trace) -> str | None:
+    """The type of what a model gives, where it is no tensor as far as the trace tells."""
+    given = next(node for node in trace.graph.nodes if node.op == "output").args[0]
+    if not isinstance(given, fx.Node):
+        return type(given).__name__
+    # A named tuple is made by a step of its own.
+    return given.target.__name__ if isinstance(given.target, type) else None
+
+
 def _same_target(left: Any, right: Any) -> bool:
     if left == right:
         return True
@@ -418,11 +427,12 @@ def _merge_values(graph: fx.Graph, flag: fx.Node, training: Any, evaluation: Any
 class Opener:
     """Traces a model, opening modules on demand; what cannot be opened stays whole."""
 
-    def __init__(self, model: nn.Module, input_size: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, input_size: Sequence[int], uses_values: bool = False) -> None:
+        """``uses_values``: let sizes and types decide from the start, not in the model's own forward alone: slower."""
         self.model, self.input_size = model, input_size
         self.opened: set[str] = set()
-        self.refused: set[type[nn.Module]] = set()
-        self._uses_values = False
+        self.refused: dict[type[nn.Module], str] = {}  # and why
+        self.uses_values = uses_values
         self.trace = self._trace()
 
     def may_open(self, path: str) -> bool:
@@ -435,6 +445,29 @@ class Opener:
         if type(module).forward is nn.Sequential.forward:
             return True
         return not type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
+
+    def why_whole(self, path: str) -> str:
+        """Why the module stays whole: `` (TYPE): REASON``."""
+        module = self.model.get_submodule(path)
+        name = type(module).__name__
+        if type(module) in self.refused:
+            return f" ({name}): {self.refused[type(module)]}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f" ({name}): its forward hooks would not be called otherwise"
+        if not any(True for _ in module.children()):
+            return f" ({name}): it is a single layer"
+        return f" ({name}): it is a module of torch's own; call its layers in a loop in a forward of your own"
+
+    def close(self, node: fx.Node, error: Exception) -> bool:
+        """Leave the innermost opened module that holds the step ``node`` whole; False where there is none."""
+        culprit = self._innermost(self.trace, self.trace, node.name)
+        if culprit is None:
+            return False
+        self.refused[type(self.model.get_submodule(culprit))] = (
+            f"'{node.name}' in it fails on what is traced ({_first_line(error)})"
+        )
+        self.trace = self._trace()
+        return True
 
     def open(self, paths: Collection[str]) -> bool:
         """Trace with ``paths`` opened too, as far as that goes; whether anything was."""
@@ -462,27 +495,37 @@ class Opener:
             except _TracingError as error:
                 if error.path is None or error.path not in self.opened:
                     raise UserError(_explain(self.model, error.cause)) from error.cause
-                self.refused.add(type(self.model.get_submodule(error.path)))
+                self.refused[type(self.model.get_submodule(error.path))] = explain_failure(
+                    error.cause, advice=False
+                ).removeprefix(" ")
                 continue
             differs = _merge_modes(training, found)
             if differs is None:
                 return found
             culprit = self._innermost(found, training, differs)
+            given = _given(training)
+            if culprit is None and given is not None:
+                raise UserError(
+                    f"{type(self.model).__name__} gives a {given} in training and logits in evaluation: build it without "
+                    "auxiliary classifiers (such as aux_logits=False), or wrap it"
+                )
             if culprit is None:
                 raise UserError(
                     f"{type(self.model).__name__} computes something else in training than in evaluation (at '{differs}'): "
                     "put the part that depends on self.training into a module of its own"
                 )
-            self.refused.add(type(self.model.get_submodule(culprit)))
+            self.refused[type(self.model.get_submodule(culprit))] = (
+                f"it computes something else in training than in evaluation (at '{differs}')"
+            )
 
     def _attempt(self) -> Trace:
-        if not self._uses_values:
+        if not self.uses_values:
             try:
                 return _trace_once(self.model, self.opened, None)
             except _TracingError as error:
                 if error.path is not None and error.path in self.opened:
                     raise
-                self._uses_values = True
+                self.uses_values = True
         with without_computing(self.model):
             return _trace_once(self.model, self.opened, example_batches(self.model, self.input_size))
 
@@ -507,7 +550,7 @@ def _explain(model: nn.Module, error: BaseException) -> str:
     return f"{type(model).__name__} cannot be cut{explain_failure(error)}"
 
 
-def explain_failure(error: BaseException) -> str:
+def explain_failure(error: BaseException, advice: bool = True) -> str:
     """`` at FILE:LINE, `CODE`: REASON; ADVICE`` for an error that the tracing of a model's code ended in."""
     own = [
         frame
@@ -515,9 +558,14 @@ def explain_failure(error: BaseException) -> str:
         if not any(part in frame.filename for part in ("/torch/", "erde/tracing.py", "<frozen"))
     ]
     where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = _first_line(error)
+    what_to_do = "put that step into a module of its own, which stays whole"
     if text.startswith(BY_BATCH):
-        return f"{where}: {text}; an image's answer may not depend on how many come with it"
-    if isinstance(error, fx.proxy.TraceError) or "symbolically traced" in text:
+        what_to_do = "an image's answer may not depend on how many come with it"
+    elif isinstance(error, fx.proxy.TraceError) or "symbolically traced" in text:
         text = BY_VALUE
-    return f"{where}: {text}; put that step into a module of its own, which stays whole"
+    return f"{where}: {text}; {what_to_do}" if advice else f"{where}: {text}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
