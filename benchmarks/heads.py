@@ -216,7 +216,7 @@ def refit_by_cross_entropy(run: Run, job: Job) -> None:
     torch.manual_seed(job.seed)
     for head in job.network.heads[:-1]:
         reset_head(head)
-    changes = {"freeze_backbone": True, "epochs": job.config.refit_epochs, "refit_heads": 0}
+    changes = {"freeze_backbone": True, "epochs": job.config.refit_heads, "refit_heads": 0}
     criterion = build_criterion(
         resolve_loss("ce"), run.config.distillation, job.network, None, run.data, train_images=len(job.train)
     )
@@ -291,7 +291,12 @@ def measure(path: Path, cost: Cost) -> dict[str, Any]:
 
 
 def load(arguments: argparse.Namespace, seed: int) -> Config:
-    overrides = [f"seed={seed}", *(["data.split_seed=0"] if seed else []), *arguments.overrides]
+    overrides = [
+        "train.refit_heads=8",
+        f"seed={seed}",
+        *(["data.split_seed=0"] if seed else []),
+        *arguments.overrides,
+    ]
     if arguments.teacher != "exits":
         teacher = {
             "backbone": "resnet20-a", "exits": 1, "trained": True, "weights": arguments.teacher,

@@ -45,7 +45,6 @@ def gradients(loss: str, **settings: Any) -> dict[str, torch.Tensor]:
 
     Learner.enter_epoch = with_batch_norm_fixed  # type: ignore[method-assign]
     plain = {"epochs": 1, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0, "learning_rate": 1.0}
-    plain["refit_heads"] = 0
     job = Job(
         name="arm",
         network=network,

@@ -276,13 +276,6 @@ def test_refit_together_with_a_network_of_one_exit(
     check_equal(again[1], outcomes[1], refitted)
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(1, 1), (4, 1), (5, 2), (30, 8)])
-def test_auto_is_a_quarter_of_the_epochs(epochs: int, expected: int, digits: DataSplits) -> None:
-    config = make_job(digits, epochs=epochs, refit_heads="auto").config
-    assert config.refit_epochs == expected
-    assert make_job(digits, epochs=epochs, refit_heads=3).config.refit_epochs == 3
-
-
 def test_gradient_norms_are_those_of_the_last_backward_pass(digits: DataSplits) -> None:
     # Without momentum, decay and warm-up one step moves each weight by the learning rate times its gradient.
     settings = {"momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0, "learning_rate": 0.25}

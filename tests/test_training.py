@@ -88,7 +88,6 @@ def make_job(
         "batch_size": BATCH,
         "learning_rate": 0.05,
         "checkpoint_seconds": 0,
-        "refit_heads": 0,
     }
     return Job(
         name="arm",
@@ -627,7 +626,7 @@ def test_train_from_python(digits: DataSplits, tmp_path: Path) -> None:
     network, arguments = new_network(digits), {"epochs": 2, "batch_size": 256, "device": "cpu"}
     start = snapshot(network)
     history = erde.train(network, digits, folder=tmp_path / "some", **arguments)
-    assert [(entry.epoch, entry.phase) for entry in history] == [(1, "joint"), (2, "joint"), (3, "refit")]
+    assert [(entry.epoch, entry.phase) for entry in history] == [(1, "joint"), (2, "joint")]
     assert "stages.0.stem.conv.weight" in differing(snapshot(network), start)
     again = new_network(digits, seed=5)
     assert erde.train(again, digits, folder=tmp_path / "some", **arguments) == history

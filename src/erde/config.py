@@ -5,7 +5,6 @@ Unknown keys and wrong types are errors that name the key, the nearest valid one
 
 from __future__ import annotations
 
-import math
 import re
 import types
 import typing
@@ -41,7 +40,7 @@ MAX_THREADS = 1024
 # Keys that a later version added, and what runs did that were begun without them: a saved recipe that lacks the key
 # means this value, where it is not the key's default. Keys of train, data, ... only, as "train.some_key": what
 # teacher.train or an arm does not name it takes from there.
-ADDED_LATER: dict[str, Any] = {"train.refit_heads": 0}
+ADDED_LATER: dict[str, Any] = {}
 
 
 class Frozen(BaseModel):
@@ -175,10 +174,10 @@ class TrainConfig(Frozen):
         False,
         description="after backbone_epochs, or from the start, train heads only; a network with one exit is trained whole",
     )
-    refit_heads: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        "auto",
-        description="epochs after the others that train new intermediate heads on the finished backbone; 0: none; "
-        "auto: a quarter of epochs, rounded up",
+    refit_heads: int = Field(
+        0,
+        ge=0,
+        description="epochs after the others that train new intermediate heads on the finished backbone",
     )
     channels_last: bool = True
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -196,13 +195,6 @@ class TrainConfig(Frozen):
         if self.backbone_epochs > self.epochs:
             raise ValueError(f"backbone_epochs ({self.backbone_epochs}) exceeds epochs ({self.epochs})")
         return self
-
-    @property
-    def refit_epochs(self) -> int:
-        """Epochs of the refit, where the network has intermediate heads."""
-        if self.refit_heads == "auto" and self.freeze_backbone:
-            return 0  # heads were trained on a frozen backbone all along
-        return math.ceil(self.epochs / 4) if self.refit_heads == "auto" else self.refit_heads
 
 
 def check_phases(where: str, train: TrainConfig, has_early_exits: bool) -> None:

@@ -135,7 +135,7 @@ class Phase:
         bounds: tuple[tuple[PhaseName, int], ...] = (
             ("backbone", config.backbone_epochs),
             ("joint", config.epochs),
-            ("refit", config.epochs + (config.refit_epochs if exits > 1 else 0)),
+            ("refit", config.epochs + (config.refit_heads if exits > 1 else 0)),
         )
         starts = (0, *(end for _, end in bounds))
         return tuple(
