@@ -838,6 +838,25 @@ def test_an_inner_module_may_ask_for_types_and_sizes(exits: Any) -> None:
         assert torch.equal(network.eval()(images(number))[-1], model.eval()(images(number)))
 
 
+class GivesMapping(AsksForTypes):
+    """The inner module's output is a mapping, as Hugging Face's is."""
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return {"features": super().forward(pixel_values), "none": None}
+
+
+class TakesMapping(Inner):
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.inner(x)
+        return self.fc(outputs["features"].mean(dim=(2, 3)))
+
+
+def test_an_inner_module_may_give_a_mapping() -> None:
+    model, network = make(TakesMapping(GivesMapping()), 3)
+    assert network.exit_names == ["inner.blocks.1", "inner.blocks.3", "final"]
+    assert torch.equal(network.eval()(images(1))[-1], model.eval()(images(1)))
+
+
 class AsksForValues(AsksForTypes):
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.max() > 1e9:

@@ -169,7 +169,7 @@ class _ValueTracer(_Tracer):
     def _follows_batch(self, node: fx.Node) -> bool:
         """Whether ``node`` is a size, or the answer to a question about one, that the batch may change."""
         values = self.values[node]
-        if any(isinstance(value, Tensor) for value in values):
+        if not all(_is_size(value) for value in values):
             return False
         if any(value != values[0] for value in values):
             return True
@@ -200,6 +200,8 @@ class _ValueTracer(_Tracer):
         values = self.values[node]
         if any(isinstance(value, Tensor) for value in values):
             raise fx.proxy.TraceError(BY_VALUE)
+        if not _is_size(values[0]):
+            return values[0]  # a tuple or mapping of tensors: whether it is empty
         if any(value != values[0] for value in values):
             raise fx.proxy.TraceError(BY_BATCH)
         if node in self.from_batch:
@@ -240,6 +242,12 @@ class _ValueTracer(_Tracer):
         """Items of a tuple, whatever takes them."""
         items: Any = obj
         return iter([items[index] for index in range(len(self.values[obj.node][0]))])
+
+
+def _is_size(value: Any) -> bool:
+    """Whether ``value`` is plain (numbers, types, devices) throughout: a tuple of tensors cannot be compared."""
+    plain = (int, float, str, type(None), torch.dtype, torch.device)
+    return all(isinstance(leaf, plain) for leaf in pytree.tree_leaves(value))
 
 
 def run_node(node: fx.Node, lookup: Callable[[str], Any], fetch: Callable[[fx.Node], Any]) -> Any:
