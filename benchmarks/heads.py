@@ -344,10 +344,11 @@ def main() -> None:
             path = folder / f"{arm}, {variant}" / f"{after}.npz"
             rows.append({**key, **measure(path, Cost(cost.macs, cost.no_exit_macs))})
             print(json.dumps(rows[-1]), flush=True)
+        recipe = config.model_dump(mode="json")
+        if config.teacher.weights is not None:
+            recipe["teacher"]["weights"] = Path(config.teacher.weights).name
         machine = environment.describe(run.device, run.threads)
-        write_json(
-            arguments.out, {"recipe": config.model_dump(mode="json"), "environment": machine, "rows": rows}
-        )
+        write_json(arguments.out, {"recipe": recipe, "environment": machine, "rows": rows})
 
 
 if __name__ == "__main__":

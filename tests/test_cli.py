@@ -238,8 +238,8 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from erde import cli, cli_about
 def sleep():
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         time.sleep(600)
     finally:
         print("swept", flush=True)

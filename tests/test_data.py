@@ -28,7 +28,6 @@ from erde.learner import Job
 from erde.losses import ExitSettings, build_loss
 from erde.pipeline import Run
 from erde.splits import TrainSplit
-from tests.conftest import user_error
 
 torch.set_num_threads(1)
 
@@ -902,10 +901,3 @@ def test_cifar10_has_the_published_class_counts(monkeypatch: pytest.MonkeyPatch)
     assert sum(np.bincount(part.labels) for part in parts(splits)[:3]).tolist() == [5000] * 10
     assert splits.image_shape == (32, 32, 3)
     assert splits.train.images[np.arange(3)].std() > 10
-
-
-def test_images_without_folders_per_class_are_said_to_lack_them(tmp_path: Path) -> None:
-    for index in range(3):
-        Image.new("L", (8, 8), index).save(tmp_path / f"{index}.png")
-    with user_error("holds images, but no folder per class: expected .*/<class>/<image>"):
-        load_data(tmp_path, channels=1)

@@ -270,7 +270,7 @@ def test_no_file_speaks_of_the_place_where_it_was_written() -> None:
 
 def test_python_of_backbones_runs(tmp_path: Path) -> None:
     found = blocks(ROOT / "docs" / "backbones.md", "python")
-    assert len(found) == 4
+    assert len(found) == 5
     out = execute([sys.executable, "-c", "\n".join(found)], tmp_path)
     assert (tmp_path / "own-bundle" / "manifest.json").is_file()
     # What the comments say is what is printed.

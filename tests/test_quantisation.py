@@ -193,7 +193,7 @@ def test_nothing_is_said_to_the_user(
 def test_int8_answers_like_float_on_digits(floats: Path, int8: Path, digits: DataSplits) -> None:
     expected, found = (runner(folder).all_logits(digits.test.images) for folder in (floats, int8))
     assert (found.argmax(axis=-1) == digits.test.labels).mean(axis=1) == pytest.approx(
-        (expected.argmax(axis=-1) == digits.test.labels).mean(axis=1), abs=0.01
+        (expected.argmax(axis=-1) == digits.test.labels).mean(axis=1), abs=0.02
     )
     assert ((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean(axis=1) >= 0.985).all()
     # Different all the same: not the float stages under another name.
@@ -420,7 +420,7 @@ def test_stages_whose_answers_depend_on_the_batch_are_not_written(
 
     monkeypatch.setattr(StageRunner, "run", wrong)
     with user_error(
-        r"differs from itself for single images by 0\.01 at exit '.*' for a batch of 7: nothing was written"
+        r"differs from itself for single images by 0\.01 at exit '.*' for a batch of 7, .* nothing was written"
     ):
         export_int8_stages(floats, tmp_path / "int8", digits.train, digits.tune)
     assert entries(tmp_path) == []

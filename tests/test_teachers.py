@@ -297,7 +297,9 @@ def test_arrays_that_do_not_fit(tmp_path: Path, kind: str) -> None:
     else:
         if kind == "objects":
             arrays["x"] = np.array([{}], dtype=object)
-            message = r"is not a readable \.npz file of plain arrays: Object arrays cannot be loaded"
+            message = (
+                r"is not a readable \.npz file of plain arrays: '.*' holds Python objects, which are not read"
+            )
         if kind == "count":
             arrays["x"] = np.zeros(1)
             message = r"it has 48 tensors, the network 47: teacher\.match=order needs"

@@ -508,7 +508,8 @@ def test_the_layout_that_was_asked_for_reaches_the_network(channels_last: bool, 
     seen: list[bool] = []
     network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
     erde.train(network, data, epochs=1, batch_size=BATCH, device="cpu", channels_last=channels_last)
-    assert seen == [not channels_last]
+    # The first look is a check of sizes.
+    assert seen[-1] == (not channels_last)
 
 
 def test_bf16_on_the_cpu(digits: DataSplits) -> None:

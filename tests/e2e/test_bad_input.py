@@ -122,15 +122,6 @@ def test_corrupt_parquet(refused: Refused, tmp_path: Path) -> None:
     assert "Parquet" in line
 
 
-def test_grayscale_images_for_an_rgb_backbone(refused: Refused, tmp_path: Path) -> None:
-    coloured_folder(tmp_path / "set", "L")
-    line = refused(
-        "run", "digits", f"data.name={tmp_path / 'set'}", "data.channels=3", *SMALL, *PLAIN_TEACHER
-    )
-    assert "has 1 channel" in line
-    assert "data.channels=1" in line
-
-
 def test_too_few_images_for_a_split(refused: Refused, tmp_path: Path) -> None:
     coloured_folder(tmp_path / "set")
     line = refused("run", "digits", f"data.name={tmp_path / 'set'}", "data.channels=3")
@@ -203,8 +194,3 @@ def test_a_run_is_certified_once(tiny_run: tuple[Path, str], refused: Refused, t
     before = (folder / "arms" / "teacher" / "policy.json").read_bytes()
     assert "these certify images already certified other choices" in refused("calibrate", str(folder))
     assert (folder / "arms" / "teacher" / "policy.json").read_bytes() == before
-
-
-def test_a_class_missing_from_tune_is_said_before_anything_is_trained(refused: Refused) -> None:
-    line = refused("run", "digits", "data.tune_size=8")
-    assert "tune" in line
