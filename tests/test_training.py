@@ -673,6 +673,15 @@ def test_errors_from_python(digits: DataSplits, monkeypatch: pytest.MonkeyPatch)
 # ---------------------------------------------------------------- meter, log, progress
 
 
+def test_a_meter_with_the_parts_of_an_earlier_version_begins_anew() -> None:
+    meter = Meter(torch.tensor([6.0, 1.0]).double(), 3, [["loss", 0], ["accuracy", 1]])
+    parts = {"loss": torch.tensor(4.0), "accuracy": torch.ones(1), "gradient_norm_trunk": torch.tensor(0.5)}
+    meter.add(parts)
+    assert meter.means() == {"loss": 4.0, "accuracy": [1.0], "gradient_norm_trunk": 0.5}
+    meter.add(parts)
+    assert meter.steps == 2
+
+
 def test_the_meter_is_a_plain_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     meter, losses, ce, right = Meter(), [], [], []
