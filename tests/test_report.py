@@ -14,7 +14,7 @@ import pytest
 
 from erde.evidence import ArmInput, Evidence, collect
 from erde.report import render, write_report
-from erde.results import Quantised, Results, RuntimeAgreement, SplitInfo
+from erde.results import Epoch, Health, Quantised, Results, RuntimeAgreement, SplitInfo
 from erde.splits import TestLogits
 from erde.thresholds import Cost, ScoredSplit, sweep
 from tests.hand_made import hand_made_policy
@@ -104,6 +104,30 @@ def test_every_arm_point_and_exit_is_in_a_table(results: Results, page: Page) ->
     assert page.tags.count("table") == page.tags.count("caption")
     assert "off, off" in page.text
     assert {value for _, name, value in page.attributes if name == "scope"} == {"col", "row", "rowgroup"}
+
+
+def test_health_of_heads_has_a_table_and_trouble_a_line_of_its_own() -> None:
+    def with_health(dead: int) -> Results:
+        health = Health(
+            dead_units=[dead, 0], units=[16, 32], first_exit_accuracy=0.66, probe_accuracy=0.641, images=960
+        )
+        last = Epoch(
+            epoch=30,
+            phase="joint",
+            learning_rate=0.0,
+            parts={"loss": 1.0, "gradient_norm_heads": [0.25, 0.5], "gradient_norm_trunk": 1.75},
+            health=health,
+        )
+        arms = make_results().arms
+        return make_results(arms=arms | {"kd": arms["kd"].model_copy(update={"history": [last]})})
+
+    text = Page(render(with_health(1))).text
+    row = " ".join(text.split()).split("Health of the heads", 1)[1]
+    assert "kd training 1 of 16 / 0 of 32 66.0 64.1 0.25 / 0.5 1.8" in row
+    assert "the heads learn less than they could" not in text
+    text = Page(render(with_health(13))).text
+    assert "kd: dead units 13 of 16 / 0 of 32" in text
+    assert "the heads learn less than they could" in text
 
 
 def test_numbers_have_sane_digits(page: Page) -> None:

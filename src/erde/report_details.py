@@ -292,7 +292,8 @@ def history(results: Results) -> Html:
         losses = [loss for epoch in arm.history if isinstance(loss := epoch.parts.get("loss"), float)]
         if losses:
             rows.append(([name, str(len(losses)), f"{losses[0]:.4g}", f"{losses[-1]:.4g}"], False))
-        heads += [([name, *_health(epoch, epoch.health)], False) for epoch in arm.history if epoch.health]
+        if arm.precision == "fp32":  # in int8 the training is that of the float arm
+            heads += [([name, *_health(epoch, epoch.health)], False) for epoch in arm.history if epoch.health]
     columns = ("arm", "epochs", "loss, first epoch", "loss, last epoch")
     parts = [table("Mean training loss of an epoch.", columns, [(None, rows)], narrow=True)]
     if heads:
