@@ -155,7 +155,7 @@ VARIANTS: dict[str, tuple[float, dict[str, Any], list[Change]]] = {
     "dropout 0.1": (0.1, {}, [trained_norm]),
     "linear starts at 0": (0.5, {}, [trained_norm, zero_start]),
     "warm-up of 5 epochs": (0.5, {"warmup_epochs": 5}, [trained_norm]),
-    "scaled norm, dropout 0.5": (0.5, {}, []),
+    "now with dropout 0.5": (0.5, {}, []),
     "now": (0.1, {}, []),
     "scaled as 64 inputs": (0.1, {}, [partial(fixed_at, inputs=64)]),
     "scaled as 1024 inputs": (0.1, {}, [partial(fixed_at, inputs=1024)]),
