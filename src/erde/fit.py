@@ -18,7 +18,7 @@ from erde.config import (
     resolve_loss,
     validate,
 )
-from erde.cost import network_cost
+from erde.cost import example_input, mode, network_cost
 from erde.data import DataSplits
 from erde.errors import UserError
 from erde.exits import EarlyExitNetwork
@@ -136,26 +136,23 @@ def _check(network: Any, teacher: Any, data: Any) -> None:
     """:class:`UserError` where networks and data are not what they should be, or do not fit each other."""
     if not isinstance(data, DataSplits):
         raise UserError(f"data is {_kind(data)}: expected what erde.load_data gives")
-    for name, one in (("network", network), ("teacher", teacher)):
-        if name == "teacher" and one is None:
+    for name, given in (("network", network), ("teacher", teacher)):
+        if name == "teacher" and given is None:
             continue
-        if not isinstance(one, EarlyExitNetwork):
+        if not isinstance(given, EarlyExitNetwork):
             raise UserError(
-                f"the {name} is {_kind(one)}: expected one with exits; erde.attach_exits(model, 3, input_size=...) gives it "
+                f"the {name} is {_kind(given)}: expected one with exits; erde.attach_exits(model, 3, input_size=...) gives it "
                 "some, and with exits=1 none but its own"
             )
         channels, height, width = data.input_size
-        mode, x = one.training, torch.zeros(2, channels, height, width, device=next(one.parameters()).device)
         try:
-            with torch.no_grad():
-                shape = tuple(one.eval()(x).shape)
+            with mode(given, False), torch.no_grad():
+                shape = tuple(given(example_input(given, data.input_size)).shape)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"the {name} does not take the data's images, {channels}x{height}x{width}: {reason}"
             ) from error
-        finally:
-            one.train(mode)
         if shape[2] != len(data.classes):
             raise UserError(
                 f"the {name} tells {shape[2]} classes, the data has {len(data.classes)}: give its model as many outputs"

@@ -234,7 +234,6 @@ class Learner:
 
     def _start_refit(self) -> None:
         """New intermediate heads, the same for every arm, and an optimiser that knows nothing of the old ones."""
-        self._use_average()
         devices = [self.job.device] if self.job.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.job.seed)
@@ -243,7 +242,7 @@ class Learner:
         self.optimizer = _build_optimizer(self.job)
 
     def _use_average(self) -> None:
-        """The averaged weights, where they are asked for, become the network's."""
+        """The averaged weights, where they are asked for, become the network's: the joint phase is done."""
         if self.average is not None:
             self.network.load_state_dict(self.average)
             self.average = None
@@ -294,13 +293,12 @@ class Learner:
 
     def _split(self, batch: Batch, answer: Answer | None) -> list[tuple[Any, ...]]:
         """The arguments of the step: of the whole batch, or of its parts with ``accumulate``."""
-        listens = self.phase.name != "backbone"
         found = []
         size = len(batch.labels) // self.job.config.accumulate
         for first in range(0, len(batch.labels), size):
             rows = slice(first, first + size)
             extras: dict[str, Any] = {}
-            if listens:
+            if self.phase.name != "backbone":
                 if "indices" in self.job.extras:
                     extras["indices"] = batch.indices[rows].to(self.job.device, non_blocking=True)
                 if "held_out_logits" in self.job.extras:
@@ -310,7 +308,7 @@ class Learner:
                 if "teacher_features" in self.job.extras:
                     assert answer is not None
                     extras["teacher_features"] = [one[rows] for one in answer.features]
-            teacher_logits = answer.logits[:, rows] if answer is not None and listens else None
+            teacher_logits = None if answer is None else answer.logits[:, rows]
             images = batch.images[rows]
             if not self.job.config.channels_last:
                 images = images.contiguous()
@@ -342,14 +340,16 @@ class Learner:
     def end_epoch(self, batches: TrainBatches) -> None:
         """Write down the epoch's means, at the end of a phase also the heads' health, and go on to the next one."""
         epoch, phase = self.position[0], self.phase
-        ends = epoch + 1 == phase.end and phase.name != "backbone" and len(self.network.stages) > 1
+        ends = epoch + 1 == phase.end and phase.name != "backbone"
+        if ends:
+            self._use_average()
         self.position = (epoch, self._steps - 1)  # the learning rate of the last step
         entry = Epoch(
             epoch=epoch + 1,
-            phase=self.phase.name,
+            phase=phase.name,
             learning_rate=self.learning_rate(),
             parts=self.means(),
-            health=self._health(batches) if ends else None,
+            health=self._health(batches) if ends and len(self.network.stages) > 1 else None,
         )
         self.outcome.history.append(entry)
         if entry.health is not None:
@@ -364,16 +364,7 @@ class Learner:
         images = np.random.default_rng(self.job.seed).permutation(len(self.job.train))[:IMAGES]
         size = min(batches.batch_size, len(images))
         chunks = images[: len(images) // size * size].reshape(-1, size)
-        average, own = self.average, None
-        if average is not None:
-            # What will be the network is looked at, not what is on the way there.
-            own = {name: value.clone() for name, value in self.network.state_dict().items()}
-            self.network.load_state_dict(average)
-        try:
-            return measure_health(self.network, batches.plain(chunks))
-        finally:
-            if own is not None:
-                self.network.load_state_dict(own)
+        return measure_health(self.network, batches.plain(chunks))
 
     def means(self) -> dict[str, float | list[float]]:
         """The means of the epoch so far; :class:`UserError` where the loss is not finite."""
@@ -407,9 +398,8 @@ class Learner:
         self.log.write("checkpoint", arm=self.job.name, epoch=self.position[0], step=self.position[1])
 
     def finish(self) -> None:
-        """The end of training: the averaged weights become the network's, and the final file is written."""
+        """The end of training: the final file is written."""
         self.scalars.close()
-        self._use_average()
         if self.folder is not None and parallel.is_first():
             tensors = {
                 **checkpoint.with_prefix("network", self.network.state_dict()),
@@ -452,14 +442,9 @@ class Learner:
         if finished:
             return True
         checkpoint.restore_optimizer(self.optimizer, checkpoint.under_prefix("optimizer", tensors))
-        if self.average is not None:
-            # The refit has none any more.
-            average = checkpoint.under_prefix("average", tensors)
-            self.average = (
-                {name: average[name].to(one.device) for name, one in self.average.items()}
-                if average
-                else None
-            )
+        # None without ema, and once the joint phase is done.
+        average = checkpoint.under_prefix("average", tensors)
+        self.average = {name: value.to(self.job.device) for name, value in average.items()} or None
         sums = tensors["meter"].to(self.job.device) if state["meter"]["steps"] else None
         self.meter = Meter(sums, state["meter"]["steps"], state["meter"]["layout"])
         self.log.write("resumed", arm=self.job.name, epoch=self.position[0], step=self.position[1])

@@ -177,7 +177,7 @@ class _Trainer:
             asked = any(learner.asks_teacher for learner in active)
             answer = teacher(batch) if asked and teacher is not None else None
             for learner in active:
-                learner.step(batch, answer if learner.job.teacher is not None else None)
+                learner.step(batch, answer if learner.asks_teacher else None)
             clock.steps += 1
             if task.due():
                 done = epoch * self.batches.steps + step + 1
