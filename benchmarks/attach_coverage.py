@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from erde.backbones.timm import PREFIX, import_timm, timm_model
-from erde.errors import UserError
-from erde.exits import attach_exits
-from erde.export import export_stages
+from erde.common.errors import UserError
+from erde.exporting.onnx_files import export_stages
+from erde.networks.attach import attach_exits
+from erde.networks.backbones.timm import PREFIX, import_timm, timm_model
 
 RESULTS = Path(__file__).parent / "results"
 SEED, COUNT = 20, 200

@@ -23,21 +23,28 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from erde import checkpoint, environment, evaluation, training
-from erde.calibration import calibrate_logits
-from erde.config import Config, load_config, resolve_loss
-from erde.cost import mode, network_cost
-from erde.exits import EarlyExitNetwork
-from erde.files import replacing_file, write_json
-from erde.fit import build_criterion
-from erde.heads import ERDEHead, reset_head
-from erde.health import measure_health
-from erde.learner import Job, Learner
-from erde.network import EarlyExitNetwork as Network
-from erde.pipeline import TEACHER, Run
-from erde.settings import Settings
-from erde.splits import CertifyLogits, Split, TestLogits, TuneLogits
-from erde.thresholds import Cost
+from erde.calibration.logits import calibrate_logits
+from erde.calibration.settings import Settings
+from erde.common.files import replacing_file, write_json
+from erde.common.splits import CertifyLogits, Split, TestLogits, TuneLogits
+from erde.evaluation import measures
+from erde.networks import checkpoint
+from erde.networks.cost import network_cost
+from erde.networks.heads import ERDEHead, reset_head
+from erde.networks.network import EarlyExitNetwork
+from erde.networks.network import EarlyExitNetwork as Network
+from erde.networks.shapes import mode
+from erde.policy.cost import Cost
+from erde.recipe.load import load_config
+from erde.recipe.losses import resolve_loss
+from erde.recipe.schema import Config
+from erde.runs.pipeline import TEACHER, Run
+from erde.training import loop
+from erde.training.api import build_criterion
+from erde.training.health import measure_health
+from erde.training.job import Job
+from erde.training.learner import Learner
+from erde.training.loop import describe_machine
 
 RISKS = (0.01, 0.005, 0.02)
 BATCH = 500
@@ -200,9 +207,9 @@ def train_seed(
                 folders.append(place)
     if not jobs:
         return
-    training.Learner = VariantLearner  # type: ignore[misc]
-    training.train_together(jobs, folders)
-    training.Learner = Learner  # type: ignore[misc]
+    loop.Learner = VariantLearner  # type: ignore[misc]
+    loop.train_together(jobs, folders)
+    loop.Learner = Learner  # type: ignore[misc]
     for job, place in zip(jobs, folders, strict=True):
         write_logits(run, job.network, place / "refit.npz")
         checkpoint.load_weights(job.network, place / "joint.safetensors")
@@ -223,7 +230,7 @@ def refit_by_cross_entropy(run: Run, job: Job) -> None:
     alone = dataclasses.replace(
         job, criterion=criterion, teacher=None, extras=(), config=job.config.model_copy(update=changes)
     )
-    training.train_network(alone)
+    loop.train_network(alone)
 
 
 def make_job(run: Run, arm: str, variant: str, teacher: EarlyExitNetwork) -> Job:
@@ -279,7 +286,7 @@ def measure(path: Path, cost: Cost) -> dict[str, Any]:
         )
     policy = calibrate_logits(tune, certify, cost, Settings(max_risks=RISKS))
     row["score"] = [policy.rule.score, policy.rule.sharpness, policy.rule.ensemble]
-    for point in evaluation.measure_points(test, policy, cost, None):
+    for point in measures.measure_points(test, policy, cost, None):
         measured = point.test
         if measured is not None and point.name.startswith("risk"):
             row[point.name] = {
@@ -347,7 +354,7 @@ def main() -> None:
         recipe = config.model_dump(mode="json")
         if config.teacher.weights is not None:
             recipe["teacher"]["weights"] = Path(config.teacher.weights).name
-        machine = environment.describe(run.device, run.threads)
+        machine = describe_machine(run.device, run.threads)
         write_json(arguments.out, {"recipe": recipe, "environment": machine, "rows": rows})
 
 

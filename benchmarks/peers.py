@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 from peers_earlyon import Arm, timed
 
 import erde
-from erde import environment, policy
-from erde.errors import UserError
-from erde.runtime import Prediction, Session
+from erde.common import environment
+from erde.common.errors import UserError
+from erde.policy import rule as policy
+from erde.runtime.prediction import Prediction
+from erde.runtime.session import Session
 
 EARLYON = "0.3"
 ERDE = "erde"
@@ -92,8 +94,8 @@ def check_peer(python: Path, ours: Mapping[str, str]) -> dict[str, str]:
 
 def prepare(given: argparse.Namespace, folder: Path) -> Subject:
     """Export the arm's network into a bundle at ``folder``, and calibrate it for earlyon's rule."""
-    from erde.config import load_config
-    from erde.pipeline import Run
+    from erde.recipe.load import load_config
+    from erde.runs.pipeline import Run
 
     run_path, data = given.run, given.data
     recipe = run_path / "config.yaml"
@@ -314,7 +316,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    machine = environment.describe(torch.device("cpu"), 1)
+    machine = environment.describe("cpu", 1)
     theirs = check_peer(given.peer_python, machine["versions"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -80,8 +80,8 @@ def build_network(setting: dict[str, Any], folder: Path) -> Any:
     package = types.ModuleType("erde")
     package.__path__ = [setting["source"]]
     sys.modules["erde"] = package
-    from erde.backbones import build_backbone
-    from erde.exits import attach_exits
+    from erde.networks.attach import attach_exits
+    from erde.networks.backbones import build_backbone
 
     size = tuple(setting["input_size"])
     backbone = build_backbone(setting["backbone"], classes=setting["classes"], channels=size[0])

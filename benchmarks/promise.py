@@ -4,7 +4,7 @@
 
 LOGITS.npz holds `logits` (E, N, K) and `labels` (N,) of images that the network was not trained on, and
 `exit_macs`; all of it together is the population, so the true risk of any thresholds is known. Tune and certify
-splits are drawn from it with replacement. README.md beside this file has the method; `tests/test_promise.py`
+splits are drawn from it with replacement. README.md beside this file has the method; `tests/calibration/test_promise.py`
 runs the same functions.
 """
 
@@ -24,15 +24,17 @@ from numpy.typing import NDArray
 from scipy.stats import binom, binomtest
 
 from erde import policy
-from erde.bundle import Guarantee
-from erde.calibration import calibrate_logits, choose_score
-from erde.certificates import PathCounts, walk
-from erde.files import write_json
-from erde.logits_file import LogitsFile
-from erde.policy import ExitRule
-from erde.settings import Settings
-from erde.splits import CertifyLogits, Logits, TestLogits, TuneLogits
-from erde.thresholds import Cost, ScoredSplit, ThresholdPath, search_path
+from erde.calibration.certificates import PathCounts, walk
+from erde.calibration.choice import choose_score
+from erde.calibration.logits import calibrate_logits
+from erde.calibration.settings import Settings
+from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path
+from erde.common.files import write_json
+from erde.common.splits import CertifyLogits, Logits, TestLogits, TuneLogits
+from erde.evaluation.logits_file import LogitsFile
+from erde.policy.cost import Cost
+from erde.policy.points import Guarantee
+from erde.policy.rule import ExitRule
 
 SIZES = (500, 1000, 2500, 5000)
 RISKS = (0.01, 0.02, 0.05)

@@ -26,12 +26,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from erde import environment
-from erde.config import load_config
-from erde.learner import Job
-from erde.pipeline import TEACHER, Run
-from erde.progress import RunLog
-from erde.training import _Trainer
+from erde.common.progress import RunLog
+from erde.recipe.load import load_config
+from erde.runs.pipeline import TEACHER, Run
+from erde.training.job import Job
+from erde.training.loop import _Trainer, describe_machine
 
 Work = Callable[[], None]
 ARMS = ("erde", "kd", "ce")
@@ -155,7 +154,7 @@ def main() -> None:
         "steps": given.steps,
         "workers_of_the_usual_way": given.workers,
         "variants": {},
-        "environment": environment.describe(run.device, run.threads),
+        "environment": describe_machine(run.device, run.threads),
     }
     for name, values in seconds.items():
         speeds = [given.steps * batch * networks(name) / one for one in values]

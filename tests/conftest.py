@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import erde
-from erde.data import DataSplits
-from erde.errors import UserError
-from erde.exits import EarlyExitNetwork
-from erde.splits import Split
+from erde.data.load import DataSplits
+from erde.networks.network import EarlyExitNetwork
 
 torch.set_num_threads(1)
 
@@ -26,19 +21,6 @@ def one_thread() -> Iterator[None]:
     """Results depend on the number of threads, and a run sets it for the whole process: put it back."""
     yield
     torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def user_error(match: str) -> Iterator[None]:
-    """Expect a :class:`UserError` of one line that matches ``match``."""
-    with pytest.raises(UserError, match=match) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-
-
-def entries(folder: Path) -> list[str]:
-    """Names of all that stands in ``folder``, hidden files too."""
-    return sorted(one.name for one in folder.iterdir())
 
 
 @pytest.fixture(scope="session")
@@ -75,15 +57,3 @@ def tiny_bundle(
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A bundle for a test to damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-
-
-def save_by_class(split: Split, folder: Path, names: Sequence[str] | None = None) -> Path:
-    """The images of ``split`` as PNG files, a sub-folder per class."""
-    names = names or [str(label) for label in range(int(split.labels.max()) + 1)]
-    for label, name in enumerate(names):
-        (folder / name).mkdir(parents=True)
-        for row in np.flatnonzero(split.labels == label):
-            pixels = split.images[np.array([row])][0]
-            picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-            picture.save(folder / name / f"{row:05}.png")
-    return folder

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import erde
-from erde import environment, policy
-from erde.exits import EarlyExitNetwork
+from erde.common import environment
+from erde.networks.network import EarlyExitNetwork
+from erde.policy import rule as policy
 
 
 def fake_python(folder: Path, **versions: str) -> Path:

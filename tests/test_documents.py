@@ -16,8 +16,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from erde.config import Config, load_config, shipped_recipes
-from erde.losses import LOSSES
+from erde.recipe.load import load_config, shipped_recipes
+from erde.recipe.losses import LOSSES
+from erde.recipe.schema import Config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -157,7 +158,7 @@ def test_formats_names_every_key_of_the_recipe() -> None:
     recipe = section((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), "## Recipe")
     rows = set(re.findall(r"^\| `(\w+)` \|", recipe, re.M))
     keys = set(keys_of(Config))
-    keys |= {found for spec in LOSSES.values() for found in keys_of(spec.config)}
+    keys |= {found for config in LOSSES.values() for found in keys_of(config)}
     assert {"milestones", "cutout", "max_risks", "kl_on_wrong", "disjoint"} <= {key for _, key in keys}
     unnamed = {(model, key) for model, key in keys if key not in rows}
     assert not unnamed
@@ -232,9 +233,7 @@ def test_every_dotted_name_in_method_is_linked_or_a_key() -> None:
 
 
 def _is_defined(module: str, name: str) -> bool:
-    # ``erde.export`` is a function for users and a module by its file.
-    importlib.import_module(module)
-    value: Any = sys.modules[module]
+    value: Any = importlib.import_module(module)
     for part in name.split("."):
         if not hasattr(value, part):
             return False

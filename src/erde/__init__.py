@@ -10,19 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from erde.backbones import build_backbone as build_backbone
-    from erde.calibration import calibrate as calibrate
-    from erde.config import load_config as load_config
-    from erde.data import load_data as load_data
-    from erde.exits import EarlyExitNetwork as EarlyExitNetwork
-    from erde.exits import attach_exits as attach_exits
-    from erde.export import ImageFormat as ImageFormat
-    from erde.export import export as export
-    from erde.fit import distill as distill
-    from erde.fit import train as train
-    from erde.pipeline import run as run
-    from erde.recalibration import ask_for_labels as ask_for_labels
-    from erde.recalibration import recalibrate_with_labels as recalibrate_with_labels
+    from erde.calibration.bundles import calibrate as calibrate
+    from erde.calibration.recalibration import ask_for_labels as ask_for_labels
+    from erde.calibration.recalibration import recalibrate_with_labels as recalibrate_with_labels
+    from erde.common.errors import UserError as UserError
+    from erde.data.load import load_data as load_data
+    from erde.exporting.onnx_files import ImageFormat as ImageFormat
+    from erde.exporting.onnx_files import export as export
+    from erde.networks.attach import attach_exits as attach_exits
+    from erde.networks.backbones import build_backbone as build_backbone
+    from erde.networks.foreign_weights import adapt_teacher as adapt_teacher
+    from erde.networks.foreign_weights import load_teacher_weights as load_teacher_weights
+    from erde.networks.network import EarlyExitNetwork as EarlyExitNetwork
+    from erde.recipe.load import load_config as load_config
+    from erde.runs.pipeline import run as run
+    from erde.training.api import distill as distill
+    from erde.training.api import train as train
 
     __version__: str
 
@@ -31,27 +34,30 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
-    "ask_for_labels": "erde.recalibration",
-    "attach_exits": "erde.exits",
-    "build_backbone": "erde.backbones",
-    "calibrate": "erde.calibration",
-    "distill": "erde.fit",
-    "EarlyExitNetwork": "erde.exits",
-    "export": "erde.export",
-    "ImageFormat": "erde.export",
-    "load_config": "erde.config",
-    "load_data": "erde.data",
-    "recalibrate_with_labels": "erde.recalibration",
-    "run": "erde.pipeline",
-    "train": "erde.fit",
+    "adapt_teacher": "erde.networks.foreign_weights",
+    "ask_for_labels": "erde.calibration.recalibration",
+    "attach_exits": "erde.networks.attach",
+    "build_backbone": "erde.networks.backbones",
+    "calibrate": "erde.calibration.bundles",
+    "distill": "erde.training.api",
+    "EarlyExitNetwork": "erde.networks.network",
+    "export": "erde.exporting.onnx_files",
+    "ImageFormat": "erde.exporting.onnx_files",
+    "load_config": "erde.recipe.load",
+    "load_data": "erde.data.load",
+    "load_teacher_weights": "erde.networks.foreign_weights",
+    "recalibrate_with_labels": "erde.calibration.recalibration",
+    "run": "erde.runs.pipeline",
+    "train": "erde.training.api",
+    "UserError": "erde.common.errors",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from erde.common.environment import erde_version
 
-        return version("erde")
+        return erde_version()
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'erde' has no attribute '{name}'")

@@ -6,7 +6,7 @@ import os
 def main() -> None:
     """Run the command line."""
     try:
-        from erde.cli import main as command_line
+        from erde.cli.main import main as command_line
     except KeyboardInterrupt:
         os.write(2, b"stopped\n")
         # Not sys.exit: what is half imported may say more than this.

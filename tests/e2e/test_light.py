@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import save_by_class
+from tests.helpers.checks import save_by_class
 
 ROOT = Path(__file__).parents[2]
 HEAVY = (
@@ -36,7 +36,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         "import sys, atexit\n"
         f"atexit.register(lambda: print('LOADED', [one for one in {HEAVY!r} if one in sys.modules]))\n"
         f"sys.argv = ['erde', *{arguments!r}]\n"
-        "from erde.cli import main\n"
+        "from erde.cli.main import main\n"
         "main()\n"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -66,8 +66,8 @@ def test_a_bundle_is_calibrated_anew_without_torch(tiny_run: tuple[Path, str], t
     pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
     subprocess.run([*pip, *constraints, f"{ROOT}[analysis]"], check=True, timeout=600)
-    from erde.config import load_config
-    from erde.data import load_splits
+    from erde.data.load import load_splits
+    from erde.recipe.load import load_config
 
     folder = tiny_run[0]
     save_by_class(load_splits(load_config(folder / "config.yaml").data, 0).test, tmp_path / "photos")
@@ -128,9 +128,9 @@ for name in ("torch", "scipy", "datasets", "sklearn", "onnx", "plotly"):
         missing.append(name)
 print(json.dumps({"exits": answer.exits.tolist(), "labels": answer.labels.tolist(), "missing": missing}))
 """
-    from erde.config import load_config
-    from erde.data import load_splits
-    from erde.runtime import Session
+    from erde.data.load import load_splits
+    from erde.recipe.load import load_config
+    from erde.runtime.session import Session
 
     folder = tiny_run[0]
     test = load_splits(load_config(folder / "config.yaml").data, 0).test

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from erde import policy
-from erde.bundle import read
-from erde.config import load_config
-from erde.data import load_splits
-from erde.results import Results
-from erde.runtime import Session
+from erde.bundle.sealing import read
+from erde.data.load import load_splits
+from erde.evaluation.results import Results
+from erde.recipe.load import load_config
+from erde.runtime.session import Session
 
 from .compare import assert_same_run
 from .conftest import TINY, erde

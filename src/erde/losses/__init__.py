@@ -1,44 +1,46 @@
-"""Losses by name. A new method is one new file here and one line in ``LOSSES``."""
+"""Losses by name. A new method is one new file here, its line in ``CRITERIA``, and its keys in ``erde.recipe.losses``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
-from erde.config import LossConfig
-from erde.losses.base import ExitSettings, Extra, LossSpec
-from erde.losses.byot import BYOT, byot_loss
-from erde.losses.crd import CRD
-from erde.losses.cross_entropy import CROSS_ENTROPY, cross_entropy_loss
-from erde.losses.dkd import DKD, dkd_loss
-from erde.losses.dynamickd import DYNAMICKD
-from erde.losses.erde import ERDE, erde_loss
-from erde.losses.exit_ensemble import EXIT_ENSEMBLE, exit_ensemble_loss
-from erde.losses.kd import KD, kd_loss
-from erde.losses.phuong import PHUONG, phuong_loss
+from erde.losses.base import ExitSettings
+from erde.losses.byot import BYOTLoss, byot_loss
+from erde.losses.crd import CRDLoss
+from erde.losses.cross_entropy import CrossEntropyLoss, cross_entropy_loss
+from erde.losses.dkd import DKDLoss, dkd_loss
+from erde.losses.dynamickd import DynamicKDLoss
+from erde.losses.erde import ERDELoss, erde_loss
+from erde.losses.exit_ensemble import ExitEnsembleLoss, exit_ensemble_loss
+from erde.losses.kd import KDLoss, kd_loss
+from erde.losses.phuong import PhuongLoss, phuong_loss
+from erde.recipe.losses import LossConfig
 
-LOSSES: dict[str, LossSpec] = {
-    "ce": CROSS_ENTROPY,
-    "kd": KD,
-    "erde": ERDE,
-    "dynamickd": DYNAMICKD,
-    "dkd": DKD,
-    "crd": CRD,
-    "phuong": PHUONG,
-    "byot": BYOT,
-    "exit_ensemble": EXIT_ENSEMBLE,
+# The criterion of each loss of ``erde.recipe.losses.LOSSES``, from its keys and the settings that all arms share.
+CRITERIA: dict[str, Callable[[Any, ExitSettings], nn.Module]] = {
+    "ce": CrossEntropyLoss,
+    "kd": KDLoss,
+    "erde": ERDELoss,
+    "dynamickd": DynamicKDLoss,
+    "dkd": DKDLoss,
+    "crd": CRDLoss,
+    "phuong": PhuongLoss,
+    "byot": BYOTLoss,
+    "exit_ensemble": ExitEnsembleLoss,
 }
 
 
 def build_loss(config: LossConfig, settings: ExitSettings) -> nn.Module:
     """The criterion of an arm: ``criterion(student_logits, teacher_logits, labels, **extras) -> dict``."""
-    return LOSSES[config.name].build(config, settings)
+    return CRITERIA[config.name](config, settings)
 
 
 __all__ = [
-    "LOSSES",
+    "CRITERIA",
     "ExitSettings",
-    "Extra",
-    "LossSpec",
     "build_loss",
     "byot_loss",
     "cross_entropy_loss",

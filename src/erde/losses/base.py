@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erde.config import DistillationConfig, LossConfig
-from erde.errors import UserError
+from erde.common.errors import UserError
+from erde.recipe.schema import DistillationConfig
 
 PerExit = float | Sequence[float] | Tensor
 
@@ -57,27 +57,6 @@ class ExitSettings:
             pairs=() if teacher_macs is None else pair_exits(student_macs, teacher_macs, config.pairing),
             **others,
         )
-
-
-# What a criterion may ask for beyond logits and labels; the loop gives it by these names.
-Extra = Literal["student_features", "teacher_features", "indices", "held_out_logits"]
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """A line of the table: the loss's knobs, its criterion, whether it needs a teacher, and what else it needs.
-
-    The loop calls ``criterion(student_logits, teacher_logits, labels, **extras)`` with the extras that
-    ``extras(config)`` names: ``student_features`` and ``teacher_features``, what each stage gave, lists of
-    (B, ...); ``indices``, positions in the train split (B,); ``held_out_logits`` (Et, B, K), of a teacher
-    that was not trained on the image.
-    """
-
-    config: type[LossConfig]
-    build: Callable[[Any, ExitSettings], nn.Module]
-    needs_teacher: bool
-    summary: str
-    extras: Callable[[Any], Collection[Extra]] = lambda config: ()
 
 
 class Criterion(nn.Module):

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from erde.config import LossConfig, NotNegative, Positive, Share
 from erde.losses.base import (
     Criterion,
     ExitSettings,
-    Extra,
-    LossSpec,
     PerExit,
     at_least_float32,
     check_shapes,
@@ -24,6 +19,7 @@ from erde.losses.base import (
     sum_exits,
 )
 from erde.losses.features import Adapters, check_feature_shape
+from erde.recipe.losses import BYOTConfig
 
 
 def byot_loss(
@@ -79,15 +75,6 @@ def byot_loss(
     return {"loss": sum_exits(per_exit_loss, exit_weights), **parts}
 
 
-class BYOTConfig(LossConfig):
-    """All its knobs are its own: alpha, temperature and pairing of ``distillation`` play no part."""
-
-    name: Literal["byot"] = "byot"
-    soft_share: Share = Field(0.3, description="of the soft cross-entropy against the hard one")
-    temperature: Positive = 3.0
-    feature_weight: NotNegative = Field(0.0, description="of the distance to the deepest stage's features")
-
-
 class BYOTLoss(Criterion):
     """:func:`byot_loss` with its settings, and adapters for the features where they have a weight."""
 
@@ -116,16 +103,3 @@ class BYOTLoss(Criterion):
             feature_weight=self.config.feature_weight,
             **self.own,
         )
-
-
-def _features_with_weight(config: BYOTConfig) -> tuple[Extra, ...]:
-    return ("student_features",) if config.feature_weight else ()
-
-
-BYOT = LossSpec(
-    BYOTConfig,
-    BYOTLoss,
-    needs_teacher=False,
-    summary="the network's deepest exit teaches the shallow ones, at a fixed temperature",
-    extras=_features_with_weight,
-)

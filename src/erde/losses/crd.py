@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from erde.config import Count, LossConfig, NotNegative, Positive, SmallShare
-from erde.losses.base import Criterion, ExitSettings, Extra, LossSpec, count_train_images, gather_ranks
+from erde.losses.base import Criterion, ExitSettings, count_train_images, gather_ranks
 from erde.losses.cross_entropy import cross_entropy_loss
 from erde.losses.features import check_number, feature_channels, pool_features
 from erde.losses.kd import kd_loss
+from erde.recipe.losses import CRDConfig
 
 
 def contrastive_loss(positive: Tensor, negative: Tensor, valid: Tensor, images: int) -> Tensor:
@@ -160,19 +158,6 @@ class ContrastivePair(nn.Module):
             memory.index_copy_(0, everyone, F.normalize(mixed, dim=1))
 
 
-class CRDConfig(LossConfig):
-    """CRD's own knobs; exit weights and pairing are shared, alpha and temperature too ``with_kd``."""
-
-    name: Literal["crd"] = "crd"
-    weight: NotNegative = Field(0.8, description="of the contrastive term, beside the cross-entropy")
-    with_kd: bool = Field(False, description="beside kd's loss in place of the cross-entropy")
-    exits: Literal["final", "all"] = Field("final", description="the exits whose features are compared")
-    dimensions: Count = Field(128, description="of the space that both sides are projected to")
-    negatives: Count = Field(16384, description="for each image; at most all images of other classes")
-    momentum: SmallShare = Field(0.5, description="share of the old entry when a memory is updated")
-    temperature: Positive = Field(0.07, description="of the agreement; not the one of distillation")
-
-
 class CRDLoss(Criterion):
     """``L = sum_i w_i [ mean_b CE(s_ib, y_b) + v mean_b CRD_ib ]``, the second term at the exits that are compared.
 
@@ -235,16 +220,3 @@ class CRDLoss(Criterion):
         weights = self.exit_weights[self.exits.start :]
         loss = parts["loss"] + self.config.weight * (weights * crd).sum()
         return {**parts, "loss": loss, "crd": crd.detach() if self.config.exits == "all" else crd[0].detach()}
-
-
-def _extras(config: CRDConfig) -> tuple[Extra, ...]:
-    return ("student_features", "teacher_features", "indices")
-
-
-CRD = LossSpec(
-    CRDConfig,
-    CRDLoss,
-    needs_teacher=True,
-    summary="cross-entropy and a contrast of student and teacher features against a memory of all images",
-    extras=_extras,
-)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from erde.config import LossConfig
 from erde.losses.base import (
     Criterion,
     ExitSettings,
-    LossSpec,
     PerExit,
     at_least_float32,
     check_shapes,
     exit_cross_entropy,
     sum_exits,
 )
+from erde.recipe.losses import CrossEntropyConfig
 
 
 def cross_entropy_loss(
@@ -47,12 +44,6 @@ def cross_entropy_loss(
     return {"loss": sum_exits(ce, exit_weights), "ce": ce.detach()}
 
 
-class CrossEntropyConfig(LossConfig):
-    """No knobs but the shared exit weights."""
-
-    name: Literal["ce"] = "ce"
-
-
 class CrossEntropyLoss(Criterion):
     """:func:`cross_entropy_loss` with its settings; a teacher is not looked at."""
 
@@ -64,8 +55,3 @@ class CrossEntropyLoss(Criterion):
     ) -> dict[str, Tensor]:
         """The loss and its parts; shapes as in the function."""
         return cross_entropy_loss(student_logits, labels, **self.own)
-
-
-CROSS_ENTROPY = LossSpec(
-    CrossEntropyConfig, CrossEntropyLoss, needs_teacher=False, summary="joint cross-entropy of all exits"
-)

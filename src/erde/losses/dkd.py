@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from erde.config import LossConfig, NotNegative
 from erde.losses.base import (
     Criterion,
     ExitSettings,
-    LossSpec,
     PerExit,
     at_least_float32,
     check_shapes,
@@ -27,6 +24,7 @@ from erde.losses.base import (
     weigh,
 )
 from erde.losses.kd import standardise_logits
+from erde.recipe.losses import DKDConfig
 
 
 def decoupled_kl(
@@ -120,16 +118,6 @@ def dkd_loss(
     }
 
 
-class DKDConfig(LossConfig):
-    """DKD's own knobs; alpha, temperature, exit weights and pairing are shared with KD."""
-
-    name: Literal["dkd"] = "dkd"
-    target_weight: NotNegative = Field(1.0, description="the paper's alpha")
-    non_target_weight: NotNegative = Field(8.0, description="the paper's beta")
-    standardise: bool = Field(False, description="z-score both sides' logits first (arXiv 2403.01427)")
-    warmup_epochs: NotNegative = Field(0.0, description="the distillation rises linearly from 0 over them")
-
-
 class DKDLoss(Criterion):
     """:func:`dkd_loss` with its settings, warmed up by the number of images seen."""
 
@@ -163,11 +151,3 @@ class DKDLoss(Criterion):
             **self.distilling,
         )
         return {**parts, **warmup}
-
-
-DKD = LossSpec(
-    DKDConfig,
-    DKDLoss,
-    needs_teacher=True,
-    summary="KD with the target class and the other classes weighted apart",
-)

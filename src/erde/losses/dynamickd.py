@@ -5,31 +5,12 @@ The paper's controller is known in outline only; docs/methods/dynamickd.md says 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from erde.config import Frozen, LossConfig, NotNegative
-from erde.losses.base import Criterion, ExitSettings, Extra, LossSpec, count_train_images
+from erde.losses.base import Criterion, ExitSettings, count_train_images
 from erde.losses.kd import kd_loss
-
-
-class ControllerConfig(Frozen):
-    """An entropy controller: what has a number of its own, and how fast it moves."""
-
-    per_exit: bool = Field(False, description="one number for each exit")
-    per_class: bool = Field(False, description="one number for each class's logit")
-    per_sample: bool = Field(False, description="one number for each train image")
-    gradient_factor: NotNegative = Field(
-        0.1, description="of the controller's gradient; 0 freezes it: plain KD"
-    )
-
-
-def controller_extras(config: ControllerConfig | None) -> tuple[Extra, ...]:
-    """What a criterion with this controller asks of the loop."""
-    return ("indices",) if config is not None and config.per_sample else ()
+from erde.recipe.losses import ControllerConfig, DynamicKDConfig
 
 
 class EntropyController(nn.Module):
@@ -81,12 +62,6 @@ class EntropyController(nn.Module):
         return {"controller": scale.mean(dim=(1, 2)) if self.config.per_exit else scale.mean()}
 
 
-class DynamicKDConfig(LossConfig, ControllerConfig):
-    """The controller's knobs; alpha, temperature, exit weights and pairing are shared with KD."""
-
-    name: Literal["dynamickd"] = "dynamickd"
-
-
 class DynamicKDLoss(Criterion):
     """:func:`~erde.losses.kd.kd_loss` whose KL sees ``exp(b) s`` for the student's logits s.
 
@@ -110,12 +85,3 @@ class DynamicKDLoss(Criterion):
         scale = self.controller(student_logits, indices)
         parts = kd_loss(student_logits, teacher_logits, labels, scale=scale, **self.distilling)
         return {**parts, **self.controller.parts(scale)}
-
-
-DYNAMICKD = LossSpec(
-    DynamicKDConfig,
-    DynamicKDLoss,
-    needs_teacher=True,
-    summary="KD with a learnt factor on the student's logits in the KL",
-    extras=controller_extras,
-)

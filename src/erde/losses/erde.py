@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from erde.config import LossConfig, NotNegative
 from erde.losses.base import (
     Criterion,
     ExitSettings,
-    Extra,
-    LossSpec,
     PerExit,
     at_least_float32,
     check_shapes,
@@ -36,12 +31,14 @@ from erde.losses.base import (
     weigh,
 )
 from erde.losses.dkd import decoupled_kl
-from erde.losses.dynamickd import ControllerConfig, EntropyController, controller_extras
-
-WrongTest = Literal["exit", "final", "uncertain", "held_out"]
-DistillationForm = Literal["kl", "dkd"]
-EntropyForm = Literal["negentropy", "uniform_kl", "teacher"]
-EntropyExits = Literal["intermediate", "all"]
+from erde.losses.dynamickd import EntropyController
+from erde.recipe.losses import (
+    DistillationForm,
+    EntropyExits,
+    EntropyForm,
+    ERDEConfig,
+    WrongTest,
+)
 
 
 def entropy_penalty(student_logits: Tensor, teacher_logits: Tensor, form: EntropyForm) -> Tensor:
@@ -187,23 +184,6 @@ def erde_loss(
     }
 
 
-class ERDEConfig(LossConfig):
-    """ERDE's own knobs; alpha, temperature, exit weights and pairing are shared with KD."""
-
-    name: Literal["erde"] = "erde"
-    beta: NotNegative | list[NotNegative] = 0.2
-    kl_on_wrong: bool = False
-    ce_on_wrong: bool = True
-    wrong_test: WrongTest = "exit"
-    uncertainty: Annotated[float, Field(ge=0, le=1)] = 0.5
-    entropy_form: EntropyForm = "negentropy"
-    entropy_exits: EntropyExits = "intermediate"
-    distillation_form: DistillationForm = "kl"
-    target_weight: NotNegative = 1.0
-    non_target_weight: NotNegative = 8.0
-    controller: ControllerConfig | None = None
-
-
 class ERDELoss(Criterion):
     """:func:`erde_loss` with its settings, and an entropy controller where one is asked for."""
 
@@ -243,17 +223,3 @@ class ERDELoss(Criterion):
         if self.controller is not None and scale is not None:
             parts |= self.controller.parts(scale)
         return parts
-
-
-def _extras(config: ERDEConfig) -> tuple[Extra, ...]:
-    held_out: tuple[Extra, ...] = ("held_out_logits",) if config.wrong_test == "held_out" else ()
-    return (*held_out, *controller_extras(config.controller))
-
-
-ERDE = LossSpec(
-    ERDEConfig,
-    ERDELoss,
-    needs_teacher=True,
-    summary="KD, with entropy at intermediate exits where the teacher is wrong",
-    extras=_extras,
-)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from erde.config import LossConfig, NotNegative
 from erde.losses.base import (
     Criterion,
     ExitSettings,
-    Extra,
-    LossSpec,
     PerExit,
     at_least_float32,
     check_shapes,
@@ -21,6 +16,7 @@ from erde.losses.base import (
     sum_exits,
 )
 from erde.losses.features import Adapters, check_feature_shape
+from erde.recipe.losses import ExitEnsembleConfig
 
 
 def exit_ensemble_loss(
@@ -77,14 +73,6 @@ def _distance_from_mean(values: Tensor) -> Tensor:
     return (values - values.mean(dim=0).detach()).square().mean(dim=(1, 2))
 
 
-class ExitEnsembleConfig(LossConfig):
-    """All its knobs are its own: alpha, temperature and pairing of ``distillation`` play no part."""
-
-    name: Literal["exit_ensemble"] = "exit_ensemble"
-    weight: NotNegative = Field(1.0, description="of the distance to the mean logits")
-    feature_weight: NotNegative = Field(0.0, description="of the distance to the mean features")
-
-
 class ExitEnsembleLoss(Criterion):
     """:func:`exit_ensemble_loss` with its settings, and adapters for the features where they have a weight."""
 
@@ -112,16 +100,3 @@ class ExitEnsembleLoss(Criterion):
             feature_weight=self.config.feature_weight,
             **self.own,
         )
-
-
-def _features_with_weight(config: ExitEnsembleConfig) -> tuple[Extra, ...]:
-    return ("student_features",) if config.feature_weight else ()
-
-
-EXIT_ENSEMBLE = LossSpec(
-    ExitEnsembleConfig,
-    ExitEnsembleLoss,
-    needs_teacher=False,
-    summary="the mean logits of all exits teach each of them",
-    extras=_features_with_weight,
-)

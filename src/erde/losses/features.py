@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from erde.errors import UserError
+from erde.common.errors import UserError
 from erde.losses.base import at_least_float32
 
 

@@ -6,16 +6,12 @@ With logit standardisation as a switch (Sun et al. 2024, arXiv 2403.01427).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
-from erde.config import LossConfig, Positive
 from erde.losses.base import (
     Criterion,
     ExitSettings,
-    LossSpec,
     PerExit,
     at_least_float32,
     check_shapes,
@@ -26,6 +22,7 @@ from erde.losses.base import (
     teacher_wrong,
     weigh,
 )
+from erde.recipe.losses import KDConfig
 
 
 def standardise_logits(logits: Tensor) -> Tensor:
@@ -96,16 +93,6 @@ def kd_loss(
     return {"loss": loss, "ce": ce.detach(), "kl": kl.detach(), "teacher_wrong": wrong}
 
 
-class KDConfig(LossConfig):
-    """Beside the shared alpha, temperature, exit weights and pairing: logit standardisation."""
-
-    name: Literal["kd"] = "kd"
-    standardise: bool = Field(
-        False, description="z-score both sides' logits before the KL (arXiv 2403.01427)"
-    )
-    weight: Positive = Field(1.0, description="a factor of the KL")
-
-
 class KDLoss(Criterion):
     """:func:`kd_loss` with its settings."""
 
@@ -123,8 +110,3 @@ class KDLoss(Criterion):
             weight=self.config.weight,
             **self.distilling,
         )
-
-
-KD = LossSpec(
-    KDConfig, KDLoss, needs_teacher=True, summary="cross-entropy and T² KL(teacher || student), exit by exit"
-)

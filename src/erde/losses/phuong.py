@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from erde.config import LossConfig, Positive, Share
 from erde.losses.base import (
     Criterion,
     ExitSettings,
-    LossSpec,
     PerExit,
     at_least_float32,
     check_shapes,
@@ -22,6 +17,7 @@ from erde.losses.base import (
     soft_cross_entropy,
     sum_exits,
 )
+from erde.recipe.losses import PhuongConfig
 
 
 def phuong_loss(
@@ -65,20 +61,6 @@ def phuong_loss(
     return {"loss": loss, "ce": ce.detach(), "soft": soft.detach()}
 
 
-class PhuongConfig(LossConfig):
-    """All its knobs are its own: alpha, temperature and pairing of ``distillation`` play no part."""
-
-    name: Literal["phuong"] = "phuong"
-    soft_share: Share = Field(
-        0.5, description="of the soft cross-entropy against the hard one; the paper's C"
-    )
-    start_temperature: Positive = 1.0
-    growth: Annotated[float, Field(ge=1)] = Field(1.05, description="of the temperature, where it is too low")
-    confidence: Share = Field(
-        0.5, description="too low: the last exit's mean largest probability is above it"
-    )
-
-
 class PhuongLoss(Criterion):
     """:func:`phuong_loss` with its settings; the temperature, a buffer, grows while the last exit is too sure.
 
@@ -110,11 +92,3 @@ class PhuongLoss(Criterion):
                     torch.where(too_sure, temperature * self.config.growth, temperature)
                 )
         return {**parts, "temperature": temperature}
-
-
-PHUONG = LossSpec(
-    PhuongConfig,
-    PhuongLoss,
-    needs_teacher=False,
-    summary="the network's last exit teaches the earlier ones, at a rising temperature",
-)

@@ -1,0 +1,492 @@
+"""``erde bench``: a bundle against the clock, beside the same network without exits and smaller ones.
+
+Speed on a shared machine means little by itself: a busy moment hits whoever is being timed. So all contenders take
+turns within each round, in a new random order, on the same batches of real images, and what is reported of two is
+the ratio within a round: its median and quartiles over the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erde import bundle
+from erde.bundle.profile import PROFILE, Profile
+from erde.common import environment, progress
+from erde.common.errors import UserError
+from erde.common.files import write_json
+from erde.common.model import Frozen
+from erde.policy.points import OperatingPoint
+from erde.runtime.session import Session
+from erde.runtime.stages import StageRunner
+
+Kind = Literal["no-exits", "operating-point", "every-exit", "fixed"]
+# A contender's turn within a round: no longer than this, no more calls than that.
+TURN_SECONDS, TURN_CALLS = 0.25, 64
+WARM_UP = 3
+STARTS, START_SECONDS = 5, 300
+
+
+class Contender(Frozen):
+    """Who was timed: a bundle at one setting, or a plain graph; ``bytes`` is the size of its ONNX files.
+
+    ``profiled_threads``: of the ``profile.json`` in the bundle's folder, by which batches are thinned out.
+
+    ``every-exit`` computes and scores all exits and leaves at none: what exits cost where they never pay.
+    """
+
+    name: str
+    kind: Kind
+    source: str
+    precision: str
+    operating_point: str | None
+    certified: bool
+    bytes: int
+    profiled_threads: int | None = None
+
+
+class Measurement(Frozen):
+    """One contender with one number of threads and images per call.
+
+    Percentiles are of milliseconds per call. ``macs_share`` and ``time_share`` are held against the network without
+    exits: the mean of what was computed, and the median (quartiles) over rounds of the ratio of times.
+    ``time_per_macs_saved`` is (1 - time_share) / (1 - macs_share); None where less than 2 % of the MACs are saved, or where
+    the precision is not the reference's.
+    """
+
+    contender: str
+    threads: int
+    batch_size: int
+    calls: int
+    p50: float
+    p95: float
+    p99: float
+    images_per_second: float
+    macs_share: float | None
+    exit_rates: list[float] | None
+    time_share: float
+    time_share_quartiles: tuple[float, float]
+    time_per_macs_saved: float | None
+
+
+class Overhead(Frozen):
+    """Microseconds a stage that ``Session.predict`` takes outside ONNX Runtime's own calls, median, one thread.
+
+    Exits are scored and none is taken. Probabilities, which are computed when asked for, are not in it.
+    """
+
+    bundle: str
+    batch_size: int
+    microseconds_per_stage: float
+
+
+class Start(Frozen):
+    """A fresh process: milliseconds (median, quartiles) from its start to the first answer, and its peak memory.
+
+    The answer is to one image; the memory is that after a batch of ``batch_size``, in MiB.
+    """
+
+    contender: str
+    first_answer_ms: float
+    first_answer_quartiles: tuple[float, float]
+    batch_size: int
+    peak_mib: float | None
+
+
+class Bench(Frozen):
+    """All that ``erde bench`` measured, and on what."""
+
+    format_version: Literal[1] = 1
+    bundle: str
+    seal: str
+    data: str
+    images: int
+    rounds: int
+    seed: int
+    reference: str
+    contenders: list[Contender]
+    measurements: list[Measurement]
+    overheads: list[Overhead]
+    starts: list[Start]
+    machine: dict[str, Any]
+    load_before: list[float]
+    load_after: list[float]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, in one step."""
+        write_json(path, self.model_dump(mode="json"))
+
+
+@dataclass
+class _Entry:
+    """A contender with its ``open``: threads -> (images -> MACs per image and exits, or None for a plain graph)."""
+
+    about: Contender
+    open: Callable[[int], Callable[[NDArray[np.uint8]], tuple[NDArray[np.int64], NDArray[np.int64]] | None]]
+    macs: float | None  # of a plain graph, per image; None where unknown
+    exits: int
+    no_exit_macs: float = 0.0
+
+
+def bench(
+    path: Path,
+    images: NDArray[np.uint8],
+    *,
+    data: str,
+    against: Sequence[Path] | None = None,
+    points: Sequence[str] | None = None,
+    batch_sizes: Sequence[int] = (1, 8, 32, 128),
+    threads: Sequence[int] = (1, 2),
+    rounds: int = 20,
+    seed: int = 0,
+) -> Bench:
+    """Time the bundle at ``path`` on uint8 ``images`` (N, H, W, C) that ``data`` describes.
+
+    Args:
+        against: further bundles and plain ONNX graphs (uint8 images to logits). Without it, what a run folder has
+            beside the bundle: ``bundle-int8`` and ``baselines/``.
+        points: operating points by name; all without it.
+
+    The reference is the run's own graph without exits in the bundle's precision where it is among them, else the bundle
+    itself at ``no-exit``.
+    """
+    for name, numbers in (("batch sizes", batch_sizes), ("threads", threads), ("rounds", (rounds,))):
+        if not numbers or min(numbers) < 1:
+            raise UserError(f"{name} are {', '.join(map(str, numbers)) or 'missing'}, expected 1 or more")
+    points = list(dict.fromkeys(points)) if points else None
+    before = _load()
+    found = beside(path) if against is None else list(against)
+    manifest = bundle.read(path)
+    labels = _labels([path, *found])
+    entries = _bundle_entries(path, manifest, points, "")
+    for other in found:
+        if other.is_dir():
+            theirs = bundle.read(other)
+            _check_same_task(other, theirs, manifest)
+            known = {one.name for one in theirs.operating_points}
+            # A rung that one bundle could certify, another may have left out.
+            common = [one for one in points if one in known] if points else None
+            entries += _bundle_entries(other, theirs, common, f"{labels[other]} ")
+        else:
+            own = other.parent.resolve() == (path.parent / "baselines").resolve()
+            entries.append(_plain_entry(other, manifest, labels[other], own))
+    reference = next(
+        (
+            one.about.name
+            for one in entries
+            if one.about.kind == "no-exits" and one.about.precision == manifest.precision
+        ),
+        "no-exit",
+    )
+    entries.sort(key=lambda one: one.about.name != reference)
+    measurements = []
+    cells = [(count, size) for count in threads for size in batch_sizes]
+    with progress.task("bench", len(cells) * rounds) as task:
+        for number, (count, size) in enumerate(cells):
+            done = (number + 1) * rounds
+            measurements += _race(
+                entries, reference, images, count, size, rounds, np.random.default_rng([seed, number]),
+            )  # fmt: skip
+            if task.due():
+                task.update(done, f"{count} threads, {size} images a call")
+    folders = [path, *(one for one in found if one.is_dir())]
+    return Bench(
+        bundle=str(path),
+        seal=bundle.seal_of(manifest),
+        data=data,
+        images=len(images),
+        rounds=rounds,
+        seed=seed,
+        reference=reference,
+        contenders=[one.about for one in entries],
+        measurements=measurements,
+        overheads=[_overhead(one, images, size) for one in folders for size in sorted({1, max(batch_sizes)})],
+        starts=_starts(labels, images, max(batch_sizes)),
+        machine={
+            "platform": platform.platform(),
+            "cpu": environment.cpu_model(),
+            "cpus": environment.available_cpus(),
+            "versions": environment.versions(),
+            "commit": environment.commit(),
+        },
+        load_before=before,
+        load_after=_load(),
+    )
+
+
+def beside(path: Path) -> list[Path]:
+    """What a run folder has beside its bundle that belongs in the race."""
+    quantised = path.parent / f"{path.name}-int8"
+    graphs = sorted((path.parent / "baselines").glob("*.onnx"))
+    return [*([quantised] if quantised.is_dir() else []), *graphs]
+
+
+def _labels(paths: Sequence[Path]) -> dict[Path, str]:
+    """A name for each path: the shortest tails that tell them all apart."""
+    whole = [one.resolve() for one in paths]
+    for depth in range(1, max(len(one.parts) for one in whole) + 1):
+        names = ["/".join(one.parts[-depth:]) for one in whole]
+        if len(set(names)) == len(names):
+            return dict(zip(paths, names, strict=True))
+    twice = next(one for one in paths if whole.count(one.resolve()) > 1)
+    raise UserError(f"{twice} is given twice: name each bundle and each graph once")
+
+
+def _check_same_task(path: Path, theirs: bundle.Manifest, mine: bundle.Manifest) -> None:
+    if theirs.input_shape != mine.input_shape or len(theirs.classes) != len(mine.classes):
+        raise UserError(
+            f"bundle {path} takes images of shape {theirs.input_shape} and tells {len(theirs.classes)} classes, the one that "
+            f"is timed {mine.input_shape} and {len(mine.classes)}: give bundles of the same task"
+        )
+
+
+def _load() -> list[float]:
+    return [round(one, 2) for one in os.getloadavg()] if hasattr(os, "getloadavg") else []
+
+
+# ---------------------------------------------------------------- contenders
+
+
+def _bundle_entries(
+    path: Path, manifest: bundle.Manifest, points: Sequence[str] | None, prefix: str
+) -> list[_Entry]:
+    size = sum((path / stage.file).stat().st_size for stage in manifest.stages)
+    sessions: dict[int, Session] = {}
+    profile = Profile.at_hand(path / PROFILE, bundle.stages_hash(manifest), len(manifest.stages))
+
+    def session(threads: int) -> Session:
+        if threads not in sessions:
+            sessions[threads] = Session(path, threads=threads)
+        return sessions[threads]
+
+    def entry(name: str, kind: Kind, point: OperatingPoint | None, setting: dict[str, Any]) -> _Entry:
+        def opened(
+            threads: int,
+        ) -> Callable[[NDArray[np.uint8]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+            predict = session(threads).predict
+
+            def call(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+                answer = predict(images, **setting)
+                return answer.macs, answer.exits
+
+            return call
+
+        about = Contender(
+            name=f"{prefix}{name}",
+            kind=kind,
+            source=str(path),
+            precision=manifest.precision,
+            operating_point=point.name if point else None,
+            certified=point is not None and point.certificate is not None,
+            bytes=size,
+            profiled_threads=profile.threads if profile else None,
+        )
+        return _Entry(about, opened, None, len(manifest.stages), float(manifest.no_exit_macs))
+
+    known = manifest.operating_points if points is None else [manifest.point(name) for name in points]
+    found = [entry(one.name, "operating-point", one, {"operating_point": one.name}) for one in known]
+    if "no-exit" not in {one.name for one in known}:
+        found.append(
+            entry("no-exit", "operating-point", manifest.point("no-exit"), {"operating_point": "no-exit"})
+        )
+    never = {"thresholds": [np.inf] * (len(manifest.stages) - 1)}
+    return [*found, entry("every exit computed", "every-exit", None, never)]
+
+
+def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle: bool) -> _Entry:
+    if not path.is_file():
+        raise UserError(f"nothing at {path}: expected a bundle's folder or an ONNX file to hold it against")
+    shape = manifest.input_shape
+    # Only what the run itself wrote is known to be the same network.
+    own = beside_bundle and path.stem in ("no-exit", "no-exit-int8")
+    # Of files of the run's, others that are called so are arms, in float.
+    is_int8 = path.stem == "no-exit-int8" if beside_bundle else path.stem.endswith("int8")
+
+    def opened(threads: int) -> Callable[[NDArray[np.uint8]], None]:
+        runner = StageRunner([path], threads)
+        if runner.image_shape != shape:
+            raise UserError(
+                f"{path} takes images of shape {runner.image_shape}, the bundle {shape}: give a graph of the same task"
+            )
+
+        def call(images: NDArray[np.uint8]) -> None:
+            runner.run_bound(0, images)[1].argmax(axis=-1)
+
+        return call
+
+    opened(1)
+    about = Contender(
+        name=name,
+        kind="no-exits" if own else "fixed",
+        source=str(path),
+        precision="int8" if is_int8 else "fp32",
+        operating_point=None,
+        certified=False,
+        bytes=path.stat().st_size,
+    )
+    return _Entry(about, opened, float(manifest.no_exit_macs) if own else None, 1)
+
+
+# ---------------------------------------------------------------- the race
+
+
+def _race(
+    entries: Sequence[_Entry],
+    reference: str,
+    images: NDArray[np.uint8],
+    threads: int,
+    size: int,
+    rounds: int,
+    generator: np.random.Generator,
+) -> list[Measurement]:
+    """All contenders with one number of threads and images per call."""
+
+    def draw() -> NDArray[np.uint8]:
+        return images[generator.integers(0, len(images), size)]
+
+    calls = [one.open(threads) for one in entries]
+    slowest = 0.0
+    for call in calls:
+        for _ in range(WARM_UP):
+            started = time.perf_counter()
+            call(draw())
+            last = time.perf_counter() - started
+        slowest = max(slowest, last)
+    turns = int(np.clip(TURN_SECONDS / slowest, 1, TURN_CALLS))
+    seconds = np.zeros((rounds, len(entries), turns))
+    macs = [0.0 if one.macs is None else one.macs * rounds * turns * size for one in entries]
+    exits = [np.zeros(one.exits, dtype=np.int64) for one in entries]
+    for turn in range(rounds):
+        batches = [draw() for _ in range(turns)]
+        for index in generator.permutation(len(entries)):
+            call = calls[index]
+            call(batches[0])  # what ran before left its own data in the caches
+            for number, batch in enumerate(batches):
+                started = time.perf_counter()
+                answer = call(batch)
+                seconds[turn, index, number] = time.perf_counter() - started
+                if answer is not None:
+                    macs[index] += float(answer[0].sum())
+                    exits[index] += np.bincount(answer[1], minlength=len(exits[index]))
+    names = [one.about.name for one in entries]
+    first = entries[names.index(reference)]
+    whole = first.macs if first.macs is not None else first.no_exit_macs
+    totals = seconds.sum(axis=2)
+    shares = totals / totals[:, [names.index(reference)]]
+    answered = rounds * turns * size
+    return [
+        _measurement(
+            one, seconds[:, index], shares[:, index], threads, size,
+            macs[index] / answered / whole if macs[index] else None,
+            (exits[index] / answered).tolist() if exits[index].any() else None,
+            one.about.precision == first.about.precision,
+        )
+        for index, one in enumerate(entries)
+    ]  # fmt: skip
+
+
+def _measurement(
+    entry: _Entry,
+    seconds: NDArray[np.float64],
+    shares: NDArray[np.float64],
+    threads: int,
+    size: int,
+    macs_share: float | None,
+    exit_rates: list[float] | None,
+    comparable: bool,
+) -> Measurement:
+    p50, p95, p99 = (1e3 * np.percentile(seconds, [50, 95, 99])).tolist()
+    low, middle, high = np.percentile(shares, [25, 50, 75]).tolist()
+    saved = 1 - macs_share if comparable and macs_share is not None else None
+    return Measurement(
+        contender=entry.about.name,
+        threads=threads,
+        batch_size=size,
+        calls=seconds.size,
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        images_per_second=size * seconds.size / float(seconds.sum()),
+        macs_share=macs_share,
+        exit_rates=exit_rates,
+        time_share=middle,
+        time_share_quartiles=(low, high),
+        time_per_macs_saved=(1 - middle) / saved if saved is not None and saved > 0.02 else None,
+    )
+
+
+def _overhead(path: Path, images: NDArray[np.uint8], size: int, calls: int = 200) -> Overhead:
+    """Time inside ``predict`` that is not ONNX Runtime's: each call's own graphs are timed within it."""
+    session = Session(path, threads=1)
+    stages = len(session.manifest.stages)
+    never: list[float | None] = [np.inf] * (stages - 1)
+    generator = np.random.default_rng(0)
+    outside = []
+    with session.graphs_timed() as inside:
+        for _ in range(calls if size == 1 else max(10, calls // size)):
+            batch = images[generator.integers(0, len(images), size)]
+            inside.clear()
+            started = time.perf_counter()
+            session.predict(batch, thresholds=never)
+            outside.append(time.perf_counter() - started - sum(inside))
+    return Overhead(
+        bundle=str(path), batch_size=size, microseconds_per_stage=1e6 * float(np.median(outside)) / stages
+    )
+
+
+# ---------------------------------------------------------------- fresh processes
+
+
+def _starts(labels: dict[Path, str], images: NDArray[np.uint8], size: int) -> list[Start]:
+    chosen = [one for one in labels if one.is_dir() or one.stem.startswith("no-exit")]
+    answers: dict[Path, list[tuple[float, float | None]]] = {one: [] for one in chosen}
+    with tempfile.TemporaryDirectory() as temporary:
+        batch = Path(temporary) / "images.npy"
+        np.save(batch, images[np.arange(size) % len(images)])
+        for _ in range(STARTS):
+            for path, seen in answers.items():
+                seen.append(_start(path, batch))
+    starts = []
+    for path, seen in answers.items():
+        low, middle, high = np.percentile([one for one, _ in seen], [25, 50, 75]).tolist()
+        peaks = [peak for _, peak in seen if peak is not None]
+        starts.append(
+            Start(
+                contender=labels[path],
+                first_answer_ms=middle,
+                first_answer_quartiles=(low, high),
+                batch_size=size,
+                peak_mib=float(np.median(peaks)) if peaks else None,
+            )
+        )
+    return starts
+
+
+def _start(path: Path, batch: Path) -> tuple[float, float | None]:
+    code = "import sys; from erde.bench.start import main; main(*sys.argv[1:])"
+    # -P: not the modules of whatever folder this was started in.
+    command = [sys.executable, "-P", "-c", code, str(path), str(batch)]
+    started = time.time()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"a fresh process had no answer from {path} after {START_SECONDS} s: try smaller batches"
+        ) from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"a fresh process could not answer with {path}: {last}")
+    said = json.loads(done.stdout)
+    return 1e3 * (said["answered"] - started), said["peak_mib"]

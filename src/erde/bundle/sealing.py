@@ -1,0 +1,196 @@
+"""The bundle, erde's deployable folder: manifest and ONNX stages; sealed, read and verified here.
+
+A bundle is only data: JSON, ONNX and a model card. docs/formats.md describes every field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from erde.bundle.card import model_card
+from erde.bundle.graph_check import check_graph_file
+from erde.bundle.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from erde.common.errors import UserError, in_one_line
+from erde.common.files import replacing_folder, write_json, write_text
+
+CARD = "README.md"
+# No honest manifest comes near this; a larger one is refused before it is parsed.
+MAX_MANIFEST_BYTES = 64 * 2**20
+# An ONNX graph is a protobuf message, which cannot be larger; a larger file is refused before it is hashed.
+MAX_FILE_BYTES = 2 * 2**30 - 1
+# Of objects and lists in a manifest; erde's own have 8. Python's JSON and pydantic have limits of their own, higher ones.
+MAX_DEPTH = 50
+
+
+def stages_hash(manifest: Manifest) -> str:
+    """A hash of the stage files alone: what a profile of the machine belongs to, whatever the thresholds."""
+    return canonical_hash({stage.file: manifest.files[stage.file] for stage in manifest.stages})
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_hash(value: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON (sorted keys, no spaces) of ``value`` without its own ``seal``."""
+    unsealed = {key: item for key, item in value.items() if key != "seal"}
+    text = json.dumps(unsealed, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal_of(manifest: Manifest) -> str:
+    """The seal that belongs to a manifest."""
+    return canonical_hash(manifest.model_dump(mode="json"))
+
+
+def seal(folder: Path, manifest: Manifest) -> str:
+    """Write ``manifest`` into ``folder`` with its seal, and return the seal. The stages must be there."""
+    value = manifest.model_dump(mode="json")
+    value["seal"] = canonical_hash(value)
+    write_json(folder / MANIFEST, value)
+    return str(value["seal"])
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a bundle whose format, seal, checksums and kinds of graph were verified.
+
+    Nothing but JSON is parsed, no graph is loaded and no path outside ``folder`` is opened before that.
+
+    Raises:
+        UserError: whatever is wrong with the bundle, in one line.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no bundle at {folder}: expected a folder with {MANIFEST} and ONNX stages")
+    value = _read_json(folder)
+    version = value.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"bundle {folder} has format version {in_one_line(repr(version))}, this erde reads {FORMAT_VERSION}: "
+            "install the erde that wrote it, or export it again"
+        )
+    try:
+        matches = value.pop("seal", None) == canonical_hash(value)
+    except (ValueError, RecursionError):  # NaN, an overflowing number, or nesting that has no canonical form
+        matches = False
+    if not matches:
+        raise UserError(f"bundle {folder}: {MANIFEST} does not match its seal: it was changed after sealing")
+    _check_json(folder, value)
+    try:
+        manifest = Manifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = in_one_line(".".join(str(part) for part in first["loc"])) or "manifest"
+        what = in_one_line(first["msg"])
+        raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {what}") from error
+    for name in manifest.files:
+        _check_file(folder, name)
+    for stage in manifest.stages:
+        # ONNX Runtime tells formats by the name too, and graph_check.py looks at ONNX only.
+        if not stage.file.endswith(".onnx"):
+            raise UserError(f"bundle {folder}: the stage {stage.file} is no .onnx file")
+    for name, expected in manifest.files.items():
+        if file_hash(folder / name) != expected:
+            raise UserError(
+                f"bundle {folder}: {name} does not match its checksum: it was changed or damaged; "
+                "copy the bundle again"
+            )
+    for stage in manifest.stages:
+        check_graph_file(folder / stage.file)
+    return manifest
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise UserError(
+            f"no bundle at {folder}: it has no {MANIFEST} (a bundle is what `erde export` writes)"
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise UserError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES // 2**20} MiB")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_float=_exact_float)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"bundle {folder}: {MANIFEST} is not JSON: copy the bundle again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"bundle {folder}: {MANIFEST} does not hold an object: copy the bundle again")
+    return value
+
+
+def _check_json(folder: Path, value: dict[str, Any]) -> None:
+    """What JSON allows and nobody could print or write again: nesting without end, and half characters."""
+    waiting: list[tuple[Any, int]] = [(value, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        if isinstance(node, str):
+            try:
+                node.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"bundle {folder}: {MANIFEST} has text that is not Unicode") from error
+        elif isinstance(node, dict | list):
+            if depth > MAX_DEPTH:
+                raise UserError(f"bundle {folder}: {MANIFEST} is nested more than {MAX_DEPTH} levels deep")
+            inside = [*node, *node.values()] if isinstance(node, dict) else node
+            waiting += [(one, depth + 1) for one in inside]
+
+
+def _exact_float(text: str) -> float:
+    """A number as Python writes it; another spelling of the same float would slip past the seal."""
+    value = float(text)
+    if math.isfinite(value) and repr(value) != text:
+        raise ValueError(f"{text} is not how erde writes a number")
+    return value
+
+
+def _check_file(folder: Path, name: str) -> None:
+    """Name, kind and size of a file, before the first one is hashed."""
+    # Plain names only: no separators, no "..", so that a manifest cannot point outside its folder.
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+        name = in_one_line(repr(name))
+        raise UserError(f"bundle {folder}: the file name {name} is not allowed in a bundle")
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"bundle {folder}: {name} is missing: copy the bundle again")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"bundle {folder}: {name} is larger than {MAX_FILE_BYTES:,} bytes")
+
+
+def write(folder: Path, manifest: Manifest, stages: list[Path], beside_seal: Sequence[Path] = ()) -> str:
+    """Write a whole bundle (stages, model card, manifest) in one step, and return its seal.
+
+    Files of ``beside_seal`` are copied too, and are no part of what is sealed.
+    """
+    with replacing_folder(folder) as beside:
+        for path in [*stages, *beside_seal]:
+            shutil.copyfile(path, beside / path.name)
+        card = model_card(manifest)
+        write_text(beside / CARD, card)
+        files = {**manifest.files, CARD: file_hash(beside / CARD)}
+        return seal(beside, manifest.model_copy(update={"files": files}))
+
+
+def differences(first: Manifest, second: Manifest) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two manifests differ, by dotted name: (value in the first, in the second)."""
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def walk(one: Any, other: Any, key: str) -> None:
+        if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            one, other = dict(enumerate(one)), dict(enumerate(other))
+        if isinstance(one, dict) and isinstance(other, dict):
+            for name in [*one, *(name for name in other if name not in one)]:
+                walk(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
+        elif one != other:
+            found[key] = (one, other)
+
+    walk(first.model_dump(mode="json"), second.model_dump(mode="json"), "")
+    return found

@@ -1,0 +1,131 @@
+"""Bundles that are calibrated and sealed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from erde import bundle
+from erde.bundle.manifest import Manifest
+from erde.bundle.profile import PROFILE
+from erde.calibration.checks import (
+    Request,
+    check_reuse,
+)
+from erde.calibration.logits import calibrate_logits
+from erde.calibration.policy_file import CalibratedPolicy
+from erde.calibration.settings import LADDER, Settings
+from erde.common.errors import UserError
+from erde.common.files import make_folder
+from erde.common.splits import CertifyLogits, CertifySplit, TuneLogits, TuneSplit
+from erde.policy.points import Guarantee, OperatingPoint
+from erde.policy.rule import Ensemble
+from erde.runtime.session import Session
+
+
+def apply(
+    manifest: Manifest, calibrated: CalibratedPolicy, points: list[OperatingPoint] | None = None
+) -> Manifest:
+    """``manifest`` with a calibrated policy; ``points`` in place of its own, for example with test results."""
+    # Validated anew: what is sealed must be readable.
+    return Manifest.model_validate(
+        {
+            **dict(manifest),
+            "score": calibrated.rule.score,
+            "sharpness": calibrated.rule.sharpness,
+            "ensemble": calibrated.rule.ensemble,
+            "score_parameters": None if calibrated.rule.harm is None else list(calibrated.rule.harm),
+            "temperatures": calibrated.temperatures,
+            "operating_points": points or calibrated.points,
+            "default_operating_point": calibrated.default,
+            "left_out": calibrated.left_out,
+            "calibration": calibrated.calibration,
+        }
+    )
+
+
+class _TuneAndCertify(Protocol):
+    """What :func:`calibrate` needs of a data set; the test split is not among it."""
+
+    @property
+    def tune(self) -> TuneSplit: ...
+
+    @property
+    def certify(self) -> CertifySplit: ...
+
+
+def calibrate(
+    path: str | Path,
+    data: _TuneAndCertify,
+    *,
+    max_risk: float | Sequence[float] = LADDER,
+    confidence: float = 0.9,
+    budgets: Sequence[float] = (),
+    latency_budgets: Sequence[float] = (),
+    guarantee: Guarantee = "risk",
+    score: str = "auto",
+    sharpness: float | None = None,
+    ensemble: Literal["auto"] | Ensemble = "auto",
+    out: str | Path | None = None,
+) -> CalibratedPolicy:
+    """Calibrate the bundle at ``path`` on ``data.tune`` and ``data.certify``, and seal it anew.
+
+    Sealed in place, or into ``out``. ``max_risk`` is one target or several (the first is the default operating
+    point); the reference is the bundle's own final exit. A latency budget needs the bundle's ``profile.json``.
+    """
+    for what, value in (("max_risk", max_risk), ("budgets", budgets), ("latency_budgets", latency_budgets)):
+        if isinstance(value, str):
+            raise UserError(
+                f"{what} is '{value}': expected {'a number or ' if what == 'max_risk' else ''}a list of numbers, such as "
+                f"{'[2.0]' if what == 'latency_budgets' else '[0.05] for 5 %'}"
+            )
+    settings = Settings(
+        max_risks=(max_risk,) if isinstance(max_risk, int | float) else tuple(max_risk),
+        confidence=confidence,
+        budgets=tuple(budgets),
+        latency_budgets=tuple(latency_budgets),
+        guarantee=guarantee,
+        score=score,
+        sharpness=sharpness,
+        ensemble=ensemble,
+    )
+    target = Path(out or path)
+    if target.exists() and not (target / bundle.MANIFEST).is_file():
+        raise UserError(f"{target} is there already and is no bundle: give another place for the new one")
+    return calibrate_bundle(Session(path), data, settings, target)
+
+
+def calibrate_bundle(
+    session: Session, data: _TuneAndCertify, settings: Settings, out: Path, sources: Sequence[str] = ()
+) -> CalibratedPolicy:
+    """Calibrate the bundle of ``session`` and seal it into ``out``; see :func:`calibrate`."""
+    manifest = session.manifest
+    check_exits(manifest)
+    # A profile that does not fit must not stand in the way of who asks for no milliseconds.
+    cost = session.cost(timed=bool(settings.latency_budgets))
+    tune = TuneLogits(session.all_logits(data.tune.images), data.tune.labels)
+    certify_logits = CertifyLogits(session.all_logits(data.certify.images), data.certify.labels)
+    check_reuse(manifest.calibration, Request(tune, certify_logits, cost, settings, tuple(sources)))
+    calibrated = calibrate_logits(tune, certify_logits, cost, settings, sources=sources)
+    seal_calibrated(session, calibrated, out)
+    return calibrated
+
+
+def check_exits(manifest: Manifest) -> None:
+    """:class:`UserError` where a bundle has one exit only."""
+    if len(manifest.stages) == 1:
+        raise UserError("this bundle has one exit: there is nothing to calibrate")
+
+
+def seal_calibrated(session: Session, calibrated: CalibratedPolicy, out: Path) -> None:
+    """Seal the bundle of ``session`` with another policy into ``out``."""
+    profile = session.folder / PROFILE
+    make_folder(out.parent)
+    bundle.write(
+        out,
+        apply(session.manifest, calibrated),
+        [session.folder / stage.file for stage in session.manifest.stages],
+        # The stages stay, so their times do.
+        beside_seal=[profile] if profile.is_file() else [],
+    )

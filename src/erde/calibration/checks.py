@@ -1,0 +1,197 @@
+"""What stands between logits and an honest certificate: splits that fit, budgets that can be met, one use of certify."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erde.calibration.settings import Settings
+from erde.common.errors import UserError
+from erde.common.splits import CertifyLogits, Labels, Logits, TuneLogits
+from erde.policy.cost import Cost
+from erde.policy.points import Calibration
+
+# Rows that tune and certify have in common: above this share it is no coincidence of equal images.
+MOST_OVERLAP = 0.01
+# A final exit that is right this often on certify may have been trained on it.
+NEARLY_ALWAYS = 0.995
+# Temperatures are searched down to 1/20; below this one they ran to the bound.
+SMALLEST_TEMPERATURE = 0.055
+
+
+def check_budget(budget: float, cost: Cost) -> None:
+    """:class:`UserError` where not even leaving at the first exit keeps within ``budget``, a share of the MACs."""
+    least = cost.exit_macs[0] / cost.no_exit_macs
+    if least > budget:
+        raise UserError(
+            f"a budget of {budget * 100:g} % of the MACs cannot be met: leaving at the first exit takes {least * 100:.0f} %; "
+            "give a larger budget or an earlier exit"
+        )
+
+
+def check_latency_budget(milliseconds: float, cost: Cost) -> None:
+    """:class:`UserError` where the machine was not profiled, or the first exit alone takes longer."""
+    if cost.exit_milliseconds is None:
+        raise UserError(
+            f"a latency budget of {milliseconds:g} ms needs a profile of the machine: "
+            "erde bundle profile BUNDLE (in Python Session(bundle).profile()) measures one"
+        )
+    if cost.exit_milliseconds[0] > milliseconds:
+        raise UserError(
+            f"a latency budget of {milliseconds:g} ms cannot be met: the first exit alone takes "
+            f"{cost.exit_milliseconds[0]:.3g} ms on the profiled machine; give a larger budget or an earlier exit"
+        )
+
+
+def check_logits(split: Logits, name: str) -> None:
+    """:class:`UserError` where logits are not numbers or a label is not a class."""
+    if len(split) == 0:
+        raise UserError(f"the {name} split holds no images")
+    bad = np.argwhere(~np.isfinite(split.logits))
+    if len(bad):
+        exit_index, image, _ = bad[0]
+        raise UserError(
+            f"the {name} logits hold {len(bad):,} values that are NaN or infinite (first: exit {exit_index}, "
+            f"image {image}): a network that gives these cannot be calibrated"
+        )
+    classes = split.logits.shape[-1]
+    if split.labels.min() < 0 or split.labels.max() >= classes:
+        raise UserError(
+            f"the {name} labels run from {split.labels.min()} to {split.labels.max()}, but there are {classes} classes "
+            f"(0 to {classes - 1})"
+        )
+
+
+def absent_classes(labels: Labels, classes: int) -> str | None:
+    """A line where classes have no image in tune. The promise is over images as they come, so it holds all the same."""
+    missing = int((np.bincount(labels, minlength=classes) == 0).sum())
+    if not missing:
+        return None
+    return (
+        f"{missing:,} of {classes:,} classes have no image in tune: the promise is over images as they come, "
+        "and rare classes have none of their own"
+    )
+
+
+def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list[str]:
+    """What makes a promise worth less than it seems, a line each: absent classes, images seen before, a poor network."""
+    classes = certify.logits.shape[-1]
+    lines = [absent_classes(tune.labels, classes)]
+    right = (certify.logits.argmax(axis=-1) == certify.labels).mean(axis=1)
+    final, early = float(right[-1]), float(right[:-1].max(initial=0.0))
+    if final >= NEARLY_ALWAYS and len(certify) >= 200:
+        lines.append(
+            f"the final exit is right on {final:.1%} of the certify images: if the network was trained on them (weights from "
+            "elsewhere?), the promise does not hold for new images"
+        )
+    if final < min(0.5, 5 / classes) or final < early - 0.02:
+        beside = f", an earlier exit on {early:.1%}" if early > final else ""
+        lines.append(
+            f"the full network is right on {final:.1%} of the certify images{beside}: a promise against it says little; "
+            "train it better first"
+        )
+    bound = [str(index) for index, one in enumerate(temperatures) if one < SMALLEST_TEMPERATURE]
+    if bound:
+        lines.append(
+            f"the temperature of exit {', '.join(bound)} ran to its bound: tune looks as if the network had been trained on "
+            "it; its probabilities mean nothing for new images"
+        )
+    return [line for line in lines if line is not None]
+
+
+def seen_before(certify: Logits, test: Logits) -> str | None:
+    """A line where the final exit is far better on certify than on test: it may have been trained on certify.
+
+    Far is three points or more, and four standard errors of the difference of two shares.
+    """
+    on_certify, on_test = (
+        float((one.logits[-1].argmax(axis=-1) == one.labels).mean()) for one in (certify, test)
+    )
+    pooled = (on_certify * len(certify) + on_test * len(test)) / (len(certify) + len(test))
+    error = (pooled * (1 - pooled) * (1 / len(certify) + 1 / len(test))) ** 0.5
+    if on_certify - on_test < max(0.03, 4 * error):
+        return None
+    return (
+        f"the final exit is right on {on_certify:.1%} of certify and on {on_test:.1%} of test: if it was trained on certify, "
+        "the promise does not hold; if test is another kind of images, it is not about them"
+    )
+
+
+def check_splits(tune: TuneLogits, certify_split: CertifyLogits) -> None:
+    """:class:`UserError` where the two splits cannot give an honest certificate."""
+    check_logits(tune, "tune")
+    check_logits(certify_split, "certify")
+    if tune.logits[:, :0].shape != certify_split.logits[:, :0].shape:
+        raise UserError(
+            f"tune logits are of shape {tune.logits.shape} and certify logits of {certify_split.logits.shape}: "
+            "both must have the same exits and classes, (E, N, K)"
+        )
+    seen = {row.tobytes() for row in _rows(tune)}
+    common = sum(row.tobytes() in seen for row in _rows(certify_split))
+    if common > MOST_OVERLAP * len(certify_split):
+        raise UserError(
+            f"tune and certify overlap: {common:,} of {len(certify_split):,} certify images are in tune too; "
+            "a certificate needs images that chose nothing"
+        )
+
+
+def _rows(split: Logits) -> NDArray[np.float32]:
+    return np.ascontiguousarray(split.logits.transpose(1, 0, 2))
+
+
+# The settings of the first version: always hashed. A newer one is hashed where it differs from its default.
+HASHED_ALWAYS = (
+    "max_risks", "confidence", "budgets", "latency_budgets", "reference", "guarantee", "score", "sharpness", "ensemble",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that decides what a calibration gives, before certify is looked at.
+
+    ``sources`` are fingerprints of sets of images that both splits were drawn from, if there are any.
+    """
+
+    tune: TuneLogits
+    certify: CertifyLogits
+    cost: Cost
+    settings: Settings
+    sources: tuple[str, ...] = ()
+
+    def choices(self) -> str:
+        """A hash of it: what a second calibration on the same certify images must not change.
+
+        Milliseconds are left out: nothing that is certified depends on them, and a new profile is no second choice.
+        """
+        return self._hash(replace(self.cost, exit_milliseconds=None))
+
+    def is_that_of(self, earlier: Calibration) -> bool:
+        """Whether an earlier calibration made the same choices; before, its hash covered milliseconds too."""
+        return earlier.choices in (self.choices(), self._hash(self.cost))
+
+    def _hash(self, cost: Cost) -> str:
+        settings = asdict(self.settings)
+        for one in fields(self.settings):
+            # A setting that an earlier version did not have changes no hash while it keeps its default.
+            if one.name not in HASHED_ALWAYS and settings[one.name] == one.default:
+                del settings[one.name]
+        value = [settings, asdict(cost), self.tune.fingerprint()]
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_reuse(earlier: Calibration | None, request: Request) -> None:
+    """:class:`UserError` where images that would certify ``request`` already certified other choices."""
+    if earlier is None or request.is_that_of(earlier):
+        return
+    if earlier.certify_fingerprint == request.certify.fingerprint() or set(earlier.sources) & set(
+        request.sources
+    ):
+        raise UserError(
+            "these certify images already certified other choices: trying again until the answer pleases voids the "
+            "promise; give new certify images, or ask for all risks in one calibration"
+        )

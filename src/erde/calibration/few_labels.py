@@ -1,0 +1,230 @@
+"""Certify with few labels: against the final exit a label is needed only where an early answer differs from it.
+
+An image whose early answer equals the final one does no harm, whatever it shows. So tune needs no label: the path of
+thresholds is searched by disagreement, with the rule and the temperatures that the bundle has. On certify each image
+without a label counts as harmed wherever it differs, which can only make the certificate more careful; with the labels of
+all images that differ up to the first point that fails it is the one that all labels would give. No torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erde import policy
+from erde.calibration.certificates import PathCounts, walk
+from erde.calibration.checks import check_splits
+from erde.calibration.choice import Choice
+from erde.calibration.logits import operating_points, seen
+from erde.calibration.policy_file import CalibratedPolicy
+from erde.calibration.settings import Settings
+from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path
+from erde.common.errors import UserError, nearest
+from erde.common.files import write_text
+from erde.common.splits import CertifyLogits, Labels, TuneLogits
+from erde.policy.cost import Cost
+from erde.policy.rule import ExitRule
+
+COLUMNS = ("image", "sha256", "label")
+# How far to ask: of differing images without a label this share is thought to be harmed. On CIFAR-10 it is 0.35 to 0.6; with a
+# smaller number more labels are asked for at once, with a larger one more rounds are needed.
+HARM_SHARE = 0.4
+UNKNOWN = -1
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class FewLabels:
+    """A calibration that waits for labels: tune and certify logits (E, N, K) of unlabelled images, and what is asked."""
+
+    tune: TuneLogits
+    certify: CertifyLogits
+    rule: ExitRule
+    temperatures: Sequence[float]
+    cost: Cost
+    settings: Settings
+    path: ThresholdPath
+
+    @classmethod
+    def of(
+        cls,
+        tune: NDArray[np.float32],
+        certify: NDArray[np.float32],
+        rule: ExitRule,
+        temperatures: Sequence[float],
+        cost: Cost,
+        settings: Settings,
+    ) -> FewLabels:
+        """Fix the path on ``tune`` (E, N, K), by disagreement per MAC saved; ``certify`` (E, M, K) is not looked at.
+
+        Raises:
+            UserError: a guarantee or a reference that needs the labels of all images.
+        """
+        if settings.guarantee == "net_drop" or settings.reference != "final_exit":
+            raise UserError(
+                "few labels certify the guarantee 'risk' or 'expected_risk' against the reference 'final_exit', got "
+                f"'{settings.guarantee}' against '{settings.reference}': give labels of all images for it"
+            )
+        # The final answer stands in for the label: then "wrong" means "differs from the final exit".
+        tune_split = TuneLogits(tune, _final_answers(tune))
+        certify_split = CertifyLogits(certify, _final_answers(certify))
+        check_splits(tune_split, certify_split)
+        path = search_path(ScoredSplit.of(tune_split, rule, None), cost)
+        return cls(tune_split, certify_split, rule, temperatures, cost, settings, path)
+
+    def asked(self, labels: Labels | None = None) -> NDArray[np.int64]:
+        """Rows of certify whose label is needed, the most careful thresholds first.
+
+        ``labels`` (M,) are those that are known, ``UNKNOWN`` elsewhere; their rows are among what is returned. Asked is
+        up to the first point of the path that fails for every target, where an unknown label counts ``HARM_SHARE``.
+        """
+        labels = np.full(len(self.certify), UNKNOWN) if labels is None else labels
+        differs = ScoredSplit.of(self.certify, self.rule, None)
+        known = labels != UNKNOWN
+        harmed = self._scored(labels).harm
+        first = np.full(len(labels), len(self.path.thresholds))
+        ever_lost = np.zeros(len(labels))
+        for index, thresholds in enumerate(self.path.thresholds):
+            exits = policy.decide(differs.scores, thresholds)
+            apart = policy.take_exit(differs.harm, exits)
+            lost = np.where(known, policy.take_exit(harmed, exits), HARM_SHARE * apart)
+            ever_lost = np.maximum(ever_lost, lost)
+            first[apart & (first > index)] = index
+            if not self._passes(float(lost.sum()), float(ever_lost.sum())):
+                break
+        rows = np.flatnonzero(first < len(self.path.thresholds))
+        return rows[np.argsort(first[rows], kind="stable")]
+
+    def certified(self, labels: Labels, sources: Sequence[str] = ()) -> CalibratedPolicy:
+        """The calibration with what is known of the ``labels`` (M,) of certify, ``UNKNOWN`` elsewhere."""
+        scored = self._scored(labels)
+        tune = ScoredSplit.of(self.tune, self.rule, None)
+        chosen = Choice(self.rule, tune, self.path, 0.0, 0.0)
+        points, left_out, default = operating_points(chosen, scored, self.cost, self.settings)
+        unknown = self._unknown_harm(labels)
+        assumed = f"; {unknown:,} images without a label count as harmed" if unknown else ""
+        finished = []
+        for point in points:
+            assert point.tune is not None
+            said = f"{point.tune.macs_saved:.1%} of MACs saved on tune, which has no labels"
+            certificate = point.certificate
+            if certificate is not None:
+                certificate = certificate.model_copy(
+                    update={
+                        "assumptions": f"{certificate.assumptions}; labels were asked only where the early and the "
+                        f"final answer differ{assumed}"
+                    }
+                )
+            note = f"{said}; {point.note}" if point.note else said
+            # Without labels there is no accuracy of tune to report.
+            finished.append(point.model_copy(update={"tune": None, "note": note, "certificate": certificate}))
+        return CalibratedPolicy(
+            rule=self.rule,
+            temperatures=list(self.temperatures),
+            path=self.path,
+            points=finished,
+            default=default,
+            left_out=left_out,
+            calibration=seen(
+                chosen, scored, points, default, self.tune, self.certify, self.cost, self.settings, sources
+            ),
+            candidates=[],
+            paper_path=self.path,
+            contenders=[],
+        )
+
+    def more_labels(self, labels: Labels) -> NDArray[np.int64]:
+        """Rows without a label that :meth:`asked` would ask for now: with their labels more might be certified."""
+        rows = self.asked(labels)
+        return np.asarray(rows[labels[rows] == UNKNOWN])
+
+    def _scored(self, labels: Labels) -> ScoredSplit:
+        known = np.where(labels == UNKNOWN, self.certify.labels, labels)
+        return ScoredSplit.of(CertifyLogits(self.certify.logits, known), self.rule, None)
+
+    def _unknown_harm(self, labels: Labels) -> int:
+        """How many asked images have no label: they count as harmed."""
+        return int((labels[self.asked()] == UNKNOWN).sum())
+
+    def _passes(self, lost: float, ever_lost: float) -> bool:
+        counts = np.array([int(lost)])
+        along = PathCounts(len(self.certify), counts, np.zeros_like(counts), np.array([int(ever_lost)]))
+        return any(
+            walk(along, risk, self.settings.confidence, self.settings.guarantee) == 0
+            for risk in self.settings.max_risks
+        )
+
+
+def _final_answers(logits: NDArray[np.float32]) -> Labels:
+    return np.asarray(logits[-1].argmax(axis=-1), dtype=np.int64)
+
+
+def write_label_file(path: Path, images: Sequence[tuple[str, str, str]]) -> None:
+    """Write the CSV that asks for labels: image, SHA-256 of its file, label (empty where it is asked for)."""
+    if path.exists():
+        raise UserError(
+            f"{path} is there already, perhaps with labels: give another --labels-out, or remove it"
+        )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([COLUMNS, *images])
+    write_text(path, text.getvalue())
+
+
+def read_label_file(
+    path: Path, classes: Sequence[str], digests: Mapping[str, str]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """SHA-256 to label (``UNKNOWN`` where it was left empty) of a filled CSV, and SHA-256 to image name.
+
+    ``digests`` has the SHA-256 of each image of the pool by its name, as in the file.
+
+    Raises:
+        UserError: no such file, another format, a label that is no class, two labels for one image, an image that
+            has changed or is gone.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; --labels-out FILE writes such a file"
+        ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path} is not a CSV file in UTF-8: fill in the one that --labels-out wrote"
+        ) from error
+    labels: dict[str, int] = {}
+    names: dict[str, str] = {}
+    known = set(digests.values())
+    for number, row in enumerate(rows, start=2):
+        values: list[Any] = [row.get(column) for column in COLUMNS]
+        if not all(isinstance(value, str) for value in values) or None in row:
+            raise UserError(
+                f"{path}, line {number}: expected the columns {','.join(COLUMNS)}, as --labels-out wrote them"
+            )
+        image, digest, label = (str(value).strip() for value in values)
+        if digests.get(image, digest) != digest or digest not in known:
+            raise UserError(
+                f"{path}, line {number}: {image} has changed or is gone since its label was asked for: put it back, or ask "
+                "again with --labels-out"
+            )
+        if label and label not in classes:
+            raise UserError(
+                f"{path}, line {number}: '{label}' is no class of this bundle{nearest(label, classes)}; leave it empty where "
+                "no class fits"
+            )
+        value = classes.index(label) if label else UNKNOWN
+        if labels.setdefault(digest, value) != value:
+            raise UserError(f"{path}, line {number}: {image} has two labels: keep the right one")
+        names[digest] = image
+    if not rows:
+        raise UserError(
+            f"{path} has no rows: expected the columns {','.join(COLUMNS)}, as --labels-out wrote them"
+        )
+    return labels, names

@@ -1,0 +1,215 @@
+"""``erde calibrate`` of a sealed bundle on an operator's own images; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erde.calibration.bundles import calibrate_bundle, check_exits, seal_calibrated
+from erde.calibration.checks import Request, check_reuse
+from erde.calibration.few_labels import UNKNOWN, FewLabels, read_label_file, write_label_file
+from erde.calibration.labelled_images import Unlabelled, load_tune_and_certify, load_unlabelled
+from erde.calibration.policy_file import CalibratedPolicy
+from erde.calibration.settings import LADDER, Settings
+from erde.common import progress
+from erde.common.errors import UserError
+from erde.common.files import check_folder
+from erde.common.splits import Labels
+from erde.policy.points import Precision
+from erde.runtime.session import Session
+
+
+def parse_share(text: str, option: str) -> float:
+    """``0.5%`` or ``0.005`` as 0.005."""
+    try:
+        value = float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise UserError(f"{option} is '{text}': expected a share such as 0.5% or 0.005") from error
+    share = value / 100 if text.strip().endswith("%") else value
+    if not 0 < share < 1:
+        raise UserError(
+            f"{option} is '{text}': expected more than 0 % and less than 100 %, such as 0.5% or 0.005"
+        )
+    return share
+
+
+def parse_milliseconds(text: str, option: str) -> float:
+    """``2ms`` or ``2`` as 2.0."""
+    try:
+        value = float(text.strip().removesuffix("ms"))
+    except ValueError as error:
+        raise UserError(f"{option} is '{text}': expected milliseconds such as 2ms") from error
+    return value
+
+
+def settings_of(
+    *,
+    max_risks: Sequence[str] | None,
+    confidence: str,
+    budgets: Sequence[str] | None,
+    latency_budgets: Sequence[str] | None,
+    **others: Any,
+) -> Settings:
+    """The settings that the command line's words mean."""
+    return Settings(
+        max_risks=tuple(parse_share(one, "--max-risk") for one in max_risks) if max_risks else LADDER,
+        confidence=parse_share(confidence, "--confidence"),
+        budgets=tuple(parse_share(one, "--budget") for one in budgets or ()),
+        latency_budgets=tuple(parse_milliseconds(one, "--latency-budget") for one in latency_budgets or ()),
+        **others,
+    )
+
+
+def recalibrate_bundle(
+    bundle: Path, data: Path, out: Path, settings: Settings, tune_share: float = 0.5, seed: int = 0
+) -> CalibratedPolicy:
+    """Calibrate the bundle on labelled images below ``data`` and seal a new one at ``out``; the old one stays."""
+    if out.exists():
+        raise UserError(f"{out} is there already: give another place with --out, or remove it")
+    check_folder(out.parent)
+    session = Session(bundle)
+    images = load_tune_and_certify(data, session.classes, session.manifest.input_shape, tune_share, seed)
+    copies = f"; {images.copies:,} copies left out" if images.copies else ""
+    progress.say(f"data: {len(images.tune):,} images to tune, {len(images.certify):,} to certify{copies}")
+    return calibrate_bundle(session, images, settings, out, [images.fingerprint])
+
+
+# A label costs somebody's time: no ladder of risks unless it is asked for.
+FEW = Settings((0.01,))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A bundle with unlabelled images: what is asked, and how images and labels are named."""
+
+    session: Session
+    images: Unlabelled
+    few: FewLabels
+
+    @classmethod
+    def of(cls, bundle: Path, data: Path, settings: Settings, tune_share: float, seed: int) -> _Waiting:
+        session = Session(bundle)
+        check_exits(session.manifest)
+        images = load_unlabelled(data, session.manifest.input_shape, tune_share, seed)
+        copies = f"; {images.copies:,} copies left out" if images.copies else ""
+        progress.say(
+            f"data: {len(images.tune):,} images to tune, {len(images.certify):,} to certify, no labels{copies}"
+        )
+        few = FewLabels.of(
+            session.all_logits(images.tune),
+            session.all_logits(images.certify),
+            session.manifest.rule(),
+            session.manifest.temperatures,
+            session.cost(timed=bool(settings.latency_budgets)),
+            settings,
+        )
+        request = Request(few.tune, few.certify, few.cost, settings, (images.fingerprint,))
+        check_reuse(session.manifest.calibration, request)
+        return cls(session, images, few)
+
+    def read(self, labels: Path | None) -> Labels:
+        """The labels of a filled file, by row of certify; every row that is asked for must be in it."""
+        known = np.full(len(self.few.certify), UNKNOWN)
+        if labels is None:
+            return known
+        by_digest, _ = read_label_file(labels, self.session.classes, self.images.digests)
+        digests = [self.images.digests[name] for name in self.images.certify_names]
+        missing = [row for row in self.few.asked() if digests[row] not in by_digest]
+        if missing:
+            raise UserError(
+                f"{labels} has no row for {len(missing):,} of the images whose label is needed (first: "
+                f"{self.images.certify_names[missing[0]]}): rows were deleted, or the images, the bundle or an option have "
+                "changed since; ask again with --labels-out"
+            )
+        return np.asarray([by_digest.get(digest, UNKNOWN) for digest in digests], dtype=np.int64)
+
+
+def ask_for_labels(
+    bundle: str | Path,
+    data: str | Path,
+    labels_out: str | Path,
+    settings: Settings = FEW,
+    tune_share: float = 0.5,
+    seed: int = 0,
+    labels: str | Path | None = None,
+) -> tuple[int, int]:
+    """Write to ``labels_out`` which of the unlabelled images below ``data`` need a label, to certify ``settings`` with few.
+
+    ``labels``: a filled file of before, whose labels are taken over. Returned: how many images are listed, and how
+    many certify images there are.
+    """
+    bundle, data, labels_out = Path(bundle), Path(data), Path(labels_out)
+    if labels_out.exists():
+        raise UserError(
+            f"{labels_out} is there already, perhaps with labels: give another --labels-out, or remove it"
+        )
+    check_folder(labels_out.parent)
+    waiting = _Waiting.of(bundle, data, settings, tune_share, seed)
+    known = waiting.read(None if labels is None else Path(labels))
+    classes = waiting.session.classes
+    names = waiting.images.certify_names
+    rows = waiting.few.asked(known)
+    write_label_file(
+        labels_out,
+        [
+            (
+                names[row],
+                waiting.images.digests[names[row]],
+                "" if known[row] == UNKNOWN else classes[known[row]],
+            )
+            for row in rows
+        ],
+    )
+    return len(rows), len(known)
+
+
+def recalibrate_with_labels(
+    bundle: str | Path,
+    data: str | Path,
+    labels: str | Path,
+    out: str | Path,
+    settings: Settings = FEW,
+    tune_share: float = 0.5,
+    seed: int = 0,
+) -> CalibratedPolicy:
+    """Certify the bundle on all images below ``data`` with the ``labels`` of those that were asked for; seal it at ``out``.
+
+    Rule and temperatures stay those of the bundle; ``settings`` as they were for :func:`ask_for_labels`.
+    """
+    bundle, data, labels, out = Path(bundle), Path(data), Path(labels), Path(out)
+    if out.exists():
+        raise UserError(f"{out} is there already: give another place with --out, or remove it")
+    check_folder(out.parent)
+    waiting = _Waiting.of(bundle, data, settings, tune_share, seed)
+    known = waiting.read(labels)
+    empty = int((known[waiting.few.asked()] == UNKNOWN).sum())
+    if empty:
+        progress.say(
+            f"warning: {empty:,} images in {labels} have no label: they count as harmed, so less is certified"
+        )
+    calibrated = waiting.few.certified(known, [waiting.images.fingerprint])
+    more = len(waiting.few.more_labels(known)) - empty
+    if more > 0:
+        progress.say(
+            f"{more:,} more labels might certify more: list them with --labels {labels} --labels-out MORE.csv"
+        )
+    seal_calibrated(waiting.session, calibrated, out)
+    return calibrated
+
+
+def describe(calibrated: CalibratedPolicy, precision: Precision = "fp32") -> Iterator[str]:
+    """What was chosen, certified and left out, a line each."""
+    yield f"score: {calibrated.rule.in_words()}"
+    for point in calibrated.points:
+        default = " (default)" if point.name == calibrated.default else ""
+        saved = f"{point.tune.macs_saved:.1%} of MACs saved on tune" if point.tune else None
+        said = None if point.note else "every image takes the final exit"
+        if point.certificate:
+            said = point.certificate.sentence(precision)
+        yield f"{point.name}{default}: {'. '.join(part for part in (saved, point.note, said) if part)}"
+    for left_out in calibrated.left_out:
+        yield f"{left_out.name}: left out, {left_out.note}"

@@ -1,0 +1,200 @@
+"""The commands that take a bundle. Everything but typer is imported inside them, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from erde.cli.options import Json, finish
+from erde.common.errors import UserError, printable
+
+# More than any machine has.
+MAX_THREADS = 1024
+
+bundle_app = typer.Typer(no_args_is_help=True, help="Verify, describe and compare bundles.")
+
+
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders that are searched for them.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A .csv or .jsonl file; without it JSON lines go to the terminal.")
+    ] = None,
+    operating_point: Annotated[
+        str | None, typer.Option(help="By name; the bundle's default without it.")
+    ] = None,
+    max_exit: Annotated[int | None, typer.Option(help="The last exit that may run.")] = None,
+    max_macs: Annotated[float | None, typer.Option(help="The same, as MACs per image.")] = None,
+    deadline_ms: Annotated[
+        float | None,
+        typer.Option(help="The same, as milliseconds per batch, by the profile.json in the bundle's folder."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue what was stopped; without this, begun output is refused."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Classify image files with a bundle; needs the base install only.
+
+    Images that cannot be read are skipped and listed at the end; the exit code is then 3.
+    """
+    from erde.runtime.predict_files import predict_files
+
+    summary = predict_files(
+        bundle,
+        images,
+        out,
+        operating_point=operating_point,
+        max_exit=max_exit,
+        max_macs=max_macs,
+        deadline_ms=deadline_ms,
+        batch_size=batch_size,
+        threads=threads,
+        resume=resume,
+    )
+    if out is not None:
+        skipped = f" ({summary['skipped']:,} skipped)" if summary["skipped"] else ""
+        print(f"{summary['images']:,} images{skipped}: {out}")
+    finish(as_json, summary)
+    if summary["skipped"]:
+        raise typer.Exit(3)
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of images, or a data set; the test split of the bundle's own one without it."
+        ),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Bundles and plain ONNX files; what lies beside the bundle in its run without it."),
+    ] = None,
+    point: Annotated[
+        list[str] | None, typer.Option(help="Only this operating point; may be repeated.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Images per call.")] = "1,8,32,128",
+    threads: Annotated[str, typer.Option(help="CPU threads.")] = "1,2",
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds in which all take turns.")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="Images to draw from.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the draw of images and of the order of turns.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A .json file for all that was measured; the figure goes beside it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a bundle beside the same network without exits and smaller ones, taking turns on real images."""
+    from erde.bench import race as benches
+    from erde.bench.real_images import load_images
+    from erde.bench.show import show, write_figure
+    from erde.common.files import make_folder
+
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out is {out}, expected a name that ends in .json")
+    if out is not None and not os.access(make_folder(out.parent), os.W_OK):
+        raise UserError(f"{out} cannot be written: choose a folder that you may write to")
+    sizes = _whole_numbers("--batch-sizes", batch_sizes)
+    counts = _whole_numbers("--threads", threads, MAX_THREADS)
+    pool, source = load_images(bundle, data, images, seed)
+    found = benches.bench(
+        bundle, pool, data=source, against=against, points=point,
+        batch_sizes=sizes, threads=counts, rounds=rounds, seed=seed,
+    )  # fmt: skip
+    show(found)
+    if out is not None:
+        found.write(out)
+        figure = write_figure(found, out.with_suffix(".png"))
+        print(f"{out}" + (f" and {figure}" if figure else " (no figure: pip install 'erde[analysis]')"))
+    finish(as_json, found.model_dump(mode="json"))
+
+
+def _whole_numbers(option: str, text: str, highest: int = 100_000) -> list[int]:
+    try:
+        numbers = sorted({int(one) for one in text.split(",")})
+    except ValueError as error:
+        raise UserError(f"{option} is '{text[:100]}', expected whole numbers such as 1,8,32") from error
+    if numbers[0] < 1 or numbers[-1] > highest:
+        raise UserError(f"{option} is '{text[:100]}', expected numbers from 1 to {highest:,}")
+    return numbers
+
+
+@bundle_app.command("verify", epilog="Example: erde bundle verify runs/a/bundle")
+def bundle_verify(bundle: Path, as_json: Json = False) -> None:
+    """Check the seal, every checksum, and that the stages give the logits of the reference sample."""
+    from erde.bundle.sealing import seal_of
+    from erde.runtime.session import Session
+
+    session = Session(bundle)
+    seal = seal_of(session.manifest)
+    print(f"{bundle}: intact, {len(session.manifest.stages)} stages run here as sealed ({seal[:12]})")
+    finish(as_json, {"bundle": str(bundle), "seal": seal})
+
+
+@bundle_app.command("info", epilog="Example: erde bundle info runs/a/bundle")
+def bundle_info(bundle: Path, as_json: Json = False) -> None:
+    """Describe a bundle: exits, costs, operating points, promises."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from erde.bundle.card import model_card
+    from erde.bundle.sealing import read
+
+    manifest = read(bundle)
+    Console(width=None if sys.stdout.isatty() else 120).print(Markdown(model_card(manifest)))
+    finish(as_json, manifest.model_dump(mode="json", exclude={"reference_sample"}))
+
+
+@bundle_app.command("profile", epilog="Example: erde bundle profile runs/a/bundle --threads 1")
+def bundle_profile(
+    bundle: Path,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads, as the bundle will run with.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Images per call.")] = "1,2,4,8,16,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 30,
+    as_json: Json = False,
+) -> None:
+    """Time every stage on this machine and leave a profile.json in the bundle's folder, outside its seal.
+
+    With it there are deadlines and latency budgets, and batches are thinned out only where that is quicker.
+    """
+    from erde.runtime.session import Session
+
+    sizes = _whole_numbers("--batch-sizes", batch_sizes)
+    profile = Session(bundle, threads=threads).profile(batch_sizes=sizes, rounds=rounds)
+    for size, times in profile.milliseconds.items():
+        stages = " + ".join(f"{one:.3f}" for one in times)
+        print(f"{size:4} image{'s' if size > 1 else ' '} a call: {stages} = {sum(times):.3f} ms")
+    print(
+        f"{bundle / 'profile.json'}: {profile.machine}, threads {profile.threads or 'as ONNX Runtime likes'}"
+    )
+    finish(as_json, profile.model_dump(mode="json"))
+
+
+@bundle_app.command("diff", epilog="Example: erde bundle diff runs/a/bundle runs/b/bundle")
+def bundle_diff(first: Path, second: Path, as_json: Json = False) -> None:
+    """List the fields in which two bundles differ."""
+    from erde.bundle.sealing import differences, read
+
+    found = differences(read(first), read(second))
+    for key, (before, after) in found.items():
+        print(f"{printable(key)}: {_short(before)} -> {_short(after)}")
+    if not found:
+        print("the bundles are the same")
+    fields = {key: {"first": before, "second": after} for key, (before, after) in found.items()}
+    finish(as_json, {"differences": len(found), "fields": fields})
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

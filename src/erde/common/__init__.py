@@ -1,0 +1,1 @@
+"""Errors, files, progress, splits, images: what every room uses. Imports: the standard library, numpy, Pillow, pydantic."""

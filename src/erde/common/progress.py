@@ -1,0 +1,110 @@
+"""What a person sees while erde works: a bar on a terminal, plain lines elsewhere; and the run's log file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from erde.common.errors import UserError
+
+# Plain lines are for log files: no more often than this, in seconds.
+PLAIN_INTERVAL = 10.0
+# A bar asks for fresh numbers this often; each costs the device one synchronisation.
+BAR_INTERVAL = 1.0
+# Of several processes that share a training only the first one speaks.
+quiet = False
+
+
+class Task(Protocol):
+    """One piece of work under way."""
+
+    def due(self) -> bool:
+        """Whether it is time to call :meth:`update` (and so to compute the text for it)."""
+
+    def update(self, completed: int, text: str = "") -> None:
+        """``completed`` of the total are done."""
+
+
+class _PlainTask:
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total, self._last = name, total, time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= PLAIN_INTERVAL
+
+    def update(self, completed: int, text: str = "") -> None:
+        self._last = time.monotonic()
+        say(f"{self._name}: {completed}/{self._total} {text}".rstrip())
+
+
+class _BarTask:
+    def __init__(self, bar: Any, task_id: Any) -> None:
+        self._bar, self._id, self._last = bar, task_id, 0.0
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= BAR_INTERVAL
+
+    def update(self, completed: int, text: str = "") -> None:
+        self._last = time.monotonic()
+        self._bar.update(self._id, completed=completed, text=text)
+
+
+@contextmanager
+def task(name: str, total: int, completed: int = 0) -> Iterator[Task]:
+    """A bar with the time left on a terminal; elsewhere a plain line now and then. On stderr."""
+    if quiet or not sys.stderr.isatty():
+        yield _PlainTask(name, total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield _BarTask(bar, bar.add_task(name, total=total, completed=completed, text=""))
+        bar.update(bar.task_ids[0], completed=total)
+
+
+def say(text: str) -> None:
+    """One plain line on stderr."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+class RunLog:
+    """``log.jsonl``: one JSON object a line, with the time; a line torn by a kill is cut off on opening."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        if path is not None and path.exists():
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole != len(content):
+                os.truncate(path, whole)
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event."""
+        if self._path is None:
+            return
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"no space left on the disk while writing {self._path}: free some, then continue with --resume"
+                ) from error
+            raise

@@ -1,0 +1,107 @@
+"""Batches of encoded images, decoded ahead of the training by DataLoader worker processes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from erde.common.errors import UserError
+from erde.common.splits import Images, Labels
+from erde.data.encoded import Index, ResizedCrop, StreamedImages
+
+# Batches that each worker decodes ahead: enough to ride out a slow batch, few enough to be no burden.
+PREFETCH = 2
+
+
+class _Batches(Dataset[Any]):
+    """Called in a worker with (epoch, positions) of a batch; gives its images and labels, or what is wrong with it."""
+
+    def __init__(self, images: StreamedImages, labels: Labels, crop: ResizedCrop | None) -> None:
+        self.images, self.labels, self.crop = images, labels, crop
+
+    def __getitem__(self, batch: tuple[int, Index]) -> tuple[Images, Labels] | str:
+        epoch, index = batch
+        try:
+            return self.images.decode(index, self.crop, epoch), self.labels[index]
+        except UserError as error:
+            # A DataLoader would raise it anew with the worker's traceback for a message.
+            return str(error)
+
+
+class DecodedBatches:
+    """Decodes the batches it is told to, in their order, on ``workers`` processes that stay from epoch to epoch.
+
+    Images and order are those that were asked for, whatever the number of workers, 0 included; torch's own
+    random numbers are left alone. At most ``workers * PREFETCH`` decoded batches wait in memory.
+    """
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        labels: Labels,
+        *,
+        workers: int,
+        pin_memory: bool,
+        crop: ResizedCrop | None = None,
+    ) -> None:
+        self._plan: list[tuple[int, Index]] = []
+        self._pass = 0
+        self._let_go: weakref.finalize[[Any], DecodedBatches] | None = None
+        self._loader: DataLoader[Any] = DataLoader(
+            _Batches(images, labels, crop),
+            sampler=self._plan,  # whole batches of positions; read anew by each pass
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            persistent_workers=workers > 0,
+            # Its own generator: the loader's seed must not be drawn from the one that dropout uses.
+            generator=torch.Generator(),
+            pin_memory=pin_memory,
+        )
+
+    def decode(self, epoch: int, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, uint8 (B, H, W, C), and labels (B,), of each row of positions in ``batches`` (steps, B).
+
+        A new pass ends the one before it. Random parts are those of ``epoch``.
+
+        Raises:
+            UserError: an image that cannot be read; a worker that was killed.
+        """
+        self._pass += 1
+        current = self._pass
+        self._plan[:] = [(epoch, rows) for rows in batches]
+        for found in self._decoded():
+            assert current == self._pass, "an older pass goes on after a newer one began"
+            if isinstance(found, str):
+                raise UserError(found)
+            images, labels = found
+            yield torch.as_tensor(images), torch.as_tensor(labels)
+        assert current == self._pass, "an older pass goes on after a newer one began"
+
+    def _decoded(self) -> Iterator[Any]:
+        try:
+            iterator = iter(self._loader)
+            if self._let_go is None:
+                # Held from outside, the iterator outlives a reference cycle that it is part of (an error's
+                # traceback makes one). Else the queues that tell the workers to go could be collected before it,
+                # and each worker would be waited for in vain.
+                self._let_go = weakref.finalize(self, _do_nothing, iterator)
+                self._let_go.atexit = False
+            yield from iterator
+        except RuntimeError as error:
+            text = str(error)
+            if "exited unexpectedly" in text or "shared memory" in text or "shm" in text:
+                raise UserError(
+                    "a process that decodes images was killed, most likely for want of memory or of room in /dev/shm: "
+                    "lower data.workers or train.batch_size, or decode without processes by data.workers=0"
+                ) from error
+            raise
+
+
+def _do_nothing(iterator: Any) -> None:
+    """What holds ``iterator`` until it is called."""

@@ -1,0 +1,1 @@
+"""Policies on the test split, their results, and run folders as they are read. No torch."""

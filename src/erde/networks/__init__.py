@@ -1,0 +1,1 @@
+"""Backbones, exits on any classifier, their heads, costs and weights. May import: common."""

@@ -1,0 +1,132 @@
+"""MACs and parameters, heads included: what an image pays when it leaves at an exit.
+
+MACs are counted by running the network once, on one image of zeros, with the formulas of torch's own
+:mod:`torch.utils.flop_counter`, for every convolution and matrix product that is computed, functional ones and fused
+attention included; they report 2 FLOPs per multiply-accumulate. Batch norm, activations and pooling are not counted,
+as is the custom of the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+if TYPE_CHECKING:
+    from erde.networks.network import EarlyExitNetwork
+from erde.networks.shapes import Handed, InputSize, example_input, mode
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """Per exit the cumulative MACs and parameters (E,), heads so far included; and without early exits."""
+
+    exit_names: tuple[str, ...]
+    macs: tuple[int, ...]
+    parameters: tuple[int, ...]
+    no_exit_macs: int
+    no_exit_parameters: int
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """Trainable and frozen parameters; buffers (running means) do not count."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def count_macs(module: Callable[[Any], Any], x: Handed) -> tuple[int, Any]:
+    """MACs of ``module(x)`` for the whole batch, and its output."""
+    return _count(lambda: module(x))
+
+
+class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the MACs of what is computed while it is on, by torch's own formulas for convolutions and products.
+
+    Fused encoder layers, which torch's formulas do not know, are kept apart meanwhile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self._fused = True
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates so far: torch counts each as two operations."""
+        return self.flops // 2
+
+    def __enter__(self) -> MacCounter:
+        self._fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(self._fused)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute, and count."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=output)
+        elif func._schema.name.startswith("aten::_scaled_dot_product"):
+            self.flops += 2 * _attention_macs(*args[:3])
+        elif func._schema.name == "aten::mkldnn_rnn_layer":
+            steps, batch = args[0].shape[:2]
+            self.flops += 2 * steps * batch * (args[1].numel() + args[2].numel())
+        return output
+
+
+def _attention_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Of ``softmax(Q K^T) V`` for (B, heads, N, D): the two products. torch's formulas lack the CPU's fused kernel."""
+    batch, heads, queries, width = query.shape
+    return batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
+
+
+def _count(call: Callable[[], Any]) -> tuple[int, Any]:
+    with torch.no_grad(), MacCounter() as counter:
+        output = call()
+    return counter.macs, output
+
+
+def head_macs(network: EarlyExitNetwork, input_size: InputSize) -> tuple[int, ...]:
+    """MACs of each exit's head alone, the final one's included, for one image of ``input_size`` (C, H, W)."""
+    return tuple(_macs_of_parts(network, input_size)[1])
+
+
+def _macs_of_parts(network: EarlyExitNetwork, input_size: InputSize) -> tuple[list[int], list[int]]:
+    stage_macs: list[int] = []
+    heads: list[int] = []
+    with mode(network, False):  # batch norm must not learn from zeros
+        x: Handed = example_input(network, input_size)
+        for index, stage in enumerate(network.stages):
+            macs, x = count_macs(stage, x)
+            stage_macs.append(macs)
+            heads.append(count_macs(partial(network.logits_of, index), x)[0])
+    return stage_macs, heads
+
+
+def network_cost(network: EarlyExitNetwork, input_size: InputSize) -> NetworkCost:
+    """Cost per exit for one image of ``input_size`` (C, H, W)."""
+    stage_macs, heads = _macs_of_parts(network, input_size)
+    stage_parameters = [count_parameters(stage) for stage in network.stages]
+    head_parameters = [count_parameters(head) for head in network.heads]
+
+    def cumulative(stages: list[int], exits: list[int]) -> tuple[int, ...]:
+        return tuple(sum(stages[: index + 1]) + sum(exits[: index + 1]) for index in range(len(stages)))
+
+    return NetworkCost(
+        exit_names=tuple(network.exit_names),
+        macs=cumulative(stage_macs, heads),
+        parameters=cumulative(stage_parameters, head_parameters),
+        no_exit_macs=sum(stage_macs) + heads[-1],
+        no_exit_parameters=sum(stage_parameters) + head_parameters[-1],
+    )

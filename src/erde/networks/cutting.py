@@ -1,0 +1,376 @@
+"""Where a traced model can be cut, and the stretches between cuts as modules that share its weights.
+
+A cut stands after a step of the graph. What flows through it are the values that later steps need, apart from what
+depends on no image (parameters, position tables: computed again) and from sizes (read off what flows through).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils import _pytree as pytree
+
+from erde.common.errors import UserError
+from erde.networks.cost import MacCounter
+from erde.networks.shapes import mode
+from erde.networks.tracing import BATCHES, Trace, example_batches, run_node, without_computing
+
+# More tensors than these are no place for an exit.
+MOST_TENSORS = 4
+# Of what flows: images, or computed from them; sizes; nothing of either.
+_DATA, _SIZE, _CONSTANT = "data", "size", "constant"
+
+
+class StepError(Exception):
+    """A step of a traced model fails, though the model itself does not: its code asked what it was given."""
+
+    def __init__(self, node: fx.Node, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.node, self.cause = node, cause
+
+
+@dataclass
+class Facts:
+    """What running a graph once for each of ``BATCHES`` tells about its nodes, in order.
+
+    ``values``: per node what it gives for each batch size; ``kinds``; ``macs`` of one image; ``changed_by``: nodes whose
+    tensors a later step writes over -> the places of those steps.
+    """
+
+    nodes: list[fx.Node]
+    values: dict[fx.Node, tuple[Any, ...]]
+    kinds: dict[fx.Node, str]
+    macs: list[int]
+    changed_by: dict[fx.Node, list[int]]
+    place: dict[fx.Node, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = {node: index for index, node in enumerate(self.nodes)}
+        self.total_macs = sum(self.macs)
+        self.macs_until = list(itertools.accumulate(self.macs))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut after the node at ``place``: which nodes' values flow through it, and the shapes of their tensors."""
+
+    place: int
+    live: tuple[fx.Node, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of each tensor, without the batch
+    folds: tuple[int, ...]  # so many rows of each tensor belong to one image; they are handed over as an axis
+    share: float  # of the model's MACs before it
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors flow through."""
+        return len(self.shapes)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in pytree.tree_leaves(value) if isinstance(one, Tensor)]
+
+
+def _is_random(node: fx.Node) -> bool:
+    name = str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")).lower()
+    return any(word in name for word in ("rand", "dropout", "bernoulli", "normal", "multinomial"))
+
+
+def gather_facts(trace: Trace, input_size: Sequence[int]) -> Facts:
+    """Run ``trace`` for each of ``BATCHES``, without computing (fake tensors) where that goes.
+
+    Raises:
+        StepError: where a step fails.
+    """
+    prune(trace.graph)
+    try:
+        return _gather(trace, input_size, without_computing(trace.model))
+    except StepError as error:
+        if not isinstance(error.cause, DataDependentOutputException | DynamicOutputShapeException):
+            raise
+        # A module that stays whole may decide by values, which fake tensors have not.
+        return _gather(trace, input_size, torch.no_grad())
+
+
+def _gather(trace: Trace, input_size: Sequence[int], context: AbstractContextManager[None]) -> Facts:
+    nodes = list(trace.graph.nodes)
+    values: dict[fx.Node, list[Any]] = {node: [] for node in nodes}
+    changed_by: dict[fx.Node, list[int]] = {}
+    with context, mode(trace.model, False):
+        macs = [
+            _run(trace, nodes, images, values, changed_by)
+            for images in example_batches(trace.model, input_size)
+        ]
+    kinds: dict[fx.Node, str] = {}
+    for node in nodes:
+        kinds[node] = _kind(node, kinds, values)
+    first, second = macs
+    per_image = [two - one for one, two in zip(first, second, strict=True)]
+    once = [one - BATCHES[0] * each for one, each in zip(first, per_image, strict=True)]
+    found = [each + fixed for each, fixed in zip(per_image, once, strict=True)]
+    return Facts(nodes, {node: tuple(both) for node, both in values.items()}, kinds, found, changed_by)
+
+
+def _run(
+    trace: Trace,
+    nodes: Sequence[fx.Node],
+    image: Tensor,
+    values: dict[fx.Node, list[Any]],
+    changed_by: dict[fx.Node, list[int]],
+) -> list[int]:
+    macs = []
+    versions: dict[fx.Node, list[int]] = {}
+    current: dict[fx.Node, Any] = {}
+    for index, node in enumerate(nodes):
+        counter = MacCounter()
+        if node.op == "placeholder":
+            current[node] = image
+        elif node.op == "output":
+            current[node] = fx.node.map_arg(node.args[0], current.__getitem__)
+        else:
+            try:
+                with counter:
+                    current[node] = run_node(node, trace.lookup, current.__getitem__)
+            except Exception as error:
+                raise StepError(node, error) from error
+        macs.append(counter.macs)
+        for earlier, before in versions.items():
+            now = [one._version for one in _tensors(current[earlier])]
+            if now != before:
+                versions[earlier] = now
+                if index not in changed_by.setdefault(earlier, []):
+                    changed_by[earlier].append(index)
+        if node.op != "get_attr":
+            versions[node] = [one._version for one in _tensors(current[node])]
+    for node in nodes:
+        values[node].append(current[node])
+    return macs
+
+
+def prune(graph: fx.Graph) -> None:
+    """Take out assertions, which a cut would carry sizes along for."""
+    for node in reversed(list(graph.nodes)):
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and "assert" in name and not node.users:
+            graph.erase_node(node)
+
+
+def _kind(node: fx.Node, kinds: dict[fx.Node, str], values: dict[fx.Node, list[Any]]) -> str:
+    if node.op == "placeholder":
+        return _DATA
+    if node.op == "get_attr":
+        return _CONSTANT
+    sources = {kinds[one] for one in node.all_input_nodes}
+    if not _tensors(values[node][0]):
+        return _SIZE if sources - {_CONSTANT} else _CONSTANT
+    if _DATA in sources or _is_random(node):
+        return _DATA
+    return _SIZE if _SIZE in sources else _CONSTANT
+
+
+def find_cuts(facts: Facts) -> list[Cut]:
+    """All clean cuts in order: floating tensors flow through, image by image, and not too many of them."""
+    needed = _needed(facts, facts.nodes[-1:], range(len(facts.nodes)))
+    last_use: dict[fx.Node, int] = {}
+    for node in facts.nodes:
+        if node in needed or node.op == "output":
+            for source in _sources(node, facts):
+                last_use[source] = facts.place[node]
+    cuts: list[Cut] = []
+    seen: set[tuple[fx.Node, ...]] = set()
+    for place, node in enumerate(facts.nodes[:-1]):
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        live = tuple(
+            one
+            for one in facts.nodes[: place + 1]
+            if facts.kinds[one] == _DATA and last_use.get(one, -1) > place
+        )
+        if not live or live in seen:
+            continue
+        seen.add(live)
+        found = _clean_shapes(live, facts)
+        if found is not None:
+            cuts.append(Cut(place, live, *found, facts.macs_until[place] / max(1, facts.total_macs)))
+    return cuts
+
+
+def _sources(node: fx.Node, facts: Facts) -> set[fx.Node]:
+    """Values that ``node`` needs: its own inputs, and through what is computed again."""
+    found: set[fx.Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        one = waiting.pop()
+        if one in found:
+            continue
+        found.add(one)
+        if facts.kinds[one] != _DATA and _tensors(facts.values[one][0]):
+            waiting += one.all_input_nodes
+    return found
+
+
+def _clean_shapes(
+    live: Sequence[fx.Node], facts: Facts
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] | None:
+    """Shapes and folds of what flows; None where it is not numbers for each image, or too many tensors."""
+    shapes, folds = [], []
+    for node in live:
+        for one, other in zip(*(_tensors(value) for value in facts.values[node]), strict=True):
+            if one.ndim < 2 or one.shape[1:] != other.shape[1:] or not one.dtype.is_floating_point:
+                return None
+            fold = one.shape[0] // BATCHES[0]
+            if (one.shape[0], other.shape[0]) != tuple(fold * batch for batch in BATCHES) or fold == 0:
+                return None
+            shapes.append((*([fold] if fold > 1 else []), *one.shape[1:]))
+            folds.append(fold)
+    return (tuple(shapes), tuple(folds)) if 1 <= len(shapes) <= MOST_TENSORS else None
+
+
+def _needed(facts: Facts, wanted: Sequence[fx.Node], places: range) -> set[fx.Node]:
+    """Of the nodes at ``places`` those that ``wanted`` comes from, and those that write over what is needed."""
+    found = set(wanted)
+    changing = {place for places_of in facts.changed_by.values() for place in places_of}
+    for place in reversed(places):
+        node = facts.nodes[place]
+        if node in found or place in changing:
+            found.add(node)
+            found.update(node.all_input_nodes)
+    return found
+
+
+class _StageBuilder:
+    """One stretch of the graph as a graph of its own, which takes what flows in and gives what flows out."""
+
+    def __init__(self, model: nn.Module, facts: Facts, start: Cut | None, end: Cut | None) -> None:
+        self.model, self.facts, self.start, self.end = model, facts, start, end
+        self.graph = fx.Graph()
+        self.found: dict[fx.Node, Any] = {}
+        self.carrier: fx.Node | None = None
+
+    def build(self) -> fx.Graph:
+        first = self.start.place + 1 if self.start is not None else 0
+        last = self.end.place + 1 if self.end is not None else len(self.facts.nodes) - 1
+        self._take_in(first)
+        wanted = list(self.end.live) if self.end is not None else self.facts.nodes[-1].all_input_nodes
+        needed = _needed(self.facts, wanted, range(first, last))
+        for place in range(first, last):
+            node = self.facts.nodes[place]
+            if node in needed and node not in self.found and node.op not in ("placeholder", "get_attr"):
+                self.found[node] = self._copy(node)
+        self.graph.output(self._give_out())
+        return self.graph
+
+    def _take_in(self, first: int) -> None:
+        x = self.graph.placeholder("x")
+        self.carrier = x
+        if self.start is None:
+            # fx gives the model's own placeholder a place of its own.
+            self.found[next(one for one in self.facts.nodes if one.op == "placeholder")] = x
+            return
+        count = itertools.count()
+        single = self.start.tensors == 1
+        for node in self.start.live:
+            # Heads and losses keep what is handed over: a step that writes over it gets a copy.
+            copied = any(place >= first for place in self.facts.changed_by.get(node, ()))
+
+            def take(value: Any, copied: bool = copied) -> Any:
+                if not isinstance(value, Tensor):
+                    return value
+                index = next(count)
+                one = x if single else self.graph.call_function(_item, (x, index))
+                if index == 0:
+                    self.carrier = one
+                if self.start is not None and self.start.folds[index] > 1:
+                    one = self.graph.call_method("flatten", (one, 0, 1))
+                return self.graph.call_method("clone", (one,)) if copied else one
+
+            self.found[node] = pytree.tree_map(take, self.facts.values[node][0])
+
+    def _give_out(self) -> Any:
+        if self.end is None:
+            return fx.node.map_arg(self.facts.nodes[-1].args[0], self._fetch)
+        given: list[fx.Node] = []
+        for node in self.end.live:
+            value, own = self.facts.values[node][0], self.found[node]
+            for path, leaf in pytree.tree_leaves_with_path(value):
+                if isinstance(leaf, Tensor):
+                    given.append(self._fold(self._pick(own, path), leaf.shape, self.end.folds[len(given)]))
+        return given[0] if len(given) == 1 else tuple(given)
+
+    def _fold(self, own: fx.Node, shape: Sequence[int], fold: int) -> fx.Node:
+        if fold == 1:
+            return own
+        return self.graph.call_method("unflatten", (own, 0, (-1, fold)))
+
+    def _pick(self, own: Any, path: Sequence[Any]) -> Any:
+        for key in path:
+            index = key.idx if isinstance(key, pytree.SequenceKey) else key.key
+            own = self.graph.call_function(_item, (own, index)) if isinstance(own, fx.Node) else own[index]
+        return own
+
+    def _fetch(self, node: fx.Node) -> Any:
+        if node in self.found:
+            return self.found[node]
+        values = self.facts.values[node]
+        if node.op != "get_attr" and not _tensors(values[0]):
+            return pytree.tree_map(self._size, values[0], values[1])
+        assert self.facts.kinds[node] != _DATA, node
+        self.found[node] = self._copy(node)
+        return self.found[node]
+
+    def _size(self, one: Any, other: Any) -> Any:
+        """A size: itself, or so many times the batch."""
+        if one == other or not isinstance(one, int):
+            return one
+        if isinstance(one, bool) or one * BATCHES[1] != other * BATCHES[0]:
+            raise UserError(
+                f"{type(self.model).__name__} cannot be cut: a number that a later step needs ({one} for {BATCHES[0]} images, "
+                f"{other} for {BATCHES[1]}) depends on the number of images in the batch; an image's answer may not depend on "
+                "how many come with it"
+            )
+        batch = self.graph.call_method("size", (self.carrier, 0))
+        times = one // BATCHES[0]
+        return batch if times == 1 else self.graph.call_function(_times, (batch, times))
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._fetch)
+        return self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+
+
+def _item(values: Any, index: Any) -> Any:
+    return values[index]
+
+
+def _times(batch: int, times: int) -> int:
+    return batch * times
+
+
+def build_stage(trace: Trace, facts: Facts, start: Cut | None, end: Cut | None) -> fx.GraphModule:
+    """The stretch from ``start`` (None: the image) to ``end`` (None: the logits), with the model's own modules inside.
+
+    Names inside are the model's own paths.
+    """
+    graph = _StageBuilder(trace.model, facts, start, end).build()
+    targets = {
+        str(node.target): trace.lookup(str(node.target))
+        for node in graph.nodes
+        if node.op in ("call_module", "get_attr")
+    }
+    stage = fx.GraphModule(targets, graph, class_name="Stage")
+    _keep_persistence(stage, trace.model)
+    return stage
+
+
+def _keep_persistence(stage: nn.Module, model: nn.Module) -> None:
+    """What the model's state dict leaves out is left out of the stage's."""
+    kept = set(model.state_dict())
+    for path, module in stage.named_modules():
+        for name in module._buffers:
+            if (f"{path}.{name}" if path else name) not in kept:
+                module._non_persistent_buffers_set.add(name)

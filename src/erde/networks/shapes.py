@@ -1,0 +1,36 @@
+"""Input sizes, and networks in training or evaluation mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    pass
+
+
+InputSize = tuple[int, int, int]
+# What a stage hands to the next.
+Handed = Tensor | tuple[Tensor, ...]
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All of ``model`` in one mode; afterwards each module is in its own again."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
+def example_input(module: nn.Module, input_size: InputSize) -> Tensor:
+    """One image of zeros (1, C, H, W) where the module's parameters are."""
+    parameter = next(module.parameters())
+    return torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)

@@ -1,0 +1,53 @@
+"""The exit rule, operating points and their promises. May import: common."""
+
+from __future__ import annotations
+
+from erde.policy.rule import (
+    BAND,
+    ENSEMBLES,
+    OWN_SCORES,
+    PAPER_RULE,
+    SCORES,
+    Ensemble,
+    ExitRule,
+    HarmParameters,
+    Thresholds,
+    answer_probabilities,
+    decide,
+    entropy_score,
+    harm_feature_count,
+    harm_features,
+    in_band,
+    leaves,
+    log_softmax,
+    margin_score,
+    near_tie,
+    running_ensemble,
+    softmax,
+    take_exit,
+)
+
+__all__ = [
+    "BAND",
+    "ENSEMBLES",
+    "OWN_SCORES",
+    "PAPER_RULE",
+    "SCORES",
+    "Ensemble",
+    "ExitRule",
+    "HarmParameters",
+    "Thresholds",
+    "answer_probabilities",
+    "decide",
+    "entropy_score",
+    "harm_feature_count",
+    "harm_features",
+    "in_band",
+    "leaves",
+    "log_softmax",
+    "margin_score",
+    "near_tie",
+    "running_ensemble",
+    "softmax",
+    "take_exit",
+]

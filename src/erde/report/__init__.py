@@ -1,0 +1,1 @@
+"""Pages, figures and tables from results. No torch. May import: evaluation and what lies below it."""

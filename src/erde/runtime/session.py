@@ -1,0 +1,450 @@
+"""Run a bundle without torch: stages one after another, each only for the images that are still undecided."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from erde import bundle, policy
+from erde.bundle.profile import PROFILE, Profile
+from erde.common.errors import UserError, in_one_line
+from erde.common.splits import ImageSource
+from erde.policy.cost import Cost
+from erde.runtime.monitor import Monitor
+from erde.runtime.prediction import Prediction
+from erde.runtime.stages import Providers, StageRunner
+
+# More than any machine has; ONNX Runtime would start them all the same, and wait for them.
+MAX_THREADS = 1024
+
+
+class Session:
+    """A bundle, verified and ready to answer; several threads may share one.
+
+    Args:
+        path: the bundle's folder.
+        threads: of ONNX Runtime; None leaves the choice to it.
+        providers: ONNX Runtime's execution providers; the CPU by default.
+        spinning: whether idle threads of ONNX Runtime wait actively; False leaves the cores to others.
+
+    Raises:
+        UserError: whatever is wrong with the bundle, in one line, before any graph is loaded.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        providers: Providers | None = None,
+        spinning: bool = True,
+    ) -> None:
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UserError(
+                f"threads is {threads}, expected 1 to {MAX_THREADS}, or None for ONNX Runtime's choice"
+            )
+        folder = self.folder = Path(path)
+        self.manifest = bundle.read(folder)
+        self.rule = self.manifest.rule()
+        self._threads = threads
+        self._stages = StageRunner(
+            [folder / stage.file for stage in self.manifest.stages], threads, providers, spinning
+        )
+        self._macs = np.asarray([stage.macs for stage in self.manifest.stages], dtype=np.int64)
+        self._temperatures = np.asarray(self.manifest.temperatures)
+        self._profile = self._profile_at_hand()
+        self._check_reference_sample(folder)
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, by label."""
+        return self.manifest.classes
+
+    def all_logits(self, images: ImageSource) -> NDArray[np.float32]:
+        """Raw logits (E, N, K) of every exit; for calibration, not for speed."""
+        if tuple(images.shape[1:]) != self.manifest.input_shape:
+            expected = ", ".join(map(str, self.manifest.input_shape))
+            raise UserError(f"expected images of shape (N, {expected}), got {tuple(images.shape)}")
+        return self._stages.all_logits(images)
+
+    def cost(self, timed: bool | None = None) -> Cost:
+        """MACs per exit, and milliseconds where the bundle's folder has a profile of the machine.
+
+        A profile that does not fit is an error where milliseconds are asked for (``timed=True``) and as good as none
+        else; with ``timed=False`` none is read.
+        """
+        milliseconds = None
+        if timed is not False and (self.folder / PROFILE).is_file():
+            try:
+                milliseconds = self._profile_on_disk().exit_milliseconds()
+            except UserError:
+                if timed:
+                    raise
+        return Cost(tuple(self._macs.tolist()), self.manifest.no_exit_macs, milliseconds)
+
+    def profile(
+        self,
+        path: str | Path | None = None,
+        *,
+        images: NDArray[np.uint8] | None = None,
+        batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+        rounds: int = 30,
+    ) -> Profile:
+        """Time every stage on this machine, and write ``profile.json`` (into the bundle's folder by default).
+
+        Batch sizes and stages take turns within each round, so that a busy moment hits all alike; the median
+        of ``rounds`` counts. ``images``: uint8 (N, H, W, C), drawn from with replacement; the bundle's own
+        reference sample without them.
+
+        With its profile a session knows when taking the images that are done out of a batch costs more than
+        carrying them along to the next exit; without one they are always taken out.
+        """
+        if not batch_sizes or min(batch_sizes) != 1 or rounds < 1:
+            raise UserError(
+                f"batch sizes {', '.join(map(str, batch_sizes))} and {rounds} rounds: expected 1 among the sizes, "
+                "no smaller one, and a round or more"
+            )
+        if images is None:
+            images = self.manifest.reference_sample.decode(self.manifest.input_shape)
+        images = self._check_images(images)
+        generator = np.random.default_rng(0)
+        times: dict[int, list[list[float]]] = {size: [] for size in batch_sizes}
+        gathering: list[list[float]] = []
+        for turn in range(rounds + 2):
+            for size in batch_sizes:
+                seconds, per_row = self._time_stages(images[generator.integers(0, len(images), size)])
+                if turn >= 2:  # the first calls allocate
+                    times[size].append(seconds)
+                    gathering += [per_row] if size == max(batch_sizes) else []
+        profile = Profile(
+            stages=bundle.stages_hash(self.manifest),
+            machine=f"{platform.system()} {platform.machine()}, onnxruntime {onnxruntime.__version__}",
+            threads=self._threads,
+            rounds=rounds,
+            milliseconds={size: (1e3 * np.median(rows, axis=0)).tolist() for size, rows in times.items()},
+            gather_milliseconds=(1e3 * np.median(gathering, axis=0)).tolist(),
+        )
+        profile.write(Path(path) if path is not None else self.folder / PROFILE)
+        self._profile = self._profile_at_hand()
+        return profile
+
+    def _profile_on_disk(self) -> Profile:
+        """The profile in the bundle's folder; :class:`UserError` without one."""
+        stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
+        return Profile.read(self.folder / PROFILE, stages, exits)
+
+    def _read_profile(self) -> Profile:
+        """The same, if it is of this session's threads."""
+        profile = self._profile_on_disk()
+        if profile.threads != self._threads:
+            raise UserError(
+                f"{self.folder / PROFILE} was measured with threads={profile.threads}, this session has "
+                f"threads={self._threads}: open it with the same number, or measure again with "
+                "`erde bundle profile --threads`"
+            )
+        return profile
+
+    def _profile_at_hand(self) -> Profile | None:
+        """The profile if there is one for this session's threads."""
+        stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
+        profile = Profile.at_hand(self.folder / PROFILE, stages, exits)
+        return profile if profile is not None and profile.threads == self._threads else None
+
+    def graphs_timed(self) -> AbstractContextManager[list[float]]:
+        """While it lasts, the list takes the seconds of every call of ONNX Runtime; for measurements of one thread."""
+        return self._stages.timed()
+
+    def _time_stages(self, images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
+        """For a batch that stays whole to the end: seconds of each stage with its decision, and of taking one
+        image over to each next stage."""
+        x: NDArray[Any] | None = images
+        so_far: list[NDArray[Any]] = []
+        seconds, per_row = [], []
+        every = np.arange(len(images))
+        for index in range(len(self._stages)):
+            assert x is not None
+            final = index == len(self._stages) - 1
+            started = time.perf_counter()
+            x, logits = self._stages.run_bound(index, x)
+            so_far = [*so_far, logits]
+            self.rule.decide_on(so_far, self.rule.answer(so_far, final), final)
+            seconds.append(time.perf_counter() - started)
+            if x is not None:
+                started = time.perf_counter()
+                self._stages.gather(index + 1, x, every)
+                per_row.append((time.perf_counter() - started) / len(images))
+        return seconds, per_row
+
+    def predict(
+        self,
+        images: NDArray[np.uint8],
+        *,
+        operating_point: str | None = None,
+        thresholds: policy.Thresholds | None = None,
+        max_exit: int | None = None,
+        max_macs: float | None = None,
+        deadline_ms: float | None = None,
+    ) -> Prediction:
+        """Answer uint8 images (N, H, W, C), N = 0 included; a stage runs only for images still undecided.
+
+        With several limits the tightest counts. See :class:`Prediction` for what ``capped`` says of them.
+
+        Args:
+            operating_point: by name; the bundle's default without it.
+            thresholds: E-1 numbers or None, instead of an operating point; not certified.
+            max_exit: the last exit that may run; it answers whatever is left. Not certified.
+            max_macs: the same as a limit on MACs per image.
+            deadline_ms: the same in milliseconds for the whole batch, as if no image left early, by the
+                ``profile.json`` in the bundle's folder: the times of the least profiled batch size that holds
+                N images, or those of the largest one, scaled up. A plan, not a guard: no stage is interrupted.
+
+        Raises:
+            UserError: images of a wrong shape or type, an unknown operating point, an impossible limit, a
+                deadline without a profile.
+        """
+        images = self._check_images(images)
+        last = self._last_exit(max_exit, max_macs)
+        if deadline_ms is not None:
+            last = min(last, self._last_exit_within(deadline_ms, len(images)))
+        chosen = self._thresholds(operating_point, thresholds)
+        name = self.manifest.point(operating_point).name if thresholds is None else None
+        return self._answer(images, chosen, last, name is None or last < len(self._stages) - 1, name)
+
+    def monitor(self, *, false_alarm: float = 0.01) -> Monitor:
+        """A drift watch for this session's answers; ``false_alarm`` bounds its whole life."""
+        return Monitor(self.manifest, false_alarm=false_alarm)
+
+    def predict_stream(
+        self,
+        images: Iterable[NDArray[np.uint8]],
+        *,
+        batch_size: int = 32,
+        operating_point: str | None = None,
+        thresholds: policy.Thresholds | None = None,
+        max_exit: int | None = None,
+        max_macs: float | None = None,
+        deadline_ms: float | None = None,
+    ) -> Iterator[Prediction]:
+        """Answer any number of single uint8 images (H, W, C), in order: a Prediction for every ``batch_size``.
+
+        The last one has what is left over. ``images`` may be endless: no image is taken before its batch is
+        asked for, and one batch is held at a time. The other arguments, for each batch, and the errors are
+        those of :meth:`predict`; all but those about images, and a deadline for a smaller last batch, come at
+        once, before any image is taken.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, expected 1 or more")
+        self._last_exit(max_exit, max_macs)
+        self._thresholds(operating_point, thresholds)
+        if deadline_ms is not None:
+            self._last_exit_within(deadline_ms, batch_size)
+        return (
+            self.predict(
+                batch,
+                operating_point=operating_point,
+                thresholds=thresholds,
+                max_exit=max_exit,
+                max_macs=max_macs,
+                deadline_ms=deadline_ms,
+            )
+            for batch in self._batches(images, batch_size)
+        )
+
+    def _batches(self, images: Iterable[NDArray[np.uint8]], size: int) -> Iterator[NDArray[np.uint8]]:
+        """Batches (up to ``size``, H, W, C) of single images. All lie in one memory: use each before the next."""
+        shape = self.manifest.input_shape
+        batch = np.empty((size, *shape), dtype=np.uint8)
+        filled = 0
+        for number, image in enumerate(images):
+            image = np.asarray(image)
+            if image.shape != shape or image.dtype != np.uint8:
+                raise UserError(
+                    f"image {number} of the stream (from 0): expected uint8 of shape "
+                    f"({', '.join(map(str, shape))}), got {image.dtype} of shape {image.shape}"
+                )
+            batch[filled] = image
+            filled += 1
+            if filled == size:
+                yield batch
+                filled = 0
+        if filled:
+            yield batch[:filled]
+
+    def _answer(
+        self,
+        images: NDArray[np.uint8],
+        thresholds: policy.Thresholds,
+        last: int,
+        capped: bool,
+        operating_point: str | None,
+    ) -> Prediction:
+        """Stages 0 to ``last`` on checked images; at ``last`` all that are left have to answer."""
+        # What left together: rows of ``images``, their exit, logits and scores.
+        parts: list[tuple[NDArray[np.intp], int, NDArray[Any], NDArray[np.float64]]] = []
+        carried: list[tuple[NDArray[np.intp], int]] = []  # rows that a stage computed although they were done
+        present = np.arange(len(images))  # rows in the batch
+        undecided: NDArray[np.bool_] | None = None  # which of them are; None for all
+        first_scores = np.zeros(0)
+        x: NDArray[Any] = images
+        so_far: list[NDArray[Any]] = []  # their logits at every exit they passed, where the rule looks back
+        final = len(self._stages) - 1
+        clock = [time.perf_counter()]
+        for index in range(last + 1):
+            features, stage_logits = self._stages.run_bound(index, x)
+            so_far = [*so_far, stage_logits] if self.rule.looks_back else [stage_logits]
+            left = len(present)
+            if undecided is not None:
+                carried.append((present[~undecided], index))
+                left = int(np.count_nonzero(undecided))
+            threshold = thresholds[index] if index < last else None
+            if index in (0, last) or threshold is not None:  # nobody asks for the score of a disabled exit
+                answer = self.rule.answer(so_far, index == final)
+                scores = self.rule.decide_on(so_far, answer, index == final)
+                if index == 0:
+                    first_scores = scores
+                if index == last:
+                    done = undecided
+                else:
+                    done = policy.leaves(scores, threshold)
+                    done = done if undecided is None else done & undecided
+                leaving = left if done is None else int(np.count_nonzero(done))
+                if done is None or leaving == len(present):
+                    parts.append((present, index, answer, scores))
+                elif leaving:
+                    parts.append((present[done], index, answer[done], scores[done]))
+                    undecided = ~done if undecided is None else undecided & ~done
+                left -= leaving
+            if left:
+                assert features is not None
+                x = features
+                if undecided is not None and self._pays_to_gather(index, len(present), left):
+                    keep = np.flatnonzero(undecided)
+                    x = self._stages.gather(index + 1, features, keep)
+                    so_far = [one[keep] for one in so_far]
+                    present, undecided = present[keep], None
+            clock.append(time.perf_counter())
+            if not left:
+                break
+        return self._prediction(parts, carried, len(images), first_scores, capped, operating_point, clock)
+
+    def _prediction(
+        self,
+        parts: list[tuple[NDArray[np.intp], int, NDArray[Any], NDArray[np.float64]]],
+        carried: list[tuple[NDArray[np.intp], int]],
+        count: int,
+        first_scores: NDArray[np.float64],
+        capped: bool,
+        operating_point: str | None,
+        clock: list[float],
+    ) -> Prediction:
+        if len(parts) == 1:  # all left together, as a single image does
+            _, exit, answer, scores = parts[0]
+            exits, logits = np.full(count, exit, dtype=np.int64), answer.astype(np.float64)
+        else:
+            exits = np.zeros(count, dtype=np.int64)
+            logits, scores = np.zeros((count, len(self.manifest.classes))), np.zeros(count)
+            for rows, exit, answer, of_rows in parts:
+                exits[rows], logits[rows], scores[rows] = exit, answer, of_rows
+        reached = exits
+        if carried:
+            reached = exits.copy()
+            for rows, index in carried:
+                reached[rows] = index
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"the stages of bundle {self.folder} give logits that are not finite for these images: export it again"
+            )
+        return Prediction(
+            labels=logits.argmax(axis=-1),
+            logits=logits,
+            exits=exits,
+            scores=scores,
+            macs=self._macs[reached],
+            capped=capped,
+            milliseconds=tuple(1e3 * (after - before) for before, after in itertools.pairwise(clock)),
+            first_scores=first_scores,
+            operating_point=operating_point,
+            temperatures=self._temperatures,
+        )
+
+    def _pays_to_gather(self, index: int, present: int, left: int) -> bool:
+        """Whether the next stage is quicker on the ``left`` undecided images of ``present`` behind exit ``index``."""
+        if self._profile is None:
+            return True
+        saved = self._profile.stage_milliseconds(index + 1, present)
+        saved -= self._profile.stage_milliseconds(index + 1, left)
+        return saved > left * self._profile.gather_milliseconds[index]
+
+    def _check_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        images = np.asarray(images)
+        expected = self.manifest.input_shape
+        if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
+            raise UserError(
+                f"expected uint8 images of shape (N, {', '.join(map(str, expected))}), got {images.dtype} of shape "
+                f"{images.shape}: decode and resize them first (erde predict does both)"
+            )
+        return np.ascontiguousarray(images)
+
+    def _last_exit(self, max_exit: int | None, max_macs: float | None) -> int:
+        last = len(self._stages) - 1
+        if max_exit is not None:
+            if not 0 <= max_exit <= last:
+                raise UserError(f"max_exit is {max_exit}, this bundle has exits 0 to {last}")
+            last = max_exit
+        if max_macs is not None:
+            affordable = int((self._macs <= max_macs).sum()) - 1
+            if affordable < 0:
+                raise UserError(
+                    f"max_macs is {max_macs:,.0f}, the first exit already takes {self._macs[0]:,}"
+                )
+            last = min(last, affordable)
+        return last
+
+    def _last_exit_within(self, deadline_ms: float, count: int) -> int:
+        """The furthest exit that a batch of ``count`` images reaches in time, by the profile."""
+        profile = self._profile or self._read_profile()
+        count = max(1, count)
+        size = min((one for one in profile.milliseconds if one >= count), default=max(profile.milliseconds))
+        times = np.cumsum(profile.milliseconds[size]) * max(1.0, count / size)
+        last = int((times <= deadline_ms).sum()) - 1
+        if last < 0:
+            raise UserError(
+                f"deadline_ms is {deadline_ms:g}, by {self.folder / PROFILE} the first exit takes {times[0]:.3g} ms "
+                f"for a batch of {count}: allow more time, or give fewer images at once"
+            )
+        return last
+
+    def _thresholds(self, name: str | None, thresholds: policy.Thresholds | None) -> policy.Thresholds:
+        if thresholds is None:
+            return self.manifest.point(name).thresholds
+        if name is not None:
+            raise UserError("give an operating point or thresholds, not both")
+        if len(thresholds) != len(self._stages) - 1:
+            raise UserError(
+                f"{len(thresholds)} thresholds for {len(self._stages)} exits: expected {len(self._stages) - 1}, "
+                "None to disable an exit"
+            )
+        return thresholds
+
+    def _check_reference_sample(self, folder: Path) -> None:
+        sample = self.manifest.reference_sample
+        try:
+            images = sample.decode(self.manifest.input_shape)
+            logits = self._stages.all_logits(images)
+        except Exception as error:  # a stage that does not take what the last one gives, and the like
+            raise UserError(f"bundle {folder}: its stages do not run: {in_one_line(str(error))}") from error
+        expected = np.asarray(sample.logits)
+        if logits.shape != expected.shape or not np.abs(logits - expected).max() <= sample.tolerance:
+            raise UserError(
+                f"bundle {folder}: its stages do not give the logits of its reference sample on this machine: "
+                "export it again here, or report this with `erde bundle info`"
+            )

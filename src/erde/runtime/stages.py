@@ -1,0 +1,280 @@
+"""The ONNX stages of a network in ONNX Runtime: run plainly, or bound to buffers that each thread keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from erde.common.errors import UserError, in_one_line
+from erde.common.splits import ImageSource
+
+Providers = Sequence[str | tuple[str, dict[str, Any]]]
+CPU = "CPUExecutionProvider"
+# Each thread keeps buffers up to this size a stage; a larger batch gains nothing from them.
+KEPT_BYTES = 16 * 2**20
+
+
+class StageRunner:
+    """The stages, each an ONNX Runtime session; several threads may share one.
+
+    Args:
+        paths: the graphs in order; all but the last give ``features`` and ``logits``, the last ``logits`` only.
+        threads: of ONNX Runtime within a stage; None leaves the choice to it.
+        providers: ONNX Runtime's execution providers; the CPU by default.
+        spinning: whether idle threads of ONNX Runtime wait actively: quicker where the machine is this
+            program's own, at the cost of a busy core. With one thread there is none that could.
+
+    Raises:
+        UserError: a graph that ONNX Runtime does not take, or a provider that it does not have.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        threads: int | None = None,
+        providers: Providers | None = None,
+        spinning: bool = True,
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised, and need not stand on the terminal besides
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Every stage has threads of its own: those of one must not wait actively while the next one works.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Not by the file's name or content: bundle.sealing has looked at ONNX files, and at no others.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        chosen = list(providers or [CPU])
+        _check_available(chosen)
+        self._sessions = []
+        for path in paths:
+            try:
+                session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+            except Exception as error:  # ONNX Runtime raises types of its own for each kind of bad model
+                raise UserError(f"ONNX Runtime cannot load {path}: {in_one_line(str(error))}") from error
+            self._sessions.append(session)
+            _check_names(path, session, is_last=len(self._sessions) == len(paths))
+        self._inputs = [session.get_inputs()[0].name for session in self._sessions]
+        self._empty = [_empty_outputs(session) for session in self._sessions]
+        # On another device ONNX Runtime places what it computes by itself.
+        self._binds = chosen == [CPU]
+        self._local = threading.local()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """What the first stage takes for one image, as the graph says: (H, W, C)."""
+        return tuple(self._sessions[0].get_inputs()[0].shape[1:])
+
+    def run(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
+        """Stage ``index`` on a batch: its feature map (None for the last stage) and its raw logits (B, K)."""
+        empty = self._empty[index] if len(x) == 0 else None
+        if empty is not None:
+            return (None, empty[-1]) if index == len(self._sessions) - 1 else (empty[0], empty[1])
+        try:
+            outputs = self._sessions[index].run(None, {self._inputs[index]: x})
+        except Exception as error:
+            raise _failed(index, x, str(error)) from error
+        if any(np.shape(one)[:1] != x.shape[:1] for one in outputs):
+            raise _failed(index, x, "it does not give one row for each image")
+        if index == len(self._sessions) - 1:
+            return None, outputs[0]
+        return outputs[0], outputs[1]
+
+    def run_bound(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
+        """As :meth:`run`, into buffers of this thread: what it gives is gone with the thread's next call.
+
+        ``x`` is C-contiguous and of the type that the stage takes: nothing is checked or copied.
+        """
+        slot = self._slots()[index] if self._binds else None
+        try:
+            if slot is None or not slot.bind(x, ours=index > 0):
+                return self.run(index, x)
+            slot.run()
+        except UserError:
+            raise
+        except Exception as error:
+            raise _failed(index, x, str(error)) from error
+        return slot.features, slot.logits
+
+    def gather(self, index: int, features: NDArray[Any], keep: NDArray[np.intp]) -> NDArray[Any]:
+        """The rows ``keep`` of ``features``, side by side as the input of stage ``index``; gone as above."""
+        slot = self._slots()[index]
+        if slot is None or features.nbytes > KEPT_BYTES:
+            return features[keep]
+        if slot.gathered is None or len(slot.gathered) < len(keep):
+            slot.gathered = np.empty_like(features)
+        taken = slot.gathered[: len(keep)]
+        # "clip" since "raise" writes by way of a second buffer; the rows are there.
+        np.take(features, keep, axis=0, out=taken, mode="clip")
+        return taken
+
+    def all_logits(self, images: ImageSource, batch_size: int = 256) -> NDArray[np.float32]:
+        """Raw logits (E, N, K) of every exit for uint8 images (N, H, W, C); nothing leaves early."""
+        parts = []
+        for start in range(0, max(1, len(images)), batch_size):  # once for no images: shapes stay right
+            x: NDArray[Any] | None = images[start : start + batch_size]
+            rows = []
+            for index in range(len(self)):
+                assert x is not None
+                x, logits = self.run(index, x)
+                rows.append(logits)
+            parts.append(np.stack(rows))
+        return np.concatenate(parts, axis=1)
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[list[float]]:
+        """While it lasts, the list takes the seconds of every call of ONNX Runtime."""
+        seconds: list[float] = []
+
+        def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                started = time.perf_counter()
+                found = call(*arguments)
+                seconds.append(time.perf_counter() - started)
+                return found
+
+            return run
+
+        for session in self._sessions:
+            session.run, session.run_with_iobinding = (
+                watched(session.run),
+                watched(session.run_with_iobinding),
+            )
+        try:
+            yield seconds
+        finally:
+            for session in self._sessions:
+                del session.run, session.run_with_iobinding
+
+    def _slots(self) -> list[_Slot | None]:
+        slots: list[_Slot | None] | None = getattr(self._local, "slots", None)
+        if slots is None:
+            slots = self._local.slots = [_Slot.of(session) for session in self._sessions]
+        return slots
+
+
+def _empty_outputs(session: onnxruntime.InferenceSession) -> list[NDArray[Any]] | None:
+    """What a stage gives for no images, where the graph tells its shapes: some operators refuse an empty batch.
+
+    ONNX Runtime's LSTM even ends the process.
+    """
+    outputs = session.get_outputs()
+    if any(one.type != "tensor(float)" or len(one.shape) < 2 for one in outputs):
+        return None
+    shapes = [tuple(one.shape[1:]) for one in outputs]
+    if any(not isinstance(side, int) for shape in shapes for side in shape):
+        return None
+    return [np.empty((0, *shape), dtype=np.float32) for shape in shapes]
+
+
+def _check_available(providers: Providers) -> None:
+    # ONNX Runtime by itself would say so on the terminal, and quietly go on with the CPU.
+    available = onnxruntime.get_available_providers()
+    for one in providers:
+        name = one if isinstance(one, str) else one[0]
+        if name not in available:
+            raise UserError(
+                f"this ONNX Runtime has no provider '{name}', only {', '.join(available)}: choose one of these, or "
+                "install the onnxruntime package that has it"
+            )
+
+
+def _check_names(path: Path, session: onnxruntime.InferenceSession, is_last: bool) -> None:
+    inputs, found = len(session.get_inputs()), [one.name for one in session.get_outputs()]
+    # What comes alone is taken for logits, whatever its name: plain graphs of other programs run too.
+    if inputs != 1 or (len(found) != 1 if is_last else found != ["features", "logits"]):
+        expected = "one output" if is_last else "the outputs features and logits"
+        raise UserError(
+            f"{path} cannot be run as a stage: it has {inputs} inputs and the outputs {in_one_line(repr(found))}, "
+            f"expected one input and {expected}"
+        )
+
+
+def _failed(index: int, x: NDArray[Any], what: str) -> UserError:
+    return UserError(
+        f"stage {index} fails on a batch of {len(x)}: {in_one_line(what)}: copy the bundle again, or export it again"
+    )
+
+
+class _Slot:
+    """One stage for one thread: what its outputs are bound to, and what it reads.
+
+    ONNX Runtime holds addresses, so the buffers live as long as the slot; the input is the caller's.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._session, self._binding = session, session.io_binding()
+        self._input = session.get_inputs()[0].name
+        self._shapes = shapes
+        self._kept: dict[str, NDArray[np.float32]] = {}
+        self._rows = self._address = -1
+        self._bound: NDArray[Any] | None = None
+        self._bytes_per_row = max(4 * int(np.prod(shape)) for shape in shapes.values())
+        self.features: NDArray[np.float32] | None = None
+        self.logits: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+        self.gathered: NDArray[Any] | None = None
+
+    @classmethod
+    def of(cls, session: onnxruntime.InferenceSession) -> _Slot | None:
+        """A slot for a stage whose outputs are floats of a known shape for each image; else None."""
+        shapes = {}
+        # A rank that the graph does not tell is no shape.
+        for output in session.get_outputs():
+            known = len(output.shape) >= 2 and all(isinstance(one, int) for one in output.shape[1:])
+            if output.type != "tensor(float)" or not known:
+                return None
+            shapes[output.name] = tuple(output.shape[1:])
+        return cls(session, shapes)
+
+    def bind(self, x: NDArray[Any], ours: bool) -> bool:
+        """Make ``x`` the input; False where the batch is empty or too large for buffers that stay.
+
+        ``ours``: what a stage before gave, which keeps its place and shape, so that the same array needs no second look.
+        """
+        if x is self._bound:
+            return True
+        rows = len(x)
+        if rows == 0 or rows * self._bytes_per_row > KEPT_BYTES:
+            return False
+        address = x.__array_interface__["data"][0]
+        if rows == self._rows and address == self._address:
+            return True
+        self._bound = None
+        if rows != self._rows:
+            self._rows = -1  # until all is bound
+            self._bind_outputs(rows)
+        self._binding.bind_input(self._input, "cpu", 0, x.dtype.type, x.shape, address)
+        self._rows, self._address = rows, address
+        # Known again by itself, and so kept: no more than a buffer would be.
+        self._bound = x if ours and x.nbytes <= KEPT_BYTES else None
+        return True
+
+    def _bind_outputs(self, rows: int) -> None:
+        for name, shape in self._shapes.items():
+            kept = self._kept.get(name)
+            if kept is None or len(kept) < rows:
+                kept = self._kept[name] = np.empty((rows, *shape), dtype=np.float32)
+            view = kept[:rows]
+            self._binding.bind_output(name, "cpu", 0, np.float32, view.shape, kept.ctypes.data)
+            if name == "features":
+                self.features = view
+            else:
+                self.logits = view
+
+    def run(self) -> None:
+        """Compute the outputs."""
+        # Without RunOptions: ONNX Runtime's wrapper would look one up in them, at the price of a whole stage.
+        self._session.run_with_iobinding(self._binding)

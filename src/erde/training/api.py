@@ -1,0 +1,191 @@
+"""Training from Python: :func:`train` and :func:`distill`, with the keys of a recipe as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from erde.common.errors import UserError
+from erde.common.history import Epoch
+from erde.data.load import DataSplits
+from erde.losses import ExitSettings, build_loss
+from erde.networks.cost import network_cost
+from erde.networks.network import EarlyExitNetwork
+from erde.networks.shapes import example_input, mode
+from erde.recipe.losses import LossConfig, resolve_loss
+from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig, check_phases
+from erde.recipe.validation import validate
+from erde.training.job import Job
+from erde.training.loop import choose_device, train_network
+
+
+def train(
+    network: EarlyExitNetwork,
+    data: DataSplits,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    folder: str | Path | None = None,
+    augmentation: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[Epoch]:
+    """Train all exits with joint cross-entropy on ``data.train``; ``settings`` are keys of ``train:``.
+
+    Trains in place and returns one entry per epoch. With a ``folder``, a killed training continues there.
+    """
+    return _fit(network, None, data, "ce", {}, seed, device, folder, augmentation, None, settings)
+
+
+def distill(
+    network: EarlyExitNetwork,
+    teacher: EarlyExitNetwork,
+    data: DataSplits,
+    *,
+    loss: str | Mapping[str, Any] = "erde",
+    distillation: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    folder: str | Path | None = None,
+    augmentation: Mapping[str, Any] | None = None,
+    teacher_cache: str | Path | None = None,
+    **settings: Any,
+) -> list[Epoch]:
+    """Train ``network`` from ``teacher``, exit by exit.
+
+    ``loss`` is a name, or a mapping with ``name`` and the loss's knobs; ``distillation`` holds keys of
+    ``distillation:`` (alpha, temperature, ...), ``settings`` keys of ``train:``. With a ``teacher_cache``
+    folder the teacher is asked once for each view of each image; further calls find its answers there.
+    """
+    return _fit(
+        network,
+        teacher,
+        data,
+        loss,
+        distillation or {},
+        seed,
+        device,
+        folder,
+        augmentation,
+        teacher_cache,
+        settings,
+    )
+
+
+def _fit(
+    network: EarlyExitNetwork,
+    teacher: EarlyExitNetwork | None,
+    data: DataSplits,
+    loss: str | Mapping[str, Any],
+    distillation: Mapping[str, Any],
+    seed: int,
+    device: str,
+    folder: str | Path | None,
+    augmentation: Mapping[str, Any] | None,
+    teacher_cache: str | Path | None,
+    settings: Mapping[str, Any],
+) -> list[Epoch]:
+    _check(network, teacher, data)
+    config, resolved = validate(TrainConfig, settings, "train."), resolve_loss(loss)
+    check_phases("this training", config, len(network.stages) > 1)
+    if config.together:
+        raise UserError("train.together is for the arms of a recipe: leave it out")
+    if config.tensorboard and folder is None:
+        raise UserError("train.tensorboard writes into the folder of the training: give one, folder=...")
+    if "held_out_logits" in resolved.extras:
+        raise UserError(
+            "held-out teacher predictions are made by a recipe (teacher.cross_fit): from Python use another wrong_test"
+        )
+    job = Job(
+        name="network",
+        network=network,
+        criterion=build_criterion(
+            resolved,
+            validate(DistillationConfig, distillation, "distillation."),
+            network,
+            teacher,
+            data,
+            label_smoothing=config.label_smoothing,
+            seed=seed,
+        ),
+        teacher=teacher if resolved.needs_teacher else None,
+        train=data.train,
+        config=config,
+        augmentation=validate(AugmentationConfig, augmentation or {}, "augmentation."),
+        mean=data.mean,
+        std=data.std,
+        seed=seed,
+        device=choose_device(device),
+        extras=resolved.extras,
+        teacher_cache=Path(teacher_cache) if teacher_cache is not None else None,
+        workers=data.workers,
+        scalars=Path(folder) / "tensorboard" if config.tensorboard and folder is not None else None,
+    )
+    return train_network(job, Path(folder) if folder is not None else None).history
+
+
+def _check(network: Any, teacher: Any, data: Any) -> None:
+    """:class:`UserError` where networks and data are not what they should be, or do not fit each other."""
+    if not isinstance(data, DataSplits):
+        raise UserError(f"data is {_kind(data)}: expected what erde.load_data gives")
+    for name, given in (("network", network), ("teacher", teacher)):
+        if name == "teacher" and given is None:
+            continue
+        if not isinstance(given, EarlyExitNetwork):
+            raise UserError(
+                f"the {name} is {_kind(given)}: expected one with exits; erde.attach_exits(model, 3, input_size=...) gives it "
+                "some, and with exits=1 none but its own"
+            )
+        channels, height, width = data.input_size
+        try:
+            with mode(given, False), torch.no_grad():
+                shape = tuple(given(example_input(given, data.input_size)).shape)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the {name} does not take the data's images, {channels}x{height}x{width}: {reason}"
+            ) from error
+        if shape[2] != len(data.classes):
+            raise UserError(
+                f"the {name} tells {shape[2]} classes, the data has {len(data.classes)}: give its model as many outputs"
+            )
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def build_criterion(
+    loss: LossConfig,
+    distillation: DistillationConfig,
+    network: EarlyExitNetwork,
+    teacher: EarlyExitNetwork | None,
+    data: DataSplits,
+    *,
+    label_smoothing: float = 0.0,
+    train_images: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """The criterion of one arm, with the shared settings resolved for its network and its teacher.
+
+    ``label_smoothing`` is that of ``train:``, for cross-entropy alone; ``train_images`` is how many the arm
+    sees, all of train where it is None; ``seed`` decides the start of what the criterion owns.
+    """
+    if loss.needs_teacher and teacher is None:
+        raise UserError(f"the loss '{loss.name}' needs a teacher; without one use 'ce'")
+    settings = ExitSettings.resolve(
+        distillation,
+        len(data.classes),
+        network_cost(network, data.input_size).macs,
+        network_cost(teacher, data.input_size).macs if teacher is not None else None,
+        label_smoothing=label_smoothing if loss.name == "ce" else distillation.label_smoothing,
+        student_shapes=network.feature_shapes(data.input_size),
+        teacher_shapes=teacher.feature_shapes(data.input_size) if teacher is not None else (),
+        train_images=len(data.train) if train_images is None else train_images,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_loss(loss, settings)

@@ -1,0 +1,134 @@
+"""Several processes on one training: what ``torchrun`` starts, and DistributedDataParallel.
+
+Every process has the same network, takes its part of each batch, and gets the mean of all gradients; the
+first one writes all files. With a single process every function here does nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from erde.common import progress
+from erde.common.errors import UserError
+
+# The others wait while the first one loads data or fills a teacher cache; torchrun ends them if it dies.
+PATIENCE = timedelta(days=1)
+# What this process was to the others, once it has left them.
+_rank_before = 0
+
+
+def processes() -> int:
+    """How many processes share this training."""
+    return dist.get_world_size() if _started() else 1
+
+
+def rank() -> int:
+    """This one's number, from 0."""
+    return dist.get_rank() if _started() else _rank_before
+
+
+def is_first() -> bool:
+    """Whether this process writes files and speaks."""
+    return rank() == 0
+
+
+def start(device: str) -> None:
+    """Join the others, if ``torchrun`` started this process as one of several: NCCL on GPUs, Gloo on CPUs."""
+    if _started() or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    missing = [
+        name for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR") if name not in os.environ
+    ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {missing[0]} is not set: start several processes with torchrun, "
+            "or unset WORLD_SIZE"
+        )
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(
+                f"torchrun started {here} processes on this machine, which has {gpus} GPUs: lower --nproc-per-node, or "
+                "set device=cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    atexit.register(finish)
+    progress.quiet = not is_first()
+
+
+def finish() -> None:
+    """Leave the others; what follows is the first one's alone."""
+    global _rank_before
+    if _started():
+        _rank_before = dist.get_rank()
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def first_only(work: Callable[[], Any]) -> None:
+    """Do ``work`` in the first process, while the others wait; where it fails, they end silently."""
+    if processes() == 1:
+        work()
+        return
+    failed = [True]
+    try:
+        if is_first():
+            work()
+            failed = [False]
+    finally:
+        dist.broadcast_object_list(failed, src=0)
+    if failed[0]:
+        raise SystemExit(2)
+
+
+def check_batch(batch_size: int) -> None:
+    """:class:`UserError` unless the processes can share a batch equally."""
+    if batch_size % processes():
+        raise UserError(
+            f"train.batch_size is {batch_size}, which {processes()} processes cannot share equally: it is the size of "
+            "the whole batch; make it a multiple of their number"
+        )
+
+
+def wrap(module: nn.Module, device: torch.device, unused: bool) -> nn.Module:
+    """``module`` with gradients averaged over the processes; ``unused``: some parameters have no part in the loss."""
+    if processes() == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+        return module
+    return nn.parallel.DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        find_unused_parameters=unused,
+    )
+
+
+def without_averaging(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """For all but the last of the parts that a batch is computed in."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
+    """On GPUs batch norm sees the whole batch; on CPUs, for which torch has no such layer, a process's part."""
+    if processes() > 1 and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+
+
+def _started() -> bool:
+    return dist.is_available() and dist.is_initialized()

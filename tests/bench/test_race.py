@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from erde import bundle
+from erde.bench import race, real_images, show
+from erde.data.load import DataSplits
+from erde.exporting.onnx_files import export_plain
+from erde.networks.network import EarlyExitNetwork
+from erde.runtime.session import Session
+from tests.helpers.checks import save_by_class, user_error
+
+
+@pytest.fixture(scope="module")
+def images(digits: DataSplits) -> NDArray[np.uint8]:
+    return np.asarray(digits.test.images[:])
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tiny_bundle: Path,
+    tiny_network: EarlyExitNetwork,
+    digits: DataSplits,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A bundle where a run has it: beside the same network without exits."""
+    run = tmp_path_factory.mktemp("run")
+    shutil.copytree(tiny_bundle, run / "bundle")
+    path = run / "baselines" / "no-exit.onnx"
+    export_plain(tiny_network, digits.image_shape, digits.mean, digits.std, path)
+    shutil.copy(path, run / "baselines" / "small.onnx")
+    return run / "bundle"
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Path:
+    return folder.parent / "baselines" / "no-exit.onnx"
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, images: NDArray[np.uint8]) -> race.Bench:
+    return race.bench(folder, images, data="digits", batch_sizes=(1, 7), threads=(1,), rounds=3)
+
+
+class Clock:
+    """Time that passes only where a contender says so."""
+
+    def __init__(self) -> None:
+        self.now = 5.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def by_the_clock(clock: Clock, name: str, kind: race.Kind, seconds: Callable[[int], float]) -> race._Entry:
+    """A contender whose call number n takes ``seconds(n)``, and whose images leave by turns at exits 0 and 1."""
+    numbers = itertools.count()
+
+    def call(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        clock.now += seconds(next(numbers))
+        if kind == "no-exits":
+            return None
+        exits = np.arange(len(images)) % 2
+        return np.where(exits == 0, 20, 60), exits
+
+    about = race.Contender(
+        name=name, kind=kind, source="", precision="fp32", operating_point=None, certified=False, bytes=1
+    )
+    return race._Entry(about, lambda _: call, 100.0 if kind == "no-exits" else None, 2)
+
+
+def measure(entries: list[race._Entry], size: int = 4, rounds: int = 5) -> list[race.Measurement]:
+    images = np.zeros((9, 2, 2, 1), np.uint8)
+    return race._race(entries, entries[0].about.name, images, 1, size, rounds, np.random.default_rng(0))
+
+
+def test_times_and_shares_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("erde.bench.race.time.perf_counter", clock)
+    whole, half = measure(
+        [by_the_clock(clock, "whole", "no-exits", lambda _: 8e-3), by_the_clock(clock, "half", "fixed", lambda _: 3e-3)]
+    )  # fmt: skip
+    assert (whole.time_share, whole.macs_share, whole.time_per_macs_saved) == (1.0, 1.0, None)
+    assert half.p50 == pytest.approx(3) == half.p99
+    assert half.time_share == pytest.approx(3 / 8)
+    assert half.time_share_quartiles == pytest.approx((3 / 8, 3 / 8))
+    assert half.images_per_second == pytest.approx(4 / 3e-3)
+    # Half of the images at 20 of 100 MACs, half at 60: 60 % saved; of the time 5/8.
+    assert half.macs_share == pytest.approx(0.4)
+    assert half.exit_rates == [0.5, 0.5]
+    assert half.time_per_macs_saved == pytest.approx((5 / 8) / 0.6)
+    assert half.calls == 5 * int(race.TURN_SECONDS / 8e-3)
+
+
+def test_a_busy_round_does_not_move_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("erde.bench.race.time.perf_counter", clock)
+
+    # All that runs in the third round is ten times slower: warm-up, then 25 calls and one unmeasured a round.
+    def slow(seconds: float) -> Callable[[int], float]:
+        return lambda number: seconds * (10 if 55 <= number < 81 else 1)
+
+    _, half = measure(
+        [by_the_clock(clock, "a", "no-exits", slow(10e-3)), by_the_clock(clock, "b", "fixed", slow(5e-3))]
+    )
+    assert half.time_share_quartiles == pytest.approx((0.5, 0.5))
+    assert half.p99 == pytest.approx(50)
+
+
+def test_every_contender_has_its_turn(found: race.Bench, tiny_bundle: Path, plain: Path) -> None:
+    names = [one.name for one in found.contenders]
+    kinds = {one.name: one.kind for one in found.contenders}
+    assert (kinds["no-exit.onnx"], kinds["small.onnx"]) == ("no-exits", "fixed")
+    points = [one.name for one in bundle.read(tiny_bundle).operating_points]
+    assert names == ["no-exit.onnx", *points, "every exit computed", "small.onnx"]
+    assert found.reference == "no-exit.onnx"
+    assert [(one.contender, one.batch_size) for one in found.measurements] == [
+        (name, size) for size in (1, 7) for name in names
+    ]
+    certified = {one.operating_point for one in found.contenders if one.certified}
+    assert certified == {one.name for one in bundle.read(tiny_bundle).operating_points if one.certificate}
+    assert found.contenders[0].bytes == plain.stat().st_size
+    assert all(one.p50 <= one.p95 <= one.p99 and one.images_per_second > 0 for one in found.measurements)
+
+
+def test_macs_are_those_of_the_exits_that_were_taken(found: race.Bench, tiny_bundle: Path) -> None:
+    manifest = bundle.read(tiny_bundle)
+    macs = np.array([stage.macs for stage in manifest.stages])
+    for one in found.measurements:
+        if one.contender == "no-exit.onnx":
+            assert (one.macs_share, one.exit_rates) == (1.0, None)
+            continue
+        if one.contender == "small.onnx":
+            assert (one.macs_share, one.exit_rates) == (None, None)
+            continue
+        assert one.exit_rates is not None
+        assert sum(one.exit_rates) == pytest.approx(1)
+        assert one.macs_share == pytest.approx(float(np.array(one.exit_rates) @ macs) / manifest.no_exit_macs)
+        if one.contender in ("no-exit", "every exit computed"):
+            assert one.exit_rates[:-1] == [0, 0]
+    early = next(one for one in found.measurements if one.contender == "risk-10")
+    assert early.exit_rates is not None
+    assert early.exit_rates[0] > 0
+
+
+def test_fresh_processes_answer(found: race.Bench, tiny_bundle: Path, plain: Path) -> None:
+    assert [one.contender for one in found.starts] == [tiny_bundle.name, plain.name]
+    for one in found.starts:
+        assert 50 < one.first_answer_ms < 20_000
+        # The peak of a small process, and not that of this one with torch in it.
+        assert one.peak_mib is not None
+        assert 20 < one.peak_mib < 250
+
+
+def test_overhead_is_what_onnx_runtime_does_not_take(
+    tiny_bundle: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("erde.bench.race.time.perf_counter", clock)
+
+    def run(self: Any, binding: Any) -> None:
+        clock.now += 2e-3
+
+    def decide(self: Any, so_far: Any, answer: Any, final: bool) -> Any:
+        clock.now += 5e-6
+        return np.zeros(len(answer))
+
+    monkeypatch.setattr("onnxruntime.InferenceSession.run_with_iobinding", run)
+    monkeypatch.setattr("erde.policy.rule.ExitRule.decide_on", decide)
+    found = race._overhead(tiny_bundle, images, 1, calls=5)
+    assert found.microseconds_per_stage == pytest.approx(5, rel=1e-6)
+
+
+def test_a_bundle_alone_is_its_own_reference(tiny_bundle: Path, images: NDArray[np.uint8]) -> None:
+    found = race.bench(
+        tiny_bundle, images, data="digits", against=[], points=["risk-10", "risk-10"], batch_sizes=(3,),
+        threads=(1,), rounds=2,
+    )  # fmt: skip
+    assert [one.name for one in found.contenders] == ["no-exit", "risk-10", "every exit computed"]
+    assert found.reference == "no-exit"
+    assert next(one for one in found.measurements if one.contender == "no-exit").time_share == 1.0
+
+
+def test_what_lies_beside_a_bundle(tmp_path: Path) -> None:
+    for name in ("bundle", "bundle-int8", "baselines"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "baselines" / "small.onnx").touch()
+    assert race.beside(tmp_path / "bundle") == [
+        tmp_path / "bundle-int8",
+        tmp_path / "baselines" / "small.onnx",
+    ]
+    assert race.beside(tmp_path / "bundle-int8") == [tmp_path / "baselines" / "small.onnx"]
+
+
+def test_it_is_written_and_drawn(
+    found: race.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found.write(tmp_path / "bench.json")
+    assert race.Bench.model_validate(json.loads((tmp_path / "bench.json").read_text())) == found
+    figure = show.write_figure(found, tmp_path / "bench.png")
+    assert figure is not None
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    show.show(found)
+    said = capsys.readouterr().out
+    assert "every exit computed" in said
+    assert "µs a stage" in said
+
+
+# ---------------------------------------------------------------- images and bad input
+
+
+def test_images_of_a_folder(tiny_bundle: Path, digits: DataSplits, tmp_path: Path) -> None:
+    folder = save_by_class(digits.test, tmp_path / "photos")
+    images, data = real_images.load_images(tiny_bundle, str(folder), 50, seed=1)
+    assert data == str(folder)
+    assert images.shape == (50, 8, 8, 1)
+    known = {one.tobytes() for one in digits.test.images[:]}
+    assert {one.tobytes() for one in images} <= known
+    assert len({one.tobytes() for one in images}) > 40
+    again, _ = real_images.load_images(tiny_bundle, str(folder), 50, seed=1)
+    assert np.array_equal(images, again)
+
+
+def test_noise_is_no_image(tiny_bundle: Path) -> None:
+    # This bundle was made in Python: it knows of no recipe.
+    with user_error("names no data set: give --data FOLDER"):
+        real_images.load_images(tiny_bundle, None, 10, 0)
+    with user_error("no images to time with: .*--data FOLDER"):
+        real_images.load_images(tiny_bundle, "no-such-thing-here", 10, 0)
+
+
+def test_a_graph_of_another_task(tiny_bundle: Path, images: NDArray[np.uint8], tmp_path: Path) -> None:
+    # The last stage gives logits only, and takes feature maps.
+    last = tiny_bundle / "stage_2.onnx"
+    with user_error("stage_2.onnx takes images of shape .*, the bundle"):
+        race.bench(tiny_bundle, images, data="", against=[last], rounds=2)
+    with user_error("nothing at .*missing.onnx: expected a bundle's folder or an ONNX file"):
+        race.bench(tiny_bundle, images, data="", against=[tmp_path / "missing.onnx"], rounds=2)
+    with user_error("threads are 0, expected 1 or more"):
+        race.bench(tiny_bundle, images, data="", threads=(0,), rounds=2)
+    with user_error("no operating point 'fast' in this bundle"):
+        race.bench(tiny_bundle, images, data="", points=["fast"], rounds=2)
+
+
+def test_a_process_that_cannot_answer_says_why(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((1, 8, 8, 1), np.uint8))
+    with user_error("a fresh process could not answer with .*: .*no bundle at"):
+        race._start(tmp_path, tmp_path / "images.npy")
+
+
+def test_names_tell_apart(tmp_path: Path) -> None:
+    one, other, graph = tmp_path / "a" / "bundle", tmp_path / "b" / "bundle", tmp_path / "c.onnx"
+    assert list(race._labels([one, graph]).values()) == ["bundle", "c.onnx"]
+    assert list(race._labels([one, other, graph]).values()) == [
+        "a/bundle",
+        "b/bundle",
+        f"{tmp_path.name}/c.onnx",
+    ]
+    with user_error("is given twice: name each bundle and each graph once"):
+        race._labels([one, tmp_path / "a" / ".." / "a" / "bundle"])
+
+
+def test_a_rung_that_another_bundle_lacks(
+    tiny_bundle: Path, bundle_copy: Path, images: NDArray[np.uint8]
+) -> None:
+    manifest = bundle.read(bundle_copy)
+    points = [one for one in manifest.operating_points if one.name in ("no-exit", "risk-5")]
+    change = {"operating_points": points, "default_operating_point": "no-exit"}
+    bundle.seal(bundle_copy, manifest.model_copy(update=change))
+    found = race.bench(
+        tiny_bundle, images, data="", against=[bundle_copy], points=["risk-10", "no-exit", "no-exit"],
+        batch_sizes=(2,), threads=(1,), rounds=2,
+    )  # fmt: skip
+    other = f"{bundle_copy.parent.name}/bundle"
+    names = [one.name for one in found.contenders]
+    assert names == [
+        "no-exit",
+        "risk-10",
+        "every exit computed",
+        f"{other} no-exit",
+        f"{other} every exit computed",
+    ]
+    assert len({(one.contender, one.batch_size) for one in found.measurements}) == len(found.measurements)
+
+
+def test_time_is_not_credited_to_saved_macs_across_precisions(
+    folder: Path, bundle_copy: Path, images: NDArray[np.uint8]
+) -> None:
+    bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"precision": "int8"}))
+    found = race.bench(
+        folder, images, data="", against=[bundle_copy, folder.parent / "baselines" / "no-exit.onnx"],
+        points=["risk-10"], batch_sizes=(2,), threads=(1,), rounds=2,
+    )  # fmt: skip
+    assert found.reference == "baselines/no-exit.onnx"
+    precisions = {one.name: one.precision for one in found.contenders}
+    for one in found.measurements:
+        credited = one.time_per_macs_saved is not None
+        saves = one.macs_share is not None and one.macs_share < 0.98
+        assert credited == (saves and precisions[one.contender] == "fp32")
+    assert any(
+        precisions[one.contender] == "int8" and (one.macs_share or 1) < 0.98 for one in found.measurements
+    )
+
+
+def test_another_task(tiny_bundle: Path, bundle_copy: Path, images: NDArray[np.uint8]) -> None:
+    manifest = bundle.read(bundle_copy)
+    sample = manifest.reference_sample
+    logits = [[[*row, 0.0] for row in rows] for rows in sample.logits]
+    more = {
+        "classes": [*manifest.classes, "other"],
+        "reference_sample": sample.model_copy(update={"logits": logits}),
+        "score": "entropy",
+        "score_parameters": None,
+    }
+    bundle.seal(bundle_copy, manifest.model_copy(update=more))
+    with user_error("tells 11 classes, the one that is timed .* and 10: give bundles of the same task"):
+        race.bench(tiny_bundle, images, data="", against=[bundle_copy], rounds=2)
+
+
+def test_a_data_set_by_name(tiny_bundle: Path) -> None:
+    images, data = real_images.load_images(tiny_bundle, "digits", 40, 0)
+    assert (images.shape, data) == ((40, 8, 8, 1), "digits, test split")
+
+
+@pytest.mark.parametrize(
+    ("provenance", "what"),
+    [
+        ({"recipe": "digits"}, "names no data set"),
+        ({"recipe": None}, "names no data set"),
+        ({"recipe": {"data": "digits"}}, "names no data set"),
+        ({"recipe": {"data": {"name": "digits", "new_key": 1}}}, "no images to time with: .*data.new_key"),
+        ({"recipe": {"data": {"name": "somebody/else"}}}, "made from 'somebody/else', which is not a shipped data set"),
+    ],
+)  # fmt: skip
+def test_provenance_is_free(provenance: dict[str, Any], what: str, bundle_copy: Path) -> None:
+    bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"provenance": provenance}))
+    with user_error(what):
+        real_images.load_images(bundle_copy, None, 10, 0)
+
+
+def test_a_bundle_that_knows_its_data(bundle_copy: Path) -> None:
+    data = {"name": "digits", "channels": 1, "tune_size": 300, "certify_size": 500, "test_size": 200}
+    recipe = {"data": data, "seed": 0, "of a later version": True}
+    bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"provenance": {"recipe": recipe}}))
+    images, said = real_images.load_images(bundle_copy, None, 1000, 0)
+    assert (len(images), said) == (200, "digits, test split")
+
+
+def test_its_bundle_stays_as_it_is(found: race.Bench, tiny_bundle: Path) -> None:
+    assert not (tiny_bundle / "profile.json").exists()
+    assert found.seal == bundle.canonical_hash(Session(tiny_bundle).manifest.model_dump(mode="json"))
+
+
+def test_images_that_cannot_be_read_are_left_out(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = bundle.read(tiny_bundle).input_shape
+    for index in range(3):
+        Image.new("L", shape[:2], index).save(tmp_path / f"{index}.png")
+    expected, _ = real_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)
+    (tmp_path / "torn.png").write_text("no picture")
+    found, _ = real_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)
+    assert sorted(found[:, 0, 0, 0]) == sorted(expected[:, 0, 0, 0]) == [0, 1, 2]
+    assert "1 images cannot be read and are left out, the first: " in capsys.readouterr().err
+    for path in tmp_path.glob("?.png"):
+        path.unlink()
+    with user_error("no image can be read: .*torn.png"):
+        real_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)

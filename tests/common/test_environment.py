@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import erde
+from erde.common import environment
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment.versions()
+    assert found["python"] == platform.python_version()
+    assert found["erde"] == erde.__version__
+    assert {name: found[name] for name in ("torch", "numpy", "onnxruntime")} == {
+        name: version(name) for name in ("torch", "numpy", "onnxruntime")
+    }
+    # What is not installed is left out.
+    monkeypatch.setattr(environment, "PACKAGES", ("numpy", "no-such-package"))
+    assert list(environment.versions()) == ["python", "numpy"]
+
+
+def test_commit_of_this_checkout() -> None:
+    found = environment.commit()
+    assert found is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", found)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "src" / "common" / "environment.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("first")
+    monkeypatch.setattr(environment, "__file__", str(source))
+    assert environment.commit() is None  # no repository
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "somebody else's")
+    # As in a virtual environment inside another project: that project's commit says nothing of erde.
+    assert environment.commit() is None
+    git(tmp_path, "add", "src")
+    git(tmp_path, "commit", "-m", "erde's own")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert environment.commit() == head
+    (tmp_path / "src" / "new.py").touch()
+    (tmp_path / "notes.txt").touch()
+    assert environment.commit() == head
+    source.write_text("second")
+    assert environment.commit() == f"{head}+changes"
+    monkeypatch.setenv("PATH", "")
+    assert environment.commit() is None  # no git
+
+
+def test_describe_on_the_cpu() -> None:
+    found = environment.describe("cpu", threads=3)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["device"], found["gpu"], found["threads"]) == ("cpu", None, 3)
+    assert found["versions"] == environment.versions()
+    assert found["commit"] == environment.commit()
+    assert 1 <= found["cpus"] <= (os.cpu_count() or 1)
+    assert found["cpu"]
+    assert found["platform"] == platform.platform()

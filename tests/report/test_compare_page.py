@@ -1,0 +1,256 @@
+"""The comparison page: runs side by side, honest about seeds, test images and recipes."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+
+from erde.evaluation.results import Results
+from erde.report import compare_page
+from erde.report.compare_page import render_comparison, seed_groups, write_comparison
+from tests.helpers.pages import Page, browse, compared, make_results, needs_browser, root_of
+
+RECIPE = {"name": "a", "train": {"epochs": 30, "milestones": [0.5, 0.75]}, "arms": {"erde": {"loss": "erde"}}}
+NAMES = ("erde", "kd", "fixed-small")
+
+
+def run(seed: int = 0, shift: float = 0.0, **changes: Any) -> Results:
+    """A run whose arms are all better by ``shift``, the second one twice as much."""
+    results = make_results(names=NAMES, seed=seed, recipe={**RECIPE, "seed": seed}, **changes)
+    arms = {}
+    for place, (name, arm) in enumerate(results.arms.items()):
+        gain = (2 if place == 1 else 1) * shift
+        points = [
+            point.model_copy(
+                update={"test": point.test.model_copy(update={"accuracy": point.test.accuracy + gain})}
+            )
+            for point in arm.operating_points
+            if point.test is not None
+        ]
+        arms[name] = arm.model_copy(update={"operating_points": points})
+    return results.model_copy(update={"arms": arms})
+
+
+def accuracies(runs: dict[str, Results], arm: str) -> list[float]:
+    found = []
+    for one in runs.values():
+        point = next(
+            p for p in one.arms[arm].operating_points if p.name == one.arms[arm].default_operating_point
+        )
+        assert point.test is not None
+        found.append(point.test.accuracy)
+    return found
+
+
+@pytest.fixture(scope="module")
+def seeds() -> dict[str, Results]:
+    return {"runs/a": run(0), "runs/b": run(1, 0.006), "runs/c": run(2, 0.009)}
+
+
+def with_other_images(results: Results, mark: str = "f" * 64) -> Results:
+    splits = results.data.splits | {
+        "test": results.data.splits["test"].model_copy(update={"fingerprint": mark})
+    }
+    return results.model_copy(update={"data": results.data.model_copy(update={"splits": splits})})
+
+
+def test_runs_that_differ_by_seed_or_name_only_are_one_group(seeds: dict[str, Results]) -> None:
+    other = run(0).model_copy(update={"recipe": {**RECIPE, "seed": 0, "train": {"epochs": 31}}})
+    renamed = run(3).model_copy(update={"recipe": {**RECIPE, "seed": 3, "name": "b"}})
+    groups = seed_groups({**seeds, "other": other, "renamed": renamed})
+    assert [group.runs for group in groups] == [("runs/a", "runs/b", "runs/c", "renamed"), ("other",)]
+    assert [group.label for group in groups] == ["runs/a and 3 more", "other"]
+
+
+def test_runs_of_two_machines_are_of_one_recipe(seeds: dict[str, Results]) -> None:
+    elsewhere = {
+        **RECIPE, "seed": 4, "device": "cuda", "threads": 8, "data": {"workers": 8, "memory_limit_gib": 1},
+        "teacher": {"cache": "/mnt/cache"}, "train": {**RECIPE["train"], "tensorboard": True, "together": True},
+    }  # type: ignore[dict-item]  # fmt: skip
+    here = {**RECIPE, "seed": 5, "data": {}, "teacher": {}}
+    runs = {
+        name: run(seed).model_copy(update={"recipe": recipe})
+        for name, seed, recipe in (("a", 4, elsewhere), ("b", 5, here))
+    }
+    assert [group.runs for group in seed_groups(runs)] == [("a", "b")]
+
+
+def test_mean_and_spread_over_seeds(seeds: dict[str, Results]) -> None:
+    text = Page(render_comparison(seeds)).text
+    assert "3 runs of one recipe" in text
+    assert "runs/a and 2 more: seeds 0, 1, 2" in text
+    for name in ("erde", "kd"):
+        found = accuracies(seeds, name)
+        assert f"{name} {100 * mean(found):.2f} ± {100 * stdev(found):.2f} " in text
+    # One certified point each, and each kept its promise: 0.61 % seen, 1 % promised.
+    assert "3 of 3" in text
+
+
+def test_differences_over_seeds_are_paired_and_hold_a_t_interval(seeds: dict[str, Results]) -> None:
+    text = Page(render_comparison(seeds)).text
+    gaps = [a - b for a, b in zip(accuracies(seeds, "erde"), accuracies(seeds, "kd"), strict=True)]
+    # 4.3027: the 97.5 % quantile of Student's t with two degrees of freedom.
+    half = 4.302652729911275 * stdev(gaps) / 3**0.5
+    bounds = f"{100 * (mean(gaps) - half):+.2f} to {100 * (mean(gaps) + half):+.2f}".replace("-", "−")
+    assert f"erde – kd {100 * mean(gaps):+.2f}".replace("-", "−") + f" {bounds}" in text
+    assert text.index("erde – fixed-small") < text.index("All other pairs") < text.index("kd – fixed-small")
+
+
+def test_without_two_seeds_there_is_no_spread() -> None:
+    other = run(0).model_copy(update={"recipe": {**RECIPE, "train": {"epochs": 31}}})
+    text = Page(render_comparison({"a": run(0), "b": other})).text
+    assert "No two of these runs differ by their seed only" in text
+    assert "Arm against arm, over seeds" not in text
+    assert "2 runs of 2 recipes" in text
+
+
+def test_every_arm_of_every_run_is_in_the_matrix() -> None:
+    bare = make_results(names=("ce", "fixed-small"), exported_arm="ce", recipe=RECIPE)
+    text = Page(render_comparison({"a": run(0), "b": bare})).text
+    # The exported arms come first; a dash where a run has no such arm.
+    assert re.search(r"arm a b erde 7[\d.]+ [\d.]+.% saved – ce – 6[\d.]+ [\d.]+.% saved kd 7[\d.]+", text)
+    assert re.search(r"fixed-small ([\d.]+) 22.4 M MACs \1 22.4 M MACs", text)
+
+
+def test_paired_comparisons_are_shown_with_their_runs(seeds: dict[str, Results]) -> None:
+    given = [
+        compared("runs/a/erde", "runs/b/erde", 0.0234),
+        compared("runs/a/erde", "runs/b/erde", 0.001, "no-exit"),
+    ]
+    text = Page(render_comparison(seeds, given)).text
+    assert "2 comparisons between runs on the same test images" in text
+    assert "runs/a/erde – runs/b/erde +2.34 +1.34 to +3.34" in text
+    assert "runs/a/erde is better" in text
+    assert "Within runs/c" in text
+    assert "There are no paired tests" not in text
+    assert "There are no paired tests between these runs." in Page(render_comparison(seeds)).text
+
+
+def test_different_test_images_are_noted(seeds: dict[str, Results]) -> None:
+    assert "All runs were measured on the same test images." in Page(render_comparison(seeds)).text
+    assert "Certify the chosen one again on other images." in Page(render_comparison(seeds)).text
+    text = Page(render_comparison({**seeds, "d": with_other_images(run(3))})).text
+    assert (
+        "different test images (runs/a, runs/b, runs/c (333333333333); d (ffffffffffff)): no paired test"
+        in text
+    )
+    assert "All runs were measured on the same test images." not in text
+
+
+def test_different_data_sets_are_noted() -> None:
+    other = run(0)
+    other = other.model_copy(update={"data": other.data.model_copy(update={"name": "svhn"})})
+    text = Page(render_comparison({"a": run(0), "b": other})).text
+    assert "different data sets (cifar10: a; svhn: b): their accuracies say nothing about each other" in text
+
+
+def test_differences_between_recipes_are_listed_and_nothing_else() -> None:
+    other = run(1).model_copy(
+        update={
+            "recipe": {**RECIPE, "seed": 1, "train": {"epochs": 31, "milestones": [0.6]}, "more": {"x": True}}
+        }
+    )
+    text = Page(render_comparison({"a": run(0), "b": other})).text
+    table = text.split("What differs between the recipes; a dash where a recipe has no such key.")[1]
+    assert table.startswith(
+        " key a b train.epochs 30 31 train.milestones [0.5, 0.75] [0.6] seed 0 1 more.x – True "
+    )
+    same = Page(render_comparison({"a": run(0), "b": run(0)})).text
+    assert "The recipes are equal, seed and name included." in same
+
+
+def test_many_runs_stay_small(tmp_path: Path) -> None:
+    one = run(0)
+    curve = one.arms["erde"].curve
+    long = curve.model_copy(
+        update={key: getattr(curve, key) * 3 for key in ("macs", "accuracy", "risk", "exit_rates")}
+    )
+    arms = {
+        name: arm.model_copy(update={"curve": long, "paper_curve": long}) for name, arm in one.arms.items()
+    }
+    many = {f"run-{seed}": one.model_copy(update={"arms": arms, "seed": seed}) for seed in range(60)}
+    write_comparison(many, tmp_path / "comparison.html")
+    assert (tmp_path / "comparison.html").stat().st_size < 6_000_000
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.html"]
+
+
+def test_thinned_curves_keep_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_page, "MAX_POINTS", 100)
+    one = run(0)
+    data = json.loads(Page(render_comparison({"a": one})).scripts[1])
+    drawn = next(series for series in data["series"] if series["arm"] == "erde")["lines"][0]["curve"]["macs"]
+    whole = one.arms["erde"].curve.macs
+    assert 10 < len(drawn) < 30
+    assert drawn[0] == pytest.approx(whole[0], rel=1e-6)
+    assert drawn[-1] == pytest.approx(whole[-1], rel=1e-6)
+
+
+HOSTILE = '</script><script>document.documentElement.dataset.broken="yes"</script><img src=x onerror=boom()><b>bold</b>&"\''
+
+
+def hostile_runs() -> dict[str, Results]:
+    """The same hostile text as run, arm, class, data set, recipe and score."""
+    results = run(0)
+    arm = results.arms["erde"].model_copy(update={"score": HOSTILE})
+    data = results.data.model_copy(update={"name": HOSTILE, "classes": [HOSTILE]})
+    changes = {
+        "arms": {HOSTILE: arm, "kd": results.arms["kd"]}, "exported_arm": HOSTILE, "name": HOSTILE, "data": data,
+        "recipe": {HOSTILE: HOSTILE}, "bundle_seal": HOSTILE, "comparisons": [compared(HOSTILE, "kd", 0.1)],
+    }  # fmt: skip
+    return {HOSTILE: results.model_copy(update=changes), "b": with_other_images(run(1), HOSTILE)}
+
+
+def test_text_from_the_data_stays_text() -> None:
+    source = render_comparison(hostile_runs(), [compared(f"{HOSTILE}/{HOSTILE}", "b/erde", 0.1)])
+    page = Page(source)
+    assert len(page.scripts) == 3
+    assert "img" not in page.tags
+    assert not [one for one in page.attributes if one[1].startswith("on")]
+    assert HOSTILE not in source.replace(html.escape(HOSTILE), "")
+    assert page.text.count("onerror=boom()><b>bold</b>") > 10
+
+
+def test_nothing_is_loaded_from_elsewhere(seeds: dict[str, Results]) -> None:
+    page = Page(render_comparison(seeds))
+    targets = [value for _, name, value in page.attributes if name in {"src", "href", "srcset", "action"}]
+    assert targets
+    assert all(value.startswith("#") for value in targets)
+    assert not re.search(r"https?://|@import|url\(", "".join(page.styles + page.scripts[1:]))
+    policy = next(value for tag, _, value in page.attributes if tag == "meta" and "default-src" in value)
+    assert policy.startswith("default-src 'none';")
+    assert page.tags.count("table") == page.tags.count("caption")
+
+
+@needs_browser
+def test_a_browser_draws_the_arms_that_are_chosen(tmp_path: Path, seeds: dict[str, Results]) -> None:
+    count = (
+        "const place = document.getElementById('plot-tradeoff'), names = () => place.data.length;"
+        "const found = [names()], boxes = document.querySelectorAll('#choose-arms input');"
+        "const next = (what, after) => { what.click(); setTimeout(() => { found.push(names()); after(); }, 400); };"
+        "next(boxes[1], () => next(document.getElementById('choose-paper'), () => {"
+        "  document.documentElement.dataset.traces = found.join(' '); }));"
+    )
+    dom = browse(tmp_path, render_comparison(seeds), then=count)
+    root = root_of(dom)
+    assert 'data-drawn="yes"' in root
+    assert "data-failed" not in root
+    # Three lines of erde, three of the paper's rule, markers, the points of fixed-small; then kd too; then
+    # without the paper's rule.
+    assert 'data-traces="8 15 9"' in root
+    boxes = re.findall(r'<label><input type="checkbox">([\w-]+)</label>', dom)
+    assert boxes == ["erde", "kd", "fixed-small"]
+
+
+@needs_browser
+def test_a_browser_runs_nothing_from_the_data(tmp_path: Path) -> None:
+    dom = browse(tmp_path, render_comparison(hostile_runs()))
+    assert 'data-drawn="yes"' in root_of(dom)
+    assert "data-failed" not in root_of(dom)
+    assert "data-broken" not in root_of(dom)
+    assert re.search(r"<img", re.sub(r'"[^"]*"', '""', dom)) is None

@@ -1,0 +1,666 @@
+"""The report: all that it must say, safely, in one file that a browser draws without the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from erde.calibration.thresholds import ScoredSplit, sweep
+from erde.common.history import Epoch, Health
+from erde.common.splits import TestLogits
+from erde.evaluation.evidence import ArmInput, Evidence, collect
+from erde.evaluation.results import Quantised, Results, RuntimeAgreement, SplitInfo
+from erde.policy.cost import Cost
+from erde.report.run_page import render, write_report
+from tests.helpers.hand_made import hand_made_policy
+from tests.helpers.oracles import synthetic_logits
+from tests.helpers.pages import (
+    Page,
+    browse,
+    compared,
+    make_arm,
+    make_results,
+    needs_browser,
+    root_of,
+)
+
+COST = Cost(exit_macs=(12_400_000, 26_700_000, 41_100_000), no_exit_macs=41_000_000)
+IMAGES = 2_500
+# Where the default operating point lies on the paths of these tests.
+DEFAULT = 120
+
+
+def arm_input(seed: int, cost: Cost = COST, images: int = IMAGES) -> ArmInput:
+    """An arm whose default operating point lies on its path."""
+    made = hand_made_policy(cost=cost)
+    early = made.points[1].model_copy(update={"thresholds": list(made.path.thresholds[DEFAULT])})
+    made = dataclasses.replace(made, points=[made.points[0], early])
+    return ArmInput(TestLogits(*synthetic_logits(seed, images)), made, cost)
+
+
+def pictures(count: int, side: int = 32) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+INPUTS = {name: arm_input(seed) for seed, name in enumerate(("teacher", "erde", "kd", "ce"))}
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Evidence:
+    return collect(INPUTS, "erde", pictures(IMAGES))
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return make_results()
+
+
+@pytest.fixture(scope="module")
+def page(results: Results) -> Page:
+    return Page(render(results))
+
+
+def test_verdict_and_certificate_come_first(results: Results, page: Page) -> None:
+    point = results.arms["erde"].operating_points[1]
+    assert point.test is not None
+    assert point.certificate is not None
+    share = f"{100 * point.test.accuracy:.1f} % of the test images right at {100 - 100 * point.test.macs_saved:.0f} %"
+    assert f"The erde student answers {share} of the MACs of the same network without exits" in page.text
+    assert "(the final exit alone gets 71.6 %)" in page.text
+    sentence = page.text.index(point.certificate.sentence())
+    assert page.text.index(share) < sentence < page.text.index("Accuracy against MACs")
+    assert "Images in use are drawn like those of the certify split." in page.text
+
+
+def test_verdict_names_the_same_network_without_exits_where_it_was_trained() -> None:
+    plain = make_arm("fixed-full", 1, certified=True, quality=0.722)
+    arms = make_results().arms | {"fixed-full": plain}
+    assert "(that network, arm fixed-full, gets 72.2 %)" in Page(render(make_results(arms=arms))).text
+
+
+def test_without_certificate_it_says_so_and_why() -> None:
+    text = Page(render(make_results(certified=False))).text
+    assert "No certificate. Operating point no-exit: nothing was promised." in text
+    assert "Asked for was risk-1, but 2,500 certify images cannot prove 1 % at 90 % confidence" in text
+    assert "There is no early exit here: every image goes to the final exit." in text
+    assert "With 90 % confidence" not in text
+
+
+def test_every_arm_point_and_exit_is_in_a_table(results: Results, page: Page) -> None:
+    for name, arm in results.arms.items():
+        assert name in page.text
+        if len(arm.exits) > 1:
+            assert f"Operating points of {name}" in page.text
+        for point in arm.operating_points:
+            assert point.name in page.text
+        for cost in arm.cost:
+            assert cost.name in page.text
+            assert f"{cost.parameters:,}" in page.text
+    assert page.tags.count("table") == page.tags.count("caption")
+    assert "off, off" in page.text
+    assert {value for _, name, value in page.attributes if name == "scope"} == {"col", "row", "rowgroup"}
+
+
+def test_health_of_heads_has_a_table_and_trouble_a_line_of_its_own() -> None:
+    def with_health(dead: int) -> Results:
+        health = Health(
+            dead_units=[dead, 0], units=[16, 32], first_exit_accuracy=0.66, probe_accuracy=0.641, images=960
+        )
+        last = Epoch(
+            epoch=30,
+            phase="joint",
+            learning_rate=0.0,
+            parts={"loss": 1.0, "gradient_norm_heads": [0.25, 0.5], "gradient_norm_trunk": 1.75},
+            health=health,
+        )
+        arms = make_results().arms
+        return make_results(arms=arms | {"kd": arms["kd"].model_copy(update={"history": [last]})})
+
+    text = Page(render(with_health(1))).text
+    row = " ".join(text.split()).split("Health of the heads", 1)[1]
+    assert "kd training 1 of 16 / 0 of 32 66.0 64.1 0.25 / 0.5 1.8" in row
+    assert "the heads learn less than they could" not in text
+    text = Page(render(with_health(13))).text
+    assert "kd: dead units 13 of 16 / 0 of 32" in text
+    assert "the heads learn less than they could" in text
+
+
+def test_numbers_have_sane_digits(page: Page) -> None:
+    shown = re.sub(r"0\.0005|[0-9a-f]{12,}", "", page.text)
+    assert re.findall(r"\d\.\d{5,}", shown) == []
+    assert "1,234.6 s" in page.text
+    assert "71.6 69.8 to 73.4" in page.text
+
+
+def test_risk_above_the_promise_is_marked() -> None:
+    results = make_results(names=("erde",))
+    arm = results.arms["erde"]
+    point = arm.operating_points[1]
+    assert point.test is not None
+    worse = point.model_copy(update={"test": point.test.model_copy(update={"risk": 0.0123})})
+    changed = arm.model_copy(update={"operating_points": [arm.operating_points[0], worse]})
+    assert "1.23 above the promise" in Page(render(make_results(arms={"erde": changed}))).text
+    kept = Page(render(results)).text
+    assert "above the promise" not in kept
+    assert "0.68 bound 0.96 0.61 promise kept" in kept
+
+
+def test_agreement_is_stated_both_ways() -> None:
+    agreed = Page(render(make_results())).text
+    assert (
+        "The torch-free runtime agreed with this evaluation on 10,000 of 10,000 test images; 2 lie within 1e-05"
+        in agreed
+    )
+    broken = make_results().agreement.model_copy(update={"disagreements": 7})
+    text = Page(render(make_results(agreement=broken))).text
+    assert "The torch-free runtime disagreed with this evaluation on 7 of 20,000 answers" in text
+
+
+def test_agreement_of_the_bundle_in_int8(results: Results, evidence: Evidence) -> None:
+    found = RuntimeAgreement(
+        images=10_000, operating_points=["no-exit", "early"], disagreements=3, band=4, band_width=1e-5
+    )
+    quantised = Quantised(
+        arm="erde-int8", bundle_seal="", agreement=found, kept_in_float=["first"], tune_images=1,
+        fp32_tune_accuracy=[], tune_accuracy=[], label_agreement=[], fp32_bytes=2, bytes=1,
+    )  # fmt: skip
+    text = Page(render(results.model_copy(update={"quantised": quantised}), evidence)).text
+    assert (
+        "The bundle in int8, by its own thresholds, disagreed with this evaluation on 3 of 20,000 answers"
+        in text
+    )
+    assert "The torch-free runtime agreed" in text
+
+
+HOSTILE = '</script><script>document.documentElement.dataset.broken="yes"</script><img src=x onerror=boom()><b>bold</b>&"\''
+
+
+def hostile_results() -> Results:
+    """The same hostile text wherever a text can stand."""
+    results = make_results(names=("teacher", "erde"))
+    arm = results.arms["erde"]
+    texts = {"name": HOSTILE, "note": HOSTILE, "certificate": None}
+    outcomes = [one.model_copy(update={"score": HOSTILE}) for one in arm.score_outcomes]
+    missing = [one.model_copy(update={"name": HOSTILE, "note": HOSTILE}) for one in arm.left_out]
+    points = [arm.operating_points[0], arm.operating_points[1].model_copy(update=texts)]
+    costs = [cost.model_copy(update={"name": HOSTILE}) for cost in arm.cost]
+    changed = arm.model_copy(
+        update={"operating_points": points, "default_operating_point": HOSTILE, "cost": costs, "loss": HOSTILE,
+                "backbone": HOSTILE, "score": HOSTILE, "score_outcomes": outcomes, "left_out": missing}
+    )  # fmt: skip
+    split = SplitInfo(size=1, fingerprint=HOSTILE)
+    data = results.data.model_copy(
+        update={"name": HOSTILE, "classes": [HOSTILE, "b", "c", "d", HOSTILE], "splits": {HOSTILE: split}}
+    )
+    return make_results(
+        name=HOSTILE, exported_arm=HOSTILE, recipe={HOSTILE: HOSTILE}, data=data, bundle_seal=HOSTILE,
+        environment={HOSTILE: HOSTILE}, timings={HOSTILE: 1.0}, comparisons=[compared(HOSTILE, "teacher", 0.1)],
+        agreement=results.agreement.model_copy(update={"operating_points": [HOSTILE]}),
+    ).model_copy(update={"arms": {"teacher": results.arms["teacher"], HOSTILE: changed}})  # fmt: skip
+
+
+def hostile_evidence() -> Evidence:
+    """The same hostile name for the arm and for one of its operating points."""
+    arm = INPUTS["erde"]
+    early = arm.policy.points[1].model_copy(update={"name": HOSTILE})
+    calibrated = dataclasses.replace(arm.policy, points=[arm.policy.points[0], early], default=HOSTILE)
+    hostile = dataclasses.replace(arm, policy=calibrated)
+    return collect({"teacher": INPUTS["teacher"], HOSTILE: hostile}, HOSTILE, pictures(IMAGES))
+
+
+def test_text_from_the_data_stays_text() -> None:
+    source = render(hostile_results(), hostile_evidence())
+    clean, page = Page(render(make_results())), Page(source)
+    assert len(page.scripts) == len(clean.scripts) == 3
+    assert page.tags.count("img") > 30  # thumbnails, whose alternatives hold hostile class names
+    assert "img" not in clean.tags
+    assert not [one for one in page.attributes if one[1].startswith("on")]
+    assert HOSTILE not in source.replace(html.escape(HOSTILE), "")
+    assert any(HOSTILE in value for tag, name, value in page.attributes if (tag, name) == ("img", "alt"))
+    assert json.loads(page.scripts[1])["exported"] == HOSTILE
+    assert page.text.count("onerror=boom()><b>bold</b>") > 20
+
+
+def test_nothing_is_loaded_from_elsewhere(results: Results, evidence: Evidence) -> None:
+    page = Page(render(results, evidence))
+    loading = {"src", "href", "srcset", "data", "action", "poster", "background", "formaction"}
+    targets = [value for _, name, value in page.attributes if name in loading]
+    assert any(value.startswith("#") for value in targets)
+    allowed = re.compile(r"#[\w-]*|data:image/(png|webp);base64,[\w+/=]+")
+    assert [value for value in targets if not allowed.fullmatch(value)] == []
+    assert not {"link", "iframe", "object", "embed", "base"} & set(page.tags)
+    ours = page.styles + page.scripts[1:]
+    assert not re.search(r"https?://|@import|url\(", "".join(ours))
+    policy = next(value for tag, name, value in page.attributes if tag == "meta" and "default-src" in value)
+    assert policy.startswith("default-src 'none';")
+
+
+def test_size_with_long_histories_and_many_exits(tmp_path: Path) -> None:
+    results = make_results(exits=8)
+    arms = {name: arm.model_copy(update={"history": arm.history * 20}) for name, arm in results.arms.items()}
+    write_report(results.model_copy(update={"arms": arms}), tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 6_000_000
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_size_with_evidence_of_ten_thousand_images_and_five_arms(tmp_path: Path) -> None:
+    arms = {f"arm-{seed}": arm_input(seed, images=10_000) for seed in range(5)}
+    found = collect(arms, "arm-0", pictures(10_000, side=96))
+    assert len(found.arms["arm-4"].reference_right) == 10_000
+    write_report(make_results(names=tuple(arms)), tmp_path / "report.html", found)
+    assert (tmp_path / "report.html").stat().st_size < 6_000_000
+
+
+@pytest.mark.parametrize("exits", [2, 5, 8])
+def test_one_arm_alone_with_any_number_of_exits(exits: int) -> None:
+    text = Page(render(make_results(exits=exits, names=("ce",)))).text
+    assert f"layer{exits}.2" in text
+    assert f"exit {exits - 1}" in text
+    assert "No arm of this run recorded it." in text
+    assert "This run compares no arms." in text
+
+
+def test_a_network_with_one_exit_can_be_the_exported_one() -> None:
+    text = Page(render(make_results(exits=1, names=("fixed-small",)))).text
+    assert "There is no slider here: no arm of this run has more than one exit." in text
+    assert "Why not just a smaller network?" not in text
+
+
+def test_unmeasured_points_are_dashes() -> None:
+    arm = make_arm("kd", 3, certified=True, quality=0.7)
+    bare = [point.model_copy(update={"test": None, "tune": None}) for point in arm.operating_points]
+    arms = {"kd": arm.model_copy(update={"operating_points": bare, "score_candidates": [], "history": []})}
+    text = Page(render(make_results(exported_arm="kd", arms=arms))).text
+    assert "Arm kd was not measured on the test split." in text
+    assert "not measured" in text
+
+
+# ---------------------------------------------------------------- promises, comparisons, scores, classes
+
+
+def replaced(results: Results, name: str = "erde", **changes: Any) -> Results:
+    return results.model_copy(
+        update={"arms": results.arms | {name: results.arms[name].model_copy(update=changes)}}
+    )
+
+
+def test_a_promise_of_the_net_drop_is_held_against_the_net_drop(results: Results) -> None:
+    points = results.arms["erde"].operating_points
+    point = points[1]
+    assert point.test is not None
+    assert point.certificate is not None
+    proof = point.certificate.model_copy(update={"guarantee": "net_drop"})
+    # The risk is above what was promised, the drop is not.
+    test = point.test.model_copy(update={"risk": 0.0123, "net_drop": 0.0087})
+    changed = [points[0], point.model_copy(update={"certificate": proof, "test": test})]
+    text = Page(render(replaced(results, operating_points=changed))).text
+    assert "accuracy drop ≤ 1 % with 90 % confidence 0.68 bound 0.96 0.87 promise kept" in text
+    assert "Accuracy drop on test 0.87 % promised: at most 1 %" in text
+    worse = [points[0], changed[1].model_copy(update={"test": test.model_copy(update={"net_drop": 0.0111})})]
+    assert "1.11 above the promise" in Page(render(replaced(results, operating_points=worse))).text
+
+
+def test_a_promise_in_expectation_names_no_confidence(results: Results) -> None:
+    points = results.arms["erde"].operating_points
+    assert points[1].certificate is not None
+    update = {"guarantee": "expected_risk", "confidence": None, "upper_bound": None}
+    proof = points[1].certificate.model_copy(update=update)
+    changed = [points[0], points[1].model_copy(update={"certificate": proof})]
+    text = Page(render(replaced(results, operating_points=changed))).text
+    assert "certified risk ≤ 1 % in expectation 0.68 0.61 promise kept" in text
+    assert "Certified. In expectation, at most 1 %" in text
+
+
+def test_what_was_left_out_is_listed_with_its_reason(page: Page) -> None:
+    missing = "risk-0.05 (risk at most 0.05 %): 2,500 certify images cannot prove 0.05 % at 90 % confidence: at least 4,605"
+    assert missing in page.text
+
+
+def test_areas_stand_beside_those_of_the_papers_rule_and_the_oracle(page: Page) -> None:
+    assert "erde margin at sharpness 1.4 70.12 69.12 to 71.12 69.23 68.23 to 70.23 80.6 60.0" in page.text
+
+
+def test_comparisons_say_who_is_better_or_that_no_difference_was_seen(results: Results) -> None:
+    clear, open_one = compared("erde", "kd", 0.0234), compared("erde", "ce", 0.004, at="no-exit")
+    lost = compared("erde", "fixed-small", -0.02)
+    text = Page(render(results.model_copy(update={"comparisons": [clear, open_one, lost]}))).text
+    assert "erde – kd +2.34 +1.34 to +3.34 −1.25 −1.40 to −1.10 211 180 0.130 erde is better" in text
+    assert "erde – ce +0.40 −0.60 to +1.40 −1.25 −1.40 to −1.10 211 180 0.130 no difference seen" in text
+    assert "0.130 fixed-small is better" in text
+    assert "3 comparisons" in text
+    assert text.index("erde – fixed-small") < text.index("Final exits alone") < text.index("erde – ce +0.40")
+
+
+def test_scores_above_their_target_on_test_are_marked(page: Page) -> None:
+    assert (
+        "Risk of at most 1 % on tune margin 1.4 none 21.0 22.0 0.90 71.6 entropy 1 none 21.0 19.0 1.17 above 71.6"
+        in page.text
+    )
+
+
+def test_the_class_that_pays_most_is_named(page: Page) -> None:
+    assert "Leaving early costs class bird most: 3.5 points of accuracy (71.6 to 68.1 %)" in page.text
+    assert "Classes of erde at risk-1, the largest drop first." in page.text
+
+
+def test_entropies_on_images_that_the_teacher_gets_right_and_wrong(page: Page) -> None:
+    # 90 of 100 in the first bin, whose middle is 0.025, 10 in the next; all wrong ones in the eleventh.
+    assert "exit 0 0.030 0.525 +0.495" in page.text
+
+
+def why(results: Results) -> str:
+    return Page(render(results)).text.split("Why not just a smaller network? ")[1].split("How to read")[0]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "macs", "expected"),
+    [
+        (
+            0.60,
+            22_400_000,
+            "fixed-small answers 60.0 % right at 22.4 million MACs. At no more than that, erde with",
+        ),
+        (0.60, 22_400_000, "points more."),
+        (0.75, 22_400_000, "points less: here the smaller network wins."),
+        (0.60, 5_000_000, "erde cannot go that low: with every image leaving at the first exit it answers"),
+        (0.60, 5_000_000, "right at 12.4 million."),
+        (0.66, 5_000_000, "right at 12.4 million, not clearly more: here the smaller network wins."),
+    ],
+)
+def test_whether_a_smaller_network_would_do(accuracy: float, macs: int, expected: str) -> None:
+    results = make_results()
+    small = results.arms["fixed-small"]
+    exits = [
+        small.exits[0].model_copy(
+            update={"accuracy": accuracy, "accuracy_interval": (accuracy - 0.01, accuracy + 0.01)}
+        )
+    ]
+    cost = [small.cost[0].model_copy(update={"macs": macs})]
+    assert expected in why(replaced(results, "fixed-small", exits=exits, cost=cost, no_exit_macs=macs))
+
+
+def test_a_smaller_network_just_as_good_is_too_close_to_tell() -> None:
+    results = make_results()
+    curve, small = results.arms["erde"].curve, results.arms["fixed-small"]
+    index = next(index for index, macs in enumerate(curve.macs) if macs <= small.cost[0].macs)
+    early = curve.accuracy[index]
+    exits = [
+        small.exits[0].model_copy(
+            update={"accuracy": early - 0.005, "accuracy_interval": (early - 0.01, early)}
+        )
+    ]
+    told = why(replaced(results, "fixed-small", exits=exits))
+    assert f"answers {100 * early:.1f} % right: too close to tell apart with these test images." in told
+
+
+def test_without_a_smaller_network_it_says_so() -> None:
+    assert "This run trained none, so it does not say" in why(make_results(names=("teacher", "erde")))
+
+
+# ---------------------------------------------------------------- images and the slider
+
+
+def test_without_evidence_there_is_no_slider_and_it_says_why(page: Page) -> None:
+    assert "There is no slider here: this page was made from the results alone" in page.text
+    assert "No images were kept for this page" in page.text
+    assert ("id", "explore") not in {(name, value) for _, name, value in page.attributes}
+
+
+def test_every_image_says_in_words_what_it_shows(results: Results, evidence: Evidence) -> None:
+    page = Page(render(results, evidence))
+    alternatives = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
+    assert len(alternatives) == sum(len(one.thumbnails) for one in evidence.galleries) > 40
+    shape = r"true class \w+, (rightly|wrongly) answered \w+ at exit [012] with confidence (> )?[\d.]+.%"
+    assert all(re.fullmatch(shape, one) for one in alternatives)
+    for heading in (
+        "Leave first, at exit 0",
+        "Barely leave at exit 1",
+        "Stay to the end, exit 2",
+        "Confidently wrong",
+    ):
+        assert heading in page.text
+    assert "Counted in this page from all 2,500 test images." in page.text
+
+
+def test_a_group_without_images_is_one_line(results: Results) -> None:
+    arm = INPUTS["erde"]
+    stay = arm.policy.points[1].model_copy(update={"thresholds": [None, None]})
+    calm = dataclasses.replace(arm, policy=dataclasses.replace(arm.policy, points=[stay]))
+    text = Page(render(results, collect({"erde": calm}, "erde", pictures(IMAGES)))).text
+    assert "No image leaves at exit 0. No image leaves at exit 1. Stay to the end, exit 2" in text
+    assert "No early answer is wrong." in text
+    assert "Barely leave" not in text
+
+
+def test_no_answer_is_shown_as_certain(results: Results, evidence: Evidence) -> None:
+    sure = dataclasses.replace(evidence.galleries[0].thumbnails[0], confidence=1 - 1e-9)
+    gallery = dataclasses.replace(evidence.galleries[0], thumbnails=(sure,))
+    page = Page(render(results, dataclasses.replace(evidence, galleries=(gallery,))))
+    spoken = next(value for tag, name, value in page.attributes if (tag, name) == ("img", "alt"))
+    assert spoken.endswith("with confidence > 99.99\N{NO-BREAK SPACE}%")
+
+
+def test_a_sample_of_the_test_images_is_said_to_be_one(results: Results, evidence: Evidence) -> None:
+    sampled = dataclasses.replace(evidence, test_images=50_000)
+    assert "2,500 of the 50,000 test images, drawn at random" in Page(render(results, sampled)).text
+
+
+def drawn_traces(dom: str) -> dict[str, int]:
+    """Scatter traces in each figure of a DOM."""
+    figures = re.split(r'id="plot-', dom)[1:]
+    return {one[: one.index('"')]: len(re.findall(r'class="trace scatter', one)) for one in figures}
+
+
+def slider(dom: str) -> dict[str, str]:
+    """What stands on the slider's panel as data, its words among them."""
+    panel = re.search(r'<div id="explore"[^>]*>', dom)
+    assert panel is not None
+    found = dict(re.findall(r'data-(\w+)="([^"]*)"', panel[0]))
+    control = re.search(r'<input type="range"[^>]*>', dom)
+    assert control is not None
+    spoken = re.search(r'aria-valuetext="([^"]*)"', control[0])
+    assert spoken is not None
+    return found | {"spoken": spoken[1].replace("\N{NO-BREAK SPACE}", " ")}
+
+
+def expected_at(name: str, point: int) -> dict[str, str]:
+    """The same, computed in Python from scores and thresholds."""
+    arm = INPUTS[name]
+    scored = ScoredSplit.of(arm.test, arm.policy.rule, None)
+    found = sweep(scored, [arm.policy.path.thresholds[point]])
+    measured = found.measured(0, arm.cost)
+    words = (
+        f"accuracy {100 * measured.accuracy:.1f} %, {100 - 100 * measured.macs_saved:.1f} % of the MACs, "
+        f"risk {100 * measured.risk:.2f} %"
+    )
+    return {
+        "point": str(point), "leaving": " ".join(map(str, found.leaving[0])), "right": str(found.right[0]),
+        "lost": str(found.lost[0]), "won": str(found.won[0]), "macs": f"{measured.macs:.17g}", "spoken": words,
+    }  # fmt: skip
+
+
+def same(found: dict[str, str], expected: dict[str, str]) -> bool:
+    """Equal as they stand; of a number with a fraction the value counts, not how it is written."""
+    macs = float(found["macs"]) == float(expected["macs"])
+    return macs and {**found, "macs": ""} == {**expected, "macs": ""}
+
+
+def check_ring(dom: str, expected: dict[str, str]) -> None:
+    """The ring stands in the figure where the numbers say."""
+    ring = re.search(r'data-ring="(\S+) (\S+)"', root_of(dom))
+    assert ring is not None
+    assert float(ring[1]) == pytest.approx(float(expected["macs"]) / 1e6, rel=1e-12)
+    assert float(ring[2]) == pytest.approx(100 * int(expected["right"]) / IMAGES, rel=1e-12)
+
+
+@needs_browser
+def test_a_link_to_a_setting_shows_the_numbers_of_python(
+    tmp_path: Path, results: Results, evidence: Evidence
+) -> None:
+    read = (
+        "const drawn = document.getElementById('plot-tradeoff').data, ring = drawn[drawn.length - 1];"
+        "document.documentElement.dataset.ring = ring.x[0] + ' ' + ring.y[0];"
+    )
+    dom = browse(tmp_path, render(results, evidence), fragment="#point=37&arm=kd", then=read)
+    assert "data-failed" not in root_of(dom)
+    expected = expected_at("kd", 37)
+    assert same(slider(dom), expected), (slider(dom), expected)
+    check_ring(dom, expected)
+
+
+@needs_browser
+def test_moving_the_slider_counts_anew_and_tells_it_once(
+    tmp_path: Path, results: Results, evidence: Evidence
+) -> None:
+    last = len(INPUTS["erde"].policy.path.thresholds) - 1
+    # To the right is towards the full network: the value counts from the other end of the path.
+    move = (
+        "const range = document.getElementById('explore-range'), told = [];"
+        "new MutationObserver(() => told.push(document.getElementById('status').textContent))"
+        ".observe(document.getElementById('status'), { childList: true });"
+        "for (const point of [10, 20, 63]) {"
+        f"  range.value = String({last} - point);"
+        "  range.dispatchEvent(new Event('input'));"
+        "}"
+        "const ring = () => document.getElementById('plot-tradeoff').data.slice(-1)[0];"
+        "const at = 1e-6 * Number(document.getElementById('explore').dataset.macs);"
+        "until(() => Math.abs(ring().x[0] - at) < 1e-9 && told.length > 0, () => {"
+        "  document.documentElement.dataset.told = told.length + ': ' + told.join('|');"
+        "  document.documentElement.dataset.ring = ring().x[0] + ' ' + ring().y[0]; });"
+    )
+    dom = browse(tmp_path, render(results, evidence), then=move)
+    expected = expected_at("erde", 63)
+    assert same(slider(dom), expected), (slider(dom), expected)
+    check_ring(dom, expected)
+    told = re.search(r'data-told="([^"]*)"', root_of(dom))
+    assert told is not None
+    text = told[1].replace("\N{NO-BREAK SPACE}", " ")
+    assert text.startswith(f"1: {expected['spoken']}; leaving at exit 0 ")
+
+
+@needs_browser
+def test_the_slider_starts_at_the_default_operating_point(
+    tmp_path: Path, results: Results, evidence: Evidence
+) -> None:
+    dom = browse(tmp_path, render(results, evidence))
+    expected = expected_at("erde", DEFAULT)
+    expected["spoken"] += "; operating point early, not certified"
+    assert same(slider(dom), expected), (slider(dom), expected)
+    pressed = re.findall(r'<button type="button" aria-pressed="(\w+)">([\w-]+)</button>', dom)
+    assert ("true", "early") in pressed
+    assert ("false", "no-exit") in pressed
+
+
+COPY = """
+const table = document.querySelector('#arms table'), button = table.closest('.table').querySelector('button.copy');
+const root = document.documentElement;
+Object.defineProperty(navigator, 'clipboard', { value: CLIPBOARD });
+document.execCommand = () => { root.dataset.copied = document.activeElement.value; return true; };
+button.focus();
+button.click();
+setTimeout(() => {
+  root.dataset.said = document.getElementById('status').textContent + '/' + button.textContent;
+  root.dataset.focused = document.activeElement === button;
+}, 1200);
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    "clipboard",
+    ["{ writeText: (text) => { root.dataset.copied = text; return Promise.resolve(); } }", "undefined"],
+)
+def test_a_table_is_copied_as_text_between_tabs(tmp_path: Path, results: Results, clipboard: str) -> None:
+    dom = browse(tmp_path, render(results), then=COPY.replace("CLIPBOARD", clipboard))
+    copied = re.search(r'data-copied="([^"]*)"', root_of(dom))
+    assert copied is not None
+    lines = copied[1].rstrip("\n").split("\n")
+    assert lines[0].split("\t")[:5] == ["arm", "role", "loss", "backbone", "MACs without exits (million)"]
+    erde = ["erde (exported)", "student", "erde", "resnet20", "41.0", "303,224", "71.6 (69.8 to 73.4)"]
+    assert lines[2].split("\t")[:7] == erde
+    assert {line.count("\t") for line in lines} == {10}
+    assert len(lines) == 6
+    assert 'data-said="Copied to the clipboard/Copied"' in root_of(dom)
+    assert 'data-focused="true"' in root_of(dom)
+
+
+@needs_browser
+def test_a_browser_draws_every_figure(tmp_path: Path, results: Results, evidence: Evidence) -> None:
+    dom = browse(tmp_path, render(results, evidence))
+    root = root_of(dom)
+    assert 'data-drawn="yes"' in root
+    assert "data-failed" not in root
+    # Four arms with a line and markers, one single point, the paper's rule, the slider's ring; five arms; a
+    # diagonal and a line for each of three exits; bars; two lines for each exit; two scores; five histories.
+    traces = {
+        "tradeoff": 11,
+        "exits": 5,
+        "reliability": 6,
+        "classes": 0,
+        "entropies": 6,
+        "scores": 3,
+        "history": 5,
+    }
+    assert drawn_traces(dom) == traces
+    assert dom.count('class="trace bars"') == 3
+    assert "erde without exits" in dom
+    # Plotly would offer to send the chart to its own servers.
+    assert 'data-title="Download plot' in dom
+    assert 'data-title="Share' not in dom
+    # The teacher is out of the first view, and the choice to see it is there; no arm has a profile.
+    assert re.search(r'id="choose-view"[^>]*hidden', dom) is None
+    assert re.search(r'id="choose-cost"[^>]*hidden', dom) is not None
+
+
+@needs_browser
+def test_with_a_profile_the_axis_can_be_time(tmp_path: Path) -> None:
+    results = make_results(names=("erde", "kd"))
+    for name in results.arms:
+        curve = results.arms[name].curve
+        timed = curve.model_copy(update={"milliseconds": [macs / 4e6 for macs in curve.macs]})
+        results = replaced(results, name, curve=timed)
+    cost = dataclasses.replace(COST, exit_milliseconds=(3.1, 6.5, 9.25))
+    inputs = {name: arm_input(seed, cost) for seed, name in enumerate(("erde", "kd"))}
+    act = (
+        "document.querySelector('[data-cost=milliseconds]').click();"
+        "setTimeout(() => { const place = document.getElementById('plot-tradeoff');"
+        "  const ring = place.data[place.data.length - 1];"
+        "  document.documentElement.dataset.ring = ring.x[0];"
+        "  document.documentElement.dataset.axis = place.layout.xaxis.title.text; }, 500);"
+    )
+    dom = browse(tmp_path, render(results, collect(inputs, "erde")), fragment="#point=50", then=act)
+    scored = ScoredSplit.of(inputs["erde"].test, inputs["erde"].policy.rule, None)
+    leaving = sweep(scored, [inputs["erde"].policy.path.thresholds[50]]).leaving[0]
+    milliseconds = float(leaving @ np.array([3.1, 6.5, 9.25])) / IMAGES
+    ring = re.search(r'data-ring="([^"]*)"', root_of(dom))
+    assert ring is not None
+    assert float(ring[1]) == pytest.approx(milliseconds, rel=1e-12)
+    assert 'data-axis="time per image (ms)"' in root_of(dom)
+    assert f"{milliseconds:.2f} ms" in dom.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@needs_browser
+def test_a_browser_runs_nothing_from_the_data(tmp_path: Path) -> None:
+    dom = browse(tmp_path, render(hostile_results(), hostile_evidence()))
+    root = root_of(dom)
+    assert 'data-drawn="yes"' in root
+    assert "data-failed" not in root
+    assert "data-broken" not in root
+    assert re.search(r"<img[^>]*onerror=(?!boom\(\)&)", re.sub(r'"[^"]*"', '""', dom)) is None
+    # Plotly sets a few tags itself, <b> among them: the name has to be seen as it is.
+    legends = re.findall(r'<text class="legendtext".*?</text>', dom, re.DOTALL)
+    assert any(
+        re.search(r">[^<>]*onerror=boom\(\)&gt;&lt;b&gt;bold&lt;/b&gt;[^<>]*<", one) for one in legends
+    )
+    # The slider works for an arm and a point of that name, and says the point's name as text.
+    assert slider(dom)["point"] == str(DEFAULT)
+    assert re.search(
+        r'aria-pressed="true">[^<]*onerror=boom\(\)&gt;&lt;b&gt;bold&lt;/b&gt;[^<]*</button>', dom
+    )

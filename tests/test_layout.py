@@ -1,0 +1,50 @@
+"""Rooms: what a newcomer may rely on. Layers and forbidden imports are import-linter's (pyproject.toml)."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import erde
+from erde.losses import CRITERIA
+from erde.recipe.losses import LOSSES
+
+PUBLIC = [name for name in dir(erde) if name in erde._HOMES]
+MODULES = [
+    module for module in pkgutil.walk_packages(erde.__path__, "erde.") if module.name != "erde.__main__"
+]
+
+
+def test_every_public_name_is_there() -> None:
+    assert len(PUBLIC) == len(erde._HOMES) > 10
+    assert all(getattr(erde, name).__name__ == name for name in PUBLIC)
+
+
+def test_no_module_bears_a_public_name() -> None:
+    # Importing a module sets it as an attribute of its package: it would take the function's place.
+    assert not {module.name.rsplit(".", 1)[1] for module in MODULES} & set(PUBLIC)
+
+
+def test_every_room_says_what_belongs_there_and_is_small() -> None:
+    rooms = [module.name for module in MODULES if module.ispkg]
+    assert len(rooms) > 10
+    for room in rooms:
+        package = importlib.import_module(room)
+        assert package.__doc__, room
+        assert len(list(pkgutil.iter_modules(package.__path__))) <= 14, room
+
+
+def test_losses_and_their_keys_are_the_same_names() -> None:
+    assert list(CRITERIA) == list(LOSSES)
+    assert all(config.model_fields["name"].default == name for name, config in LOSSES.items())
+
+
+def test_reading_a_recipe_imports_no_torch() -> None:
+    code = (
+        "import sys, erde; config = erde.load_config('cifar10-subset', ['arms.erde.loss.beta=0.3']); "
+        "print(config.arms['erde'].loss.beta, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0.3", "False"]
