@@ -1,0 +1,1 @@
+"""Run folders: the chain from training to evaluation, resumable at any moment."""
