@@ -28,7 +28,7 @@ from erde.networks.backbones import build_backbone
 from erde.networks.cost import network_cost
 from erde.recipe.losses import resolve_loss
 from erde.recipe.schema import AugmentationConfig, DataConfig, DistillationConfig, TrainConfig
-from erde.runs.pipeline import Run
+from erde.runs.folder import Run
 from erde.training.job import Job
 
 torch.set_num_threads(1)
