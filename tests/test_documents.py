@@ -123,7 +123,7 @@ def test_recipes_of_the_documents_are_valid() -> None:
         line
         for path in (README, *DOCS.glob("*.md"))
         for block in blocks(path, "text")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if " erde run " in line
     ]
     assert len(lines) > 5
