@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import os
 import re
@@ -129,8 +130,16 @@ def test_recipes_of_the_documents_are_valid() -> None:
     assert len(lines) > 5
     for line in lines:
         recipe, *overrides = shlex.split(line.split(" erde run ")[1], comments=True)
-        if not recipe.endswith(".yaml"):
-            load_config(recipe, [part for part in overrides if "=" in part])
+        if recipe.endswith(".yaml"):
+            continue
+        overrides = [part for part in overrides if "=" in part]
+        config = load_config(recipe, overrides)
+        # No override is lost to a later one.
+        for override in overrides:
+            key, _, text = override.partition("=")
+            value = yaml.safe_load(text)
+            if isinstance(value, str | int):
+                assert functools.reduce(getattr, key.split("."), config) == value, line
 
 
 def prose(path: Path) -> str:
