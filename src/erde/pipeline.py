@@ -476,7 +476,12 @@ class Run:
                 for job in jobs
             ]
         folders = [self.arm_folder(arm) / "checkpoints" for arm in arms]
-        for arm, outcome in zip(arms, train_together(jobs, folders, self.log), strict=True):
+        own_teacher = [TEACHER] if self.needs_teacher and not self.config.teacher.trained else []
+        in_order = [*own_teacher, *self.config.arms]
+        place = (
+            f"arm {in_order.index(arms[0]) + 1} of {len(in_order)}" if len(arms) == 1 < len(in_order) else ""
+        )
+        for arm, outcome in zip(arms, train_together(jobs, folders, self.log, place), strict=True):
             if parallel.is_first():
                 self._write_training(arm, outcome)
 
