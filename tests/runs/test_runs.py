@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from erde.cli import main
+from erde.common import progress
 from erde.common.errors import UserError
 from erde.evaluation import run_folder
 from erde.recipe.load import ADDED_LATER, load_config, load_saved_config
@@ -93,6 +94,17 @@ def test_an_arm_that_is_called_no_exit_is_not_the_exported_arms_baseline(
     for graph, arm in (("no-exit", "early"), ("arm+no-exit", "no-exit")):
         expected = run_folder.read_logits(run_copy, arm)[2].logits[-1, :20]
         assert np.allclose(logits_of(baselines / f"{graph}.onnx", images), expected, atol=1e-4), graph
+
+
+def test_the_progress_of_a_run_says_which_arm_of_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.0)
+    with open_run(recipe(tmp_path, "train.epochs=1"), tmp_path / "run", resume=False) as run:
+        distill(run)
+    said = capsys.readouterr().err
+    assert "early (arm 1 of 2): 1/" in said
+    assert "no-exit (arm 2 of 2): 1/" in said
 
 
 # ---------------------------------------------------------------- one writer at a time

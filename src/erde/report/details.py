@@ -33,8 +33,8 @@ from erde.report.html import (
 )
 from erde.report.sections import exit_names, rule_in_words, several, unfolded
 
-# Classes of one table: more would fill the page, and those with the largest drop are what one looks for.
-CLASSES_SHOWN = 100
+# Classes of one table: of more than the first number only those with the largest drop, which are what one looks for.
+ALL_CLASSES_SHOWN, CLASSES_SHOWN = 100, 20
 
 
 # ---------------------------------------------------------------- exits and probabilities
@@ -139,8 +139,9 @@ def _class_table(name: str, arm: Arm, names: Sequence[str]) -> Html:
         "class", "images", "final exit:\naccuracy (%)", "with early exits:\naccuracy (%)", "drop\n(points)",
         *(f"exit {index}\n(%)" for index in range(len(arm.exits))),
     )  # fmt: skip
+    shown = len(order) if len(order) <= ALL_CLASSES_SHOWN else CLASSES_SHOWN
     rows: list[Row] = []
-    for index in order[:CLASSES_SHOWN]:
+    for index in order[:shown]:
         one = arm.classes[index]
         cells = [
             names[index], f"{one.images:,}", points_of(one.no_exit_accuracy), points_of(one.accuracy),
@@ -148,8 +149,8 @@ def _class_table(name: str, arm: Arm, names: Sequence[str]) -> Html:
         ]  # fmt: skip
         rows.append((cells, False))
     caption = f"Classes of {name} at {arm.default_operating_point}, the largest drop first."
-    if len(order) > CLASSES_SHOWN:
-        caption += f" {CLASSES_SHOWN} of {len(order):,} classes; the others are in results.json."
+    if len(order) > shown:
+        caption += f" {shown} of {len(order):,} classes; the others are in results.json."
     return table(caption, columns, [(None, rows)])
 
 

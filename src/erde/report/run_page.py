@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from erde.calibration.checks import poor_network
 from erde.common.files import write_text
 from erde.evaluation.evidence import Evidence
 from erde.evaluation.results import Arm, Results
@@ -86,7 +87,7 @@ def _header(results: Results) -> Html:
     return join(
         tag("h1", results.name),
         tag("p", _verdict(results), class_="verdict"),
-        _promise(arm),
+        _promise(arm, len(data.classes)),
         _tiles(arm),
         tag("p", about, class_="soft small"),
     )
@@ -116,7 +117,7 @@ def _verdict(results: Results) -> Html:
     )
 
 
-def _promise(arm: Arm) -> Html:
+def _promise(arm: Arm, classes: int) -> Html:
     point = arm.default_point()
     disabled = point.thresholds and all(threshold is None for threshold in point.thresholds)
     rest = "There is no early exit here: every image goes to the final exit." if disabled else ""
@@ -130,11 +131,14 @@ def _promise(arm: Arm) -> Html:
             class_="promise warn",
         )
     assumptions = point.certificate.assumptions
+    early = max((one.accuracy for one in arm.exits[:-1]), default=0.0)
+    poor = poor_network(arm.exits[-1].accuracy, early, classes, "test")
     return tag(
         "div",
         tag("p", tag("strong", "Certified. "), point.certificate.sentence(arm.precision)),
         tag("p", f"Operating point {point.name}. {assumptions[:1].upper()}{assumptions[1:]}. {rest}"),
-        class_="promise good",
+        *([tag("p", tag("strong", "But "), f"{poor}.")] if poor else []),
+        class_="promise warn" if poor else "promise good",
     )
 
 

@@ -154,9 +154,16 @@ def _train_arms(run: Run, arms: list[str]) -> None:
             for job in jobs
         ]
     folders = [run.checkpoints(arm) for arm in arms]
-    for arm, outcome in zip(arms, train_together(jobs, folders, run.log), strict=True):
+    for arm, outcome in zip(arms, train_together(jobs, folders, run.log, _place(run, arms)), strict=True):
         if parallel.is_first():
             _write_training(run, arm, outcome)
+
+
+def _place(run: Run, arms: list[str]) -> str:
+    """``arm 2 of 5``, for the progress line; empty where all are trained in one go."""
+    ahead = [TEACHER] if run.config.needs_teacher and not run.config.teacher.trained else []
+    in_order = [*ahead, *run.config.arms]
+    return f"arm {in_order.index(arms[0]) + 1} of {len(in_order)}" if len(arms) == 1 < len(in_order) else ""
 
 
 def _held_out_logits(run: Run) -> Tensor:
