@@ -37,8 +37,11 @@ from erde.networks.shapes import mode
 from erde.policy.cost import Cost
 from erde.recipe.load import load_config
 from erde.recipe.losses import resolve_loss
-from erde.recipe.schema import Config
-from erde.runs.pipeline import TEACHER, Run
+from erde.recipe.schema import TEACHER, Config
+from erde.runs.folder import Run
+from erde.runs.networks import new_network, trained_network
+from erde.runs.opening import open_run
+from erde.runs.training import make_job, train
 from erde.training import loop
 from erde.training.api import build_criterion
 from erde.training.health import measure_health
@@ -203,7 +206,7 @@ def train_seed(
         for variant in variants:
             place = folder / f"{arm}, {variant}"
             if not (place / f"{AFTER[-1]}.npz").exists():
-                jobs.append(make_job(run, arm, variant, teacher))
+                jobs.append(variant_job(run, arm, variant, teacher))
                 folders.append(place)
     if not jobs:
         return
@@ -233,15 +236,14 @@ def refit_by_cross_entropy(run: Run, job: Job) -> None:
     loop.train_network(alone)
 
 
-def make_job(run: Run, arm: str, variant: str, teacher: EarlyExitNetwork) -> Job:
+def variant_job(run: Run, arm: str, variant: str, teacher: EarlyExitNetwork) -> Job:
     config, (dropout, keys, _) = run.config, VARIANTS[variant]
     student = config.student.model_copy(update={"dropout": dropout})
     loss = next((known.loss for name, known in config.arms.items() if name == arm), resolve_loss(arm))
-    run.config = config.model_copy(
-        update={"arms": {arm: config.arms["ce"].model_copy(update={"loss": loss})}, "student": student}
-    )
+    changed = {arm: config.arms["ce"].model_copy(update={"loss": loss})}
+    run.config = config.changed(arms=changed, student=student, export={"arm": arm})
     try:
-        job = run._job(arm, run.new_network(arm), teacher)
+        job = make_job(run, arm, new_network(run, arm), teacher)
     finally:
         run.config = config
     settings = job.config.model_copy(update=keys)
@@ -334,16 +336,16 @@ def main() -> None:
     if arguments.out.exists():
         rows = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"]
     if teacher == "exits":
-        base = Run.open(load(arguments, 0), arguments.work / "teacher", (arguments.work / "teacher").exists())
-        base.train()
+        base = open_run(load(arguments, 0), arguments.work / "teacher", (arguments.work / "teacher").exists())
+        train(base)
     for seed in map(int, arguments.seeds.split(",")):
         config = load(arguments, seed)
         folder = arguments.work / teacher / f"seed{seed}"
         run = Run(config, folder)
         # The teacher of seed 0 teaches every seed.
-        network = run.new_network(TEACHER) if teacher == "plain" else base.trained_network(TEACHER)
+        network = new_network(run, TEACHER) if teacher == "plain" else trained_network(base, TEACHER)
         train_seed(run, network, arms, variants, folder)
-        cost = network_cost(run.new_network(arms[0]), run.data.input_size)
+        cost = network_cost(new_network(run, arms[0]), run.data.input_size)
         for arm, variant, after in itertools.product(arms, variants, AFTER):
             key = {"teacher": teacher, "seed": seed, "arm": arm, "heads": variant, "after": after}
             if any(key.items() <= row.items() for row in rows):

@@ -95,7 +95,8 @@ def check_peer(python: Path, ours: Mapping[str, str]) -> dict[str, str]:
 def prepare(given: argparse.Namespace, folder: Path) -> Subject:
     """Export the arm's network into a bundle at ``folder``, and calibrate it for earlyon's rule."""
     from erde.recipe.load import load_config
-    from erde.runs.pipeline import Run
+    from erde.runs.folder import Run
+    from erde.runs.networks import trained_network
 
     run_path, data = given.run, given.data
     recipe = run_path / "config.yaml"
@@ -113,11 +114,11 @@ def prepare(given: argparse.Namespace, folder: Path) -> Subject:
     arm = given.arm or config.export.arm
     if arm not in config.arms:
         raise UserError(f"--arm: no arm '{arm}' in this run; it has: {', '.join(config.arms)}")
-    student = config.student_of(arm)
+    student = config.network_of(arm)
     if student.exits == 1:
         raise UserError(f"--arm: '{arm}' has no early exits: choose another arm")
     run = Run(config, run_path)
-    network = run.trained_network(arm)
+    network = trained_network(run, arm)
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     erde.export(network, run.data, folder, name=arm)
     calibrated = erde.calibrate(

@@ -28,7 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from erde.common.progress import RunLog
 from erde.recipe.load import load_config
-from erde.runs.pipeline import TEACHER, Run
+from erde.recipe.schema import TEACHER
+from erde.runs.folder import Run
+from erde.runs.networks import new_network
+from erde.runs.training import make_job
 from erde.training.job import Job
 from erde.training.loop import _Trainer, describe_machine
 
@@ -142,7 +145,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = variants(run, given, Path(folder))
         seconds = measure(work, given.rounds, run)
-    batch, images = run.config.train.batch_size, len(run._job(TEACHER, run.new_network(TEACHER), None).train)
+    batch, images = (
+        run.config.train.batch_size,
+        len(make_job(run, TEACHER, new_network(run, TEACHER), None).train),
+    )
     images = run.config.data.train_subset or images
     result = {
         "recipe": given.recipe,
@@ -180,8 +186,8 @@ def variants(run: Run, given: argparse.Namespace, folder: Path) -> dict[str, Wor
     """What takes turns; each with networks of its own, from the same start."""
 
     def job(arm: str = "erde", *, teacher: Any = None, **settings: Any) -> Job:
-        teacher = teacher or run.new_network(TEACHER)
-        made = run._job(arm, run.new_network(arm), teacher)
+        teacher = teacher or new_network(run, TEACHER)
+        made = make_job(run, arm, new_network(run, arm), teacher)
         return dataclasses.replace(made, config=made.config.model_copy(update=settings))
 
     def cached(**settings: Any) -> Job:
@@ -189,7 +195,7 @@ def variants(run: Run, given: argparse.Namespace, folder: Path) -> dict[str, Wor
         augmentation = made.augmentation.model_copy(update={"views": given.views})
         return dataclasses.replace(made, augmentation=augmentation, teacher_cache=folder)
 
-    shared = run.new_network(TEACHER)
+    shared = new_network(run, TEACHER)
     found = {
         "usual": usual(job(), given.workers, given.steps),
         "erde": ours([job()], given.steps),

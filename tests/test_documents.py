@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,10 +24,14 @@ from erde.recipe.schema import Config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+# Their Python blocks, in this order, are one script; so are their console blocks.
+TUTORIALS = [DOCS / "python.md", DOCS / "command-line.md", DOCS / "calibration.md"]
 DOCUMENTS = [
     README,
     *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name / "README.md" for name in ("benchmarks", "results")),
+    *sorted(DOCS.rglob("*.md")),
 ]
 
 
@@ -65,14 +71,14 @@ def execute(command: str | list[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def after_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder in which README's Python blocks ran as one script, and what they printed."""
-    folder = tmp_path_factory.mktemp("readme")
-    found = blocks(README, "python")
-    assert len(found) == 5
-    return folder, execute([sys.executable, "-c", "\n".join(found)], folder)
+    """The folder in which the Python blocks of the tutorials ran as one script, and what they printed."""
+    folder = tmp_path_factory.mktemp("tutorials")
+    parts = [block for path in TUTORIALS for block in blocks(path, "python")]
+    assert len(parts) == 5
+    return folder, execute([sys.executable, "-c", "\n".join(parts)], folder)
 
 
-def test_readme_python_runs(after_python: tuple[Path, str]) -> None:
+def test_python_of_the_tutorials_runs(after_python: tuple[Path, str]) -> None:
     folder, out = after_python
     assert (folder / "bundle" / "manifest.json").is_file()
     assert len(list((folder / "photos").iterdir())) == 20
@@ -83,14 +89,14 @@ def test_readme_python_runs(after_python: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_readme_commands_run(after_python: tuple[Path, str]) -> None:
+def test_commands_of_the_tutorials_run(after_python: tuple[Path, str]) -> None:
     folder, _ = after_python
-    lines = commands(README)
+    lines = [line for path in TUTORIALS for line in commands(path)]
     assert len(lines) == 17
     assert all(line.startswith("erde ") for line in lines)
     output = {line: execute(line, folder) for line in lines}
     assert {"results.json", "report.html", "bundle"} <= {
-        one.name for one in (folder / "runs/first").iterdir()
+        path.name for path in (folder / "runs/first").iterdir()
     }
     with (folder / "answers.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -100,12 +106,41 @@ def test_readme_commands_run(after_python: tuple[Path, str]) -> None:
     assert set(output["erde list recipes"].split()) >= set(shipped_recipes())
 
 
-def test_readme_recipes_that_need_data_are_valid() -> None:
-    lines = [line for block in blocks(README, "text") for line in block.splitlines() if " erde run " in line]
-    assert len(lines) == 3
+def test_a_trained_model_gets_exits_as_in_the_readme(tmp_path: Path) -> None:
+    (script,) = blocks(README, "python")
+    (command,) = commands(README)
+    # The model's own answers must stay as they were, as the text says.
+    before = "model.eval()\nkept = model(images := torch.rand(5, 1, 8, 8))\n"
+    after = "model.eval()\nassert torch.equal(model(images), kept)\n"
+    head, line, tail = script.partition("network = ")
+    assert line
+    out = execute([sys.executable, "-c", f"import torch\n{head}{before}{line}{tail}{after}"], tmp_path)
+    assert "risk-2 " in out
+    assert "early answer gets wrong" in out
+    execute(command, tmp_path)
+
+
+def test_recipes_of_the_documents_are_valid() -> None:
+    lines = [
+        line
+        for path in (README, *DOCS.glob("*.md"))
+        for block in blocks(path, "text")
+        for line in block.replace("\\\n", " ").splitlines()
+        if " erde run " in line
+    ]
+    assert len(lines) > 5
     for line in lines:
-        recipe, *overrides = line.split("#")[0].split(" erde run ")[1].split()
-        load_config(recipe, overrides)
+        recipe, *overrides = shlex.split(line.split(" erde run ")[1], comments=True)
+        if recipe.endswith(".yaml"):
+            continue
+        overrides = [part for part in overrides if "=" in part]
+        config = load_config(recipe, overrides)
+        # No override is lost to a later one.
+        for override in overrides:
+            key, _, text = override.partition("=")
+            value = yaml.safe_load(text)
+            if isinstance(value, str | int):
+                assert functools.reduce(getattr, key.split("."), config) == value, line
 
 
 def prose(path: Path) -> str:
@@ -119,7 +154,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(path: Path) -> None:
     missing = []
     for target in re.findall(r"\]\(([^()\s]+)\)", prose(path)):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from erde.networks.foreign_weights import load_teacher_weights as load_teacher_weights
     from erde.networks.network import EarlyExitNetwork as EarlyExitNetwork
     from erde.recipe.load import load_config as load_config
-    from erde.runs.pipeline import run as run
+    from erde.runs.chain import run as run
     from erde.training.api import distill as distill
     from erde.training.api import train as train
 
@@ -47,7 +47,7 @@ _HOMES = {
     "load_data": "erde.data.load",
     "load_teacher_weights": "erde.networks.foreign_weights",
     "recalibrate_with_labels": "erde.calibration.recalibration",
-    "run": "erde.runs.pipeline",
+    "run": "erde.runs.chain",
     "train": "erde.training.api",
     "UserError": "erde.common.errors",
 }

@@ -216,6 +216,36 @@ def test_it_is_written_and_drawn(
     assert "µs a stage" in said
 
 
+def test_points_that_are_slower_are_said(found: race.Bench) -> None:
+    def timed(shares: dict[tuple[str, int], float]) -> race.Bench:
+        def share(one: race.Measurement) -> float:
+            return shares.get((one.contender, one.batch_size), 0.9)
+
+        return found.model_copy(
+            update={
+                "measurements": [
+                    one.model_copy(
+                        update={
+                            "time_share": share(one),
+                            "time_share_quartiles": (share(one) - 0.1, share(one) + 0.1),
+                        }
+                    )
+                    for one in found.measurements
+                ]
+            }
+        )
+
+    # What is slower within the spread of rounds, and what cannot be chosen, is not said.
+    shares = {
+        ("risk-5", 1): 3.23, ("risk-10", 1): 1.2, ("risk-10", 7): 1.05, ("no-exit", 7): 2.0, ("every exit computed", 7): 2.0
+    }  # fmt: skip
+    assert show.verdicts(timed(shares)) == [
+        f"slower than {found.reference} at 1 thread, 1 image a call: risk-5 (323% of its time), "
+        "risk-10 (120% of its time): exits do not pay there"
+    ]
+    assert show.verdicts(timed({})) == []
+
+
 # ---------------------------------------------------------------- images and bad input
 
 

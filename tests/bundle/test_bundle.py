@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from erde.bundle import sealing
 from erde.bundle.card import model_card
 from erde.bundle.manifest import MANIFEST, Manifest
 from erde.bundle.sealing import CARD, canonical_hash, differences, file_hash, read, seal, write
+from erde.cli import main
 from erde.policy.points import Certificate
 from erde.runtime.session import Session
 from tests.helpers.checks import entries, user_error
@@ -586,3 +588,17 @@ def test_manifests_do_not_change(tiny_bundle: Path) -> None:
     manifest = read(tiny_bundle)
     with pytest.raises(ValueError, match="frozen"):
         manifest.name = "other"  # type: ignore[misc]
+
+
+def test_the_command_gives_the_fields_that_differ(
+    tiny_bundle: Path, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read(bundle_copy)
+    seal(bundle_copy, manifest.model_copy(update={"name": "other"}))
+    monkeypatch.setattr(sys, "argv", ["erde", "bundle", "diff", str(tiny_bundle), str(bundle_copy), "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    assert stopped.value.code == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["fields"]["name"] == {"first": "tiny", "second": "other"}
+    assert said["differences"] == len(said["fields"])

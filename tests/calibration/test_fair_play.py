@@ -92,8 +92,8 @@ def test_head_cost_is_in_the_macs(calibrated: CalibratedPolicy) -> None:
 def test_every_recipe_has_smaller_fixed_networks_of_several_sizes() -> None:
     for recipe in shipped_recipes():
         config = load_config(recipe)
-        fixed = [arm for arm in config.arms if config.student_of(arm).exits == 1]
-        backbones = {config.student_of(arm).backbone for arm in fixed}
+        fixed = [arm for arm in config.arms if config.network_of(arm).exits == 1]
+        backbones = {config.network_of(arm).backbone for arm in fixed}
         assert len(backbones - {config.student.backbone}) >= 2, recipe
         assert {arm.loss.name for arm in config.arms.values()} >= {"ce", "kd", "erde"}, recipe
 
@@ -101,16 +101,17 @@ def test_every_recipe_has_smaller_fixed_networks_of_several_sizes() -> None:
 def test_compared_arms_share_all_but_the_loss() -> None:
     for recipe in shipped_recipes():
         config = load_config(recipe)
-        students = [arm for arm in config.arms if config.student_of(arm).exits != 1]
+        students = [arm for arm in config.arms if config.network_of(arm).exits != 1]
         for arm in students:
             assert config.distillation_of(arm) == config.distillation, (recipe, arm)
-            assert config.student_of(arm) == config.student, (recipe, arm)
+            assert config.network_of(arm) == config.student, (recipe, arm)
 
 
 @pytest.mark.slow
 def test_a_split_cannot_stand_in_for_another(tmp_path: Path) -> None:
     lines = [
-        "from erde.calibration.logits import calibrate_logits, choose_score, fit_temperatures",
+        "from erde.calibration.choice import choose_score",
+        "from erde.calibration.logits import calibrate_logits, fit_temperatures",
         "from erde.calibration.settings import Settings",
         "from erde.common.splits import CertifyLogits, Logits, TestLogits, TuneLogits",
         "from erde.policy.cost import Cost",

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from erde.networks.backbones import build_backbone
 from erde.networks.cost import network_cost
 from erde.recipe.losses import resolve_loss
 from erde.recipe.schema import AugmentationConfig, DataConfig, DistillationConfig, TrainConfig
-from erde.runs.pipeline import Run
+from erde.runs.folder import Run
 from erde.training.job import Job
 
 torch.set_num_threads(1)
@@ -653,6 +654,39 @@ def test_a_card_does_not_lead_out_of_the_folder(
     assert (
         refusal(folder)
         == f"{folder / name} takes data from '{place}', which is not in the folder: remove that line"
+    )
+
+
+@pytest.mark.parametrize("streaming", ["auto", "always"])
+@pytest.mark.parametrize("place", ["../secret.png", "{outside}/secret.png", "a/../../secret.png"])
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "parquet"])
+def test_images_outside_of_the_folder_are_refused(
+    kind: str, place: str, streaming: str, tmp_path: Path
+) -> None:
+    import datasets
+
+    folder = tmp_path / "set"
+    (folder / "a").mkdir(parents=True)
+    for row in range(4):
+        (folder / f"{row}.png").write_bytes(png(picture(row)))
+    (tmp_path / "secret.png").write_bytes(png(picture(9)))
+    place = place.format(outside=tmp_path)
+    names = [*(f"{row}.png" for row in range(4)), place]
+    if kind == "parquet":
+        rows = {
+            "image": [{"bytes": None, "path": os.path.join(folder, name)} for name in names],
+            "label": [0, 1, 0, 1, 0],
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    else:
+        lines = [json.dumps({"file_name": name, "label": row % 2}) for row, name in enumerate(names)]
+        (folder / kind).write_text("\n".join(lines) + "\n")
+    # Metadata files are checked by the datasets library itself, in its later versions.
+    assert re.search(
+        r"row 4 takes its image from '.*secret\.png', which is not in .*/set: copy it there"
+        r"|cannot be read: Invalid metadata file_name '.*secret\.png'",
+        refusal(folder, streaming=streaming),
     )
 
 

@@ -73,7 +73,7 @@ def hand_made_policy(
 
 
 def hand_made_arm(test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, teacher: bool = True) -> Arm:
-    """What the pipeline would say of a network with these logits."""
+    """The results that a run would have of a network with these logits."""
     exits = len(cost.exit_macs)
     return Arm(
         role="student" if exits > 1 else "fixed",

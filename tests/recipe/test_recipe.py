@@ -71,10 +71,10 @@ def test_values_are_read_where_they_stand(recipe: Path) -> None:
 
 def test_partial_differences_merge(recipe: Path) -> None:
     config = load_config(recipe, ["train.epochs=7", "train.batch_size=32", "teacher.train.epochs=9"])
-    assert (config.teacher_train.epochs, config.teacher_train.batch_size) == (9, 32)
+    assert (config.train_of("teacher").epochs, config.train_of("teacher").batch_size) == (9, 32)
     assert config.train.epochs == 7
-    assert (config.student_of("kd").backbone, config.student_of("kd").exits) == ("resnet8", 3)
-    assert (config.student_of("erde").backbone, config.student_of("erde").exits) == ("resnet8", 2)
+    assert (config.network_of("kd").backbone, config.network_of("kd").exits) == ("resnet8", 3)
+    assert (config.network_of("erde").backbone, config.network_of("erde").exits) == ("resnet8", 2)
     config = load_config(recipe, ["distillation.temperature=2", "distillation.alpha=0.1"])
     assert (config.distillation_of("kd").alpha, config.distillation_of("kd").temperature) == (0.5, 2.0)
     assert (config.distillation_of("erde").alpha, config.distillation_of("erde").temperature) == (0.1, 2.0)

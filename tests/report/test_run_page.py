@@ -350,6 +350,55 @@ def test_the_class_that_pays_most_is_named(page: Page) -> None:
     assert "Classes of erde at risk-1, the largest drop first." in page.text
 
 
+def test_of_a_thousand_classes_those_that_pay_most_are_shown(results: Results) -> None:
+    one = results.arms["erde"].classes[0]
+    many = [one.model_copy(update={"drop": number / 1e4}) for number in range(1000)]
+    arm = results.arms["erde"].model_copy(update={"classes": many})
+    names = [f"name-{number}" for number in range(1000)]
+    page = Page(
+        render(
+            results.model_copy(
+                update={
+                    "arms": {"erde": arm},
+                    "data": results.data.model_copy(update={"classes": names}),
+                    "comparisons": [],
+                }
+            )
+        )
+    )
+    table = page.text.split("Classes of erde at risk-1, the largest drop first.")[1].split("Teacher")[0]
+    assert table.startswith(" 20 of 1,000 classes; the others are in results.json.")
+    assert re.findall(r"name-\d+", table)[:20] == [f"name-{number}" for number in range(999, 979, -1)]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "classes", "words"),
+    [
+        ((0.3, 0.4, 0.71), 10, None),
+        ((0.3, 0.72, 0.71), 10, None),
+        ((0.778, 0.222, 0.106), 10, "right on 10.6% of the test images, an earlier exit on 77.8%: a promise against it"),
+        ((0.1, 0.2, 0.45), 10, "right on 45.0% of the test images: a promise against it says little"),
+        ((0.1, 0.2, 0.45), 1000, None),
+    ],
+)  # fmt: skip
+def test_a_promise_against_a_poor_network_is_not_green(
+    accuracies: tuple[float, ...], classes: int, words: str | None, results: Results
+) -> None:
+    arm = results.arms["erde"]
+    exits = [
+        one.model_copy(update={"accuracy": accuracy})
+        for one, accuracy in zip(arm.exits, accuracies, strict=True)
+    ]
+    data = results.data.model_copy(update={"classes": [str(number) for number in range(classes)]})
+    changed = results.model_copy(
+        update={"data": data, "arms": results.arms | {"erde": arm.model_copy(update={"exits": exits})}}
+    )
+    written = render(changed)
+    assert ("promise good" in written) == (words is None)
+    assert ("But the full network is" in Page(written).text) == (words is not None)
+    assert words is None or words in Page(written).text
+
+
 def test_entropies_on_images_that_the_teacher_gets_right_and_wrong(page: Page) -> None:
     # 90 of 100 in the first bin, whose middle is 0.025, 10 in the next; all wrong ones in the eleventh.
     assert "exit 0 0.030 0.525 +0.495" in page.text

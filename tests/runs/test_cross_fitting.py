@@ -9,8 +9,12 @@ from torch import Tensor
 
 from erde.networks import checkpoint
 from erde.recipe.load import load_config
+from erde.recipe.schema import TEACHER
 from erde.runs import cross_fitting
-from erde.runs.pipeline import TEACHER, Run
+from erde.runs.folder import Run
+from erde.runs.networks import new_network, trained_network
+from erde.runs.opening import open_run
+from erde.runs.training import distill, make_job, train
 from erde.training.job import FINAL, Job
 from tests.helpers.checks import user_error
 
@@ -18,14 +22,14 @@ FOLDS = 3
 HELD_OUT = "arms={erde: {loss: {name: erde, wrong_test: held_out}}}"
 
 
-def open_run(folder: Path, *overrides: str) -> Run:
+def start(folder: Path, *overrides: str) -> Run:
     small = ["data.train_subset=70", "teacher.backbone=resnet8x0.25", "train.epochs=1", "train.batch_size=16"]
     config = load_config("digits", [*small, HELD_OUT, "device=cpu", "threads=1", *overrides])
-    return Run.open(config, folder, resume=False)
+    return open_run(config, folder, resume=False)
 
 
 def teacher_job(run: Run) -> Job:
-    return run._job(TEACHER, run.new_network(TEACHER), None)
+    return make_job(run, TEACHER, new_network(run, TEACHER), None)
 
 
 def normalised(run: Run, images: Any) -> Tensor:
@@ -36,50 +40,61 @@ def normalised(run: Run, images: Any) -> Tensor:
 def test_each_image_is_judged_by_a_teacher_that_never_saw_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = open_run(
+    run = start(
         tmp_path / "run", "teacher.disjoint=false", "teacher.train_subset=100", f"teacher.cross_fit={FOLDS}"
     )
     jobs: list[Job] = []
-    train = cross_fitting.train_network
+    train_fold = cross_fitting.train_network
 
     def record(job: Job, *arguments: Any) -> Any:
         jobs.append(job)
-        return train(job, *arguments)
+        return train_fold(job, *arguments)
 
     monkeypatch.setattr(cross_fitting, "train_network", record)
-    found = cross_fitting.held_out_logits(run, teacher_job(run))
     students = run.data.train_share(70)
-    assert found.shape == (70, 3, 10)
+
+    def held_out() -> Tensor:
+        return cross_fitting.held_out_logits(
+            run.arm_folder(TEACHER),
+            lambda load: new_network(run, TEACHER, load=load),
+            teacher_job(run),
+            students,
+            FOLDS,
+            run.log,
+        )
+
+    logits = held_out()
+    assert logits.shape == (70, 3, 10)
     assert [len(job.train) for job in jobs] == [66, 67, 67]
     for row in range(70):
         image = students.images[row : row + 1]
-        seen = [any((one == image[0]).all() for one in job.train.images[:]) for job in jobs]
+        seen = [any((other == image[0]).all() for other in job.train.images[:]) for job in jobs]
         # One of three did not see it, and that is whose word counts.
         assert seen.count(False) == 1, row
         path = run.arm_folder(TEACHER) / "folds" / str(seen.index(False)) / FINAL
-        network = run.new_network(TEACHER)
+        network = new_network(run, TEACHER)
         checkpoint.load_weights(network, path)
         with torch.no_grad():
             expected = network.eval()(normalised(run, image))[:, 0]
-        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
     # Kept: nothing is trained a second time.
-    assert torch.equal(cross_fitting.held_out_logits(run, teacher_job(run)), found)
+    assert torch.equal(held_out(), logits)
     assert len(jobs) == FOLDS
 
 
 def test_a_teacher_of_other_images_is_asked_itself(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "run")
-    run.train()
-    run.distill()
-    found = checkpoint.load(run.arm_folder(TEACHER) / cross_fitting.HELD_OUT)[0]["logits"]
+    run = start(tmp_path / "run")
+    train(run)
+    distill(run)
+    logits = checkpoint.load(run.arm_folder(TEACHER) / cross_fitting.HELD_OUT)[0]["logits"]
     students = run.data.train_share(70)
     with torch.no_grad():
-        expected = run.trained_network(TEACHER).eval()(normalised(run, students.images[:]))
-    torch.testing.assert_close(found, expected.transpose(0, 1), rtol=1e-4, atol=1e-4)
+        expected = trained_network(run, TEACHER).eval()(normalised(run, students.images[:]))
+    torch.testing.assert_close(logits, expected.transpose(0, 1), rtol=1e-4, atol=1e-4)
     assert not (run.arm_folder(TEACHER) / "folds").exists()
 
 
 def test_nobody_to_ask(tmp_path: Path) -> None:
     with user_error(r"held-out teacher predictions: set teacher\.cross_fit=5 .* or teacher\.disjoint=true"):
-        open_run(tmp_path / "run", "teacher.disjoint=false")
+        start(tmp_path / "run", "teacher.disjoint=false")
     assert not (tmp_path / "run").exists()

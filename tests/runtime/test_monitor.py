@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import itertools
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from erde.policy.cost import Cost
 from erde.policy.points import Calibration
 from erde.policy.rule import decide, take_exit
 from erde.runtime import monitor as module
-from erde.runtime.monitor import BLOCK, Monitor, cut_p_values
+from erde.runtime.monitor import BLOCK, Monitor, cut_p_values, smallest_p_value
 from erde.runtime.prediction import Prediction
 from erde.runtime.session import Session
 from tests.helpers.checks import user_error
@@ -143,6 +145,46 @@ def test_a_p_value_is_one() -> None:
         )
         for x in (0.3, 0.01, 1e-5, 1e-9):
             assert table.pmf(support)[p <= x].sum() <= x * (1 + 1e-6)
+
+
+def arrangements(pooled: NDArray[np.int64], n: int) -> Iterator[tuple[NDArray[np.int64], float]]:
+    """All calibration counts that ``pooled`` allows, with their chances: the multivariate hypergeometric law."""
+    for chosen in itertools.product(*(range(size + 1) for size in pooled.tolist())):
+        if sum(chosen) == n:
+            ways = math.prod(math.comb(size, k) for size, k in zip(pooled.tolist(), chosen, strict=True))
+            yield np.array(chosen), ways / math.comb(int(pooled.sum()), n)
+
+
+@pytest.mark.parametrize(
+    "pooled", [(6, 7, 5, 8), (1, 0, 9, 9, 2), (0, 12, 12, 0), (3, 3, 3, 3, 3), (15, 1, 14)], ids=str
+)
+def test_the_smallest_p_value_is_corrected_exactly(pooled: tuple[int, ...]) -> None:
+    counts = np.array(pooled)
+    for n in (int(counts.sum()) // 2, int(counts.sum()) // 4):
+        possible = list(arrangements(counts, n))
+        smallest = [float(np.nanmin(cut_p_values(one, counts - one))) for one, _ in possible]
+        for value, (one, _) in zip(smallest, possible, strict=True):
+            corrected = smallest_p_value(one, counts - one, value)
+            as_small = sum(
+                chance
+                for other, (_, chance) in zip(smallest, possible, strict=True)
+                if other <= value * (1 + 1e-6)
+            )
+            if value <= 0.05:
+                assert corrected == pytest.approx(as_small, rel=1e-6, abs=1e-11)
+            assert as_small * (1 - 1e-9) <= corrected <= min(1.0, 4 * value)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2500, 100), (2500, 102_400), (50_000, 400)])
+def test_the_correction_of_large_samples(n: int, m: int) -> None:
+    # Half of Bonferroni's bound or less where cuts are many, and never below what one cut alone has.
+    generator = np.random.default_rng(0)
+    shares = np.full(20, 0.05)
+    first, second = generator.multinomial(n, shares), generator.multinomial(m, shares)
+    # The observed cut is made extreme by hand: these counts are about the range of the others only.
+    corrected = smallest_p_value(first, second, 1e-4)
+    assert 4e-4 < corrected < 1.2e-3
+    assert smallest_p_value(first, second, 1e-12) == pytest.approx(19e-12, rel=0.5)
 
 
 # ---------------------------------------------------------------- false alarms
@@ -351,21 +393,26 @@ def test_which_blocks_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
             assert np.array_equal(block, blocks[level - 1, 2 * k - 1] + blocks[level - 1, 2 * k])
 
 
-def test_what_may_be_spent_is_the_level_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "share"), [("scores", 2 / 3), ("exits", 1 / 3)])
+def test_what_may_be_spent_is_the_level_and_no_more(
+    family: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # With one cut of p-value 1 at every look, the p-value reported is the inverse of the look's share.
     spent = 0.0
 
     def p_values(first: NDArray[np.int64], second: NDArray[np.int64]) -> Array:
-        return np.full(len(first) - 1, np.nan) if len(first) == 3 else np.array([1e-300] + [np.nan] * 18)
+        telling = len(first) == (20 if family == "scores" else 3)
+        return np.array([1e-300 if telling else np.nan] + [np.nan] * (len(first) - 2))
 
     monkeypatch.setattr(module, "cut_p_values", p_values)
+    monkeypatch.setattr(module, "smallest_p_value", lambda first, second, smallest: smallest)
     monitor = Monitor(manifest(calibration(*draw(np.random.default_rng(0), 500))))
     for level in range(300):
         for number in range(1, 300):
             monitor._p_value = 1.0
             monitor._look(np.ones(23, dtype=np.int64), level, number)
             spent += 1e-300 / monitor._p_value
-    assert 0.99 < spent <= 1
+    assert 0.99 * share < spent <= share * (1 + 1e-9)
 
 
 def test_an_alarm_stays_and_says_what_to_do() -> None:

@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erde import policy
+from erde import bundle, policy
 from erde.bundle.profile import PROFILE
 from erde.data.load import DataSplits
 from erde.runtime.prediction import Prediction
@@ -345,6 +345,16 @@ def test_a_deadline_needs_a_profile(bundle_copy: Path, images: NDArray[np.uint8]
     assert session._read_profile() == measured
     assert session.predict(images[:1], deadline_ms=1e6).labels.shape == (1,)
     assert session._profile == measured
+
+
+def test_macs_are_known_beside_a_profile_that_does_not_fit(timed: Session) -> None:
+    path = timed.folder / PROFILE
+    path.write_text(path.read_text().replace(bundle.stages_hash(timed.manifest), "0" * 64))
+    cost = Session(timed.folder, threads=1).cost()
+    assert cost.exit_macs == tuple(stage.macs for stage in timed.manifest.stages)
+    assert cost.exit_milliseconds is None
+    with user_error("profile.json"):
+        Session(timed.folder, threads=1).cost(timed=True)
 
 
 def test_a_profile_of_another_number_of_threads(timed: Session, images: NDArray[np.uint8]) -> None:

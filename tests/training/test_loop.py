@@ -3,9 +3,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import erde
@@ -787,6 +790,37 @@ def test_plain_progress_is_rare(digits: DataSplits, capsys: pytest.CaptureFixtur
         assert not task.due()
     assert progress.PLAIN_INTERVAL >= 5
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_bar_stays_on_one_line(width: int) -> None:
+    text = "epoch 3/30  1,234 images/s  loss 1.234  cross_entropy 1.234/1.234/1.234  kl 0.123/0.123/0.123"
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    bar = progress._bar(console)
+    bar.add_task("erde (arm 2 of 3)", total=100, completed=7, text=text)
+    with console.capture() as capture:
+        console.print(bar)
+    lines = capture.get().splitlines()
+    assert len(lines) == 1
+    assert len(lines[0]) <= width
+    assert re.match(r"erde \(arm 2 of 3\) .*  7 % --:-- left epoch 3/30", lines[0])
+
+
+def test_plain_lines_say_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([100.0, 110.0, 130.0, 400.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    # Of a training that goes on at 40, what was done before took no time.
+    with progress.task("some (arm 1 of 2)", 100, completed=40) as task:
+        task.update(40, "nothing yet")
+        task.update(45, "x 1")
+        task.update(100)
+    assert capsys.readouterr().err.splitlines() == [
+        "some (arm 1 of 2): 40/100 nothing yet",
+        "some (arm 1 of 2): 45/100 x 1  0:05:30 left",
+        "some (arm 1 of 2): 100/100",
+    ]
 
 
 # ---------------------------------------------------------------- what Python is told of a wrong call

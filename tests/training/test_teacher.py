@@ -285,59 +285,59 @@ def test_a_cache_from_python(digits: DataSplits, teacher: EarlyExitNetwork, tmp_
 # ---------------------------------------------------------------- in a recipe
 
 
-def open_run(folder: Path, *overrides: str) -> Any:
+def start(folder: Path, *overrides: str) -> Any:
     from erde.recipe.load import load_config
-    from erde.runs.pipeline import Run
+    from erde.runs.opening import open_run
 
     small = ["arms={kd: {loss: kd}}", "export.arm=kd", "device=cpu", "threads=1"]
-    return Run.open(load_config("digits", [*small, *overrides]), folder, resume=False)
+    return open_run(load_config("digits", [*small, *overrides]), folder, resume=False)
 
 
 def test_what_is_wrong_with_a_cache_is_said_before_the_teacher_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with user_error(r"teacher\.cache needs views that can be numbered.*set data\.augmentation\.cutout=0"):
-        open_run(tmp_path / "run", "teacher.cache=true", "data.augmentation.cutout=2")
+        start(tmp_path / "run", "teacher.cache=true", "data.augmentation.cutout=2")
     (tmp_path / "file").write_text("")
     with user_error("cannot create the folder"):
-        open_run(tmp_path / "run", f"teacher.cache={tmp_path / 'file'}")
+        start(tmp_path / "run", f"teacher.cache={tmp_path / 'file'}")
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         with user_error(
             r"the teacher cache cannot be written to .* is read-only; set teacher\.cache to a folder"
         ):
-            open_run(tmp_path / "run", "teacher.cache=true")
+            start(tmp_path / "run", "teacher.cache=true")
     with monkeypatch.context() as patch:
         # 9 views of 500 images, 3 exits and 10 classes, 4 bytes each: 540,000.
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, SPARE_BYTES + 539_999))
         with user_error(r"the teacher cache takes 0\.00 GB in .*: set teacher\.cache to a larger disk"):
-            open_run(tmp_path / "run", "teacher.cache=true")
+            start(tmp_path / "run", "teacher.cache=true")
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, SPARE_BYTES + 540_000))
-        open_run(tmp_path / "other", "teacher.cache=true")
+        start(tmp_path / "other", "teacher.cache=true")
     assert not (tmp_path / "run").exists()
 
 
 def test_keys_that_would_do_nothing(tmp_path: Path) -> None:
     with user_error(r"teacher\.cross_fit is set, and no arm asks for held-out predictions"):
-        open_run(tmp_path / "run", "teacher.cross_fit=3", "teacher.disjoint=false")
+        start(tmp_path / "run", "teacher.cross_fit=3", "teacher.disjoint=false")
     with user_error("disjoint and cross_fit are two ways"):
-        open_run(tmp_path / "run", "teacher.cross_fit=3")
+        start(tmp_path / "run", "teacher.cross_fit=3")
     with user_error("match is for a teacher that was trained elsewhere"):
-        open_run(tmp_path / "run", "teacher.match=order")
+        start(tmp_path / "run", "teacher.match=order")
 
 
 def test_a_run_goes_on_with_other_means(tmp_path: Path) -> None:
     from erde.recipe.load import load_config
-    from erde.runs.pipeline import Run
+    from erde.runs.opening import open_run
 
-    open_run(tmp_path / "run")
+    start(tmp_path / "run")
     small = ["arms={kd: {loss: kd}}", "export.arm=kd", "device=cpu", "threads=1"]
     config = load_config("digits", [*small, "train.together=true", "teacher.cache=true", "data.workers=0"])
-    assert Run.open(config, tmp_path / "run", resume=True).config.train.together
+    assert open_run(config, tmp_path / "run", resume=True).config.train.together
     assert load_config(tmp_path / "run" / "config.yaml") == config
     other = load_config("digits", [*small, "train.epochs=3"])
     with user_error(r"belongs to another recipe: there train\.epochs is 40, now it is 3"):
-        Run.open(other, tmp_path / "run", resume=True)
+        open_run(other, tmp_path / "run", resume=True)
 
 
 def test_networks_that_differ_in_code_alone(teacher: EarlyExitNetwork) -> None:

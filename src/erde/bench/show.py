@@ -31,6 +31,8 @@ def show(found: Bench) -> None:
             table.add_row("" if one.batch_size == last else str(one.batch_size), *_cells(one))
             last = one.batch_size
         console.print(table)
+    for line in verdicts(found):
+        print(line)
     for overhead in found.overheads:
         print(
             f"outside the graphs, {overhead.batch_size} image(s) a call: {overhead.microseconds_per_stage:.0f} µs a stage "
@@ -44,6 +46,29 @@ def show(found: Bench) -> None:
             f"after a batch of {start.batch_size} ({start.contender})"
         )
     print(f"load before {found.load_before}, after {found.load_after}; {found.rounds} rounds, {found.data}")
+
+
+def verdicts(found: Bench) -> list[str]:
+    """A line per number of threads and images per call where points of the bundle are slower than the reference.
+
+    Slower is said where three quarters of the rounds say it.
+    """
+    points = {
+        one.name
+        for one in found.contenders
+        if one.kind == "operating-point" and one.operating_point != "no-exit"
+    }
+    slower: dict[tuple[int, int], list[Measurement]] = {}
+    for one in found.measurements:
+        if one.contender in points and one.time_share_quartiles[0] > 1:
+            slower.setdefault((one.threads, one.batch_size), []).append(one)
+    return [
+        f"slower than {found.reference} at {threads} thread{'s' if threads > 1 else ''}, {size} "
+        f"image{'s' if size > 1 else ''} a call: "
+        + ", ".join(f"{one.contender} ({one.time_share:.0%} of its time)" for one in those)
+        + ": exits do not pay there"
+        for (threads, size), those in sorted(slower.items())
+    ]
 
 
 def _cells(one: Measurement) -> list[str]:

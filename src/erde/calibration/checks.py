@@ -89,12 +89,7 @@ def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list
             f"the final exit is right on {final:.1%} of the certify images: if the network was trained on them (weights from "
             "elsewhere?), the promise does not hold for new images"
         )
-    if final < min(0.5, 5 / classes) or final < early - 0.02:
-        beside = f", an earlier exit on {early:.1%}" if early > final else ""
-        lines.append(
-            f"the full network is right on {final:.1%} of the certify images{beside}: a promise against it says little; "
-            "train it better first"
-        )
+    lines.append(poor_network(final, early, classes, "certify"))
     bound = [str(index) for index, one in enumerate(temperatures) if one < SMALLEST_TEMPERATURE]
     if bound:
         lines.append(
@@ -102,6 +97,17 @@ def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list
             "it; its probabilities mean nothing for new images"
         )
     return [line for line in lines if line is not None]
+
+
+def poor_network(final: float, early: float, classes: int, split: str) -> str | None:
+    """A line where the final exit, or a far better earlier one, shows that a promise against it is easily kept."""
+    if final >= min(0.5, 5 / classes) and final >= early - 0.02:
+        return None
+    beside = f", an earlier exit on {early:.1%}" if early > final else ""
+    return (
+        f"the full network is right on {final:.1%} of the {split} images{beside}: a promise against it says little; "
+        "train it better first"
+    )
 
 
 def seen_before(certify: Logits, test: Logits) -> str | None:

@@ -19,7 +19,7 @@ from erde.common.errors import UserError, nearest, printable
 if TYPE_CHECKING:
     from erde.evaluation.results import Results, RuntimeAgreement
     from erde.policy.points import Precision
-    from erde.runs.pipeline import Run
+    from erde.runs.folder import Run
 
 # typer brings its own copy of click, or uses the real one: either way this is the base of usage errors.
 ClickException: type[Any] = next(
@@ -200,11 +200,12 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Train the arms of a run from its teacher."""
+    from erde.runs.training import distill as distill_arms
     from erde.training import loop
 
     loop.keeps_memory = True
     with _existing(folder) as run:
-        run.distill(arm)
+        distill_arms(run, arm)
     _first_process_only()
     _next_step(folder, "distill", "erde export", as_json)
 
@@ -221,18 +222,21 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write every arm's ONNX stages, checked against torch, and their logits on the held-out splits."""
+    from erde.runs.exporting import export as export_arms
+    from erde.runs.exporting import export_without_exits
+
     if plain is None:
         if arm is not None:
             raise UserError("--arm goes with --plain; without --plain all arms are exported")
         with _existing(folder) as run:
-            run.export()
+            export_arms(run)
         _next_step(folder, "export", "erde calibrate", as_json)
         return
     run = _existing(folder, read_only=True)
     arm = arm or run.config.export.arm
-    if arm not in run.arms:
-        raise UserError(f"no arm '{arm}' in this run{nearest(arm, run.arms)}")
-    run.export_plain(arm, plain)
+    if arm not in run.config.trained_arms:
+        raise UserError(f"no arm '{arm}' in this run{nearest(arm, run.config.trained_arms)}")
+    export_without_exits(run, arm, plain)
     print(f"{arm} without early exits: {plain} (input: uint8 images (N, H, W, C); output: logits)")
     finish(as_json, {"arm": arm, "path": str(plain)})
 
@@ -300,8 +304,10 @@ def calibrate(
     kind = _kind_of(target)
     if kind == "run":
         _refuse(given, f"{target} is a run: its own recipe says what to calibrate")
+        from erde.runs.calibrating import calibrate as calibrate_arms
+
         with _existing(target) as run:
-            run.calibrate()
+            calibrate_arms(run)
         _next_step(target, "calibrate", "erde evaluate", as_json)
         return
     from erde.bundle.sealing import read as read_bundle
@@ -393,8 +399,10 @@ def evaluate(
     """
     if _kind_of(target) == "run":
         _refuse({"--policy": policy, "--out": out}, f"{target} is a run: its results stay in its folder")
+        from erde.runs.evaluating import evaluate as evaluate_arms
+
         with _existing(target) as run:
-            run.evaluate(again=True)
+            evaluate_arms(run, again=True)
         if formats is not None:
             _write_figures([target], target / "figures", formats)
         _show_results(target, as_json)
@@ -502,7 +510,7 @@ def _numbers(text: str, option: str) -> list[float]:
 
 def _run(recipe: str, overrides: list[str] | None, out: Path | None, resume: bool, until: str) -> Path:
     from erde.recipe.load import load_config
-    from erde.runs.pipeline import run as run_chain
+    from erde.runs.chain import run as run_chain
     from erde.training import loop
 
     config = load_config(recipe, overrides or [])
@@ -519,9 +527,9 @@ def _run(recipe: str, overrides: list[str] | None, out: Path | None, resume: boo
 
 
 def _existing(folder: Path, read_only: bool = False) -> Run:
-    from erde.runs.pipeline import Run
+    from erde.runs.opening import existing_run
 
-    return Run.existing(folder, read_only=read_only)
+    return existing_run(folder, read_only=read_only)
 
 
 def _first_process_only() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import os
@@ -10,9 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from erde.common.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 # Plain lines are for log files: no more often than this, in seconds.
 PLAIN_INTERVAL = 10.0
@@ -33,15 +38,19 @@ class Task(Protocol):
 
 
 class _PlainTask:
-    def __init__(self, name: str, total: int) -> None:
+    def __init__(self, name: str, total: int, completed: int) -> None:
         self._name, self._total, self._last = name, total, time.monotonic()
+        self._began, self._at_first = self._last, completed
 
     def due(self) -> bool:
         return time.monotonic() - self._last >= PLAIN_INTERVAL
 
     def update(self, completed: int, text: str = "") -> None:
         self._last = time.monotonic()
-        say(f"{self._name}: {completed}/{self._total} {text}".rstrip())
+        done = completed - self._at_first
+        left = (self._last - self._began) / done * (self._total - completed) if done > 0 else 0
+        remaining = f"  {datetime.timedelta(seconds=round(left))} left" if round(left) else ""
+        say(f"{self._name}: {completed}/{self._total} {text}".rstrip() + remaining)
 
 
 class _BarTask:
@@ -60,21 +69,30 @@ class _BarTask:
 def task(name: str, total: int, completed: int = 0) -> Iterator[Task]:
     """A bar with the time left on a terminal; elsewhere a plain line now and then. On stderr."""
     if quiet or not sys.stderr.isatty():
-        yield _PlainTask(name, total)
+        yield _PlainTask(name, total, completed)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with _bar(Console(stderr=True)) as bar:
         yield _BarTask(bar, bar.add_task(name, total=total, completed=completed, text=""))
         bar.update(bar.task_ids[0], completed=total)
+
+
+def _bar(console: Console) -> Progress:
+    """One line, however narrow the terminal: what does not fit is cut from the end of the text."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    return Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=24 if console.width >= 120 else 8),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+        TextColumn("left"),
+        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        console=console,
+        expand=True,
+    )
 
 
 def say(text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from erde.common.errors import UserError, nearest
+from erde.common.errors import UserError, in_one_line, nearest
 from erde.common.images import UnreadableError
 from erde.common.progress import say
 from erde.common.splits import ImageSource, Labels
@@ -108,8 +108,7 @@ def _open_tables(name: str) -> tuple[Any, Shipped | None]:
     root = os.environ.get("ERDE_DATA")
     if root and not Path(root).is_dir():
         raise UserError(f"ERDE_DATA is {root}, which is no folder: correct or unset it")
-    local = Path(root) / name if root else None
-    folder = local if local is not None and local.is_dir() else Path(name)
+    folder = _folder(name)
     try:
         if folder.is_dir():
             _check_parquet(folder)
@@ -136,13 +135,40 @@ def _open_tables(name: str) -> tuple[Any, Shipped | None]:
     except UserError:
         raise
     except Exception as error:  # the datasets library raises many types of its own
-        reason = " ".join(str(error).split())[:300]
+        # Of a table that cannot be made, the reason stands in the error below.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         if folder.is_dir():
             raise UserError(f"the data in {folder} cannot be read: {reason}") from error
         raise UserError(
             f"data set '{name}' is not in ERDE_DATA and cannot be fetched from the hub ({type(error).__name__}): "
             "check the name and the network, or set ERDE_DATA to a folder that holds it"
         ) from error
+
+
+def _folder(name: str) -> Path:
+    """Where the data set lies on this machine, if it does: below ``ERDE_DATA``, else the folder of that name."""
+    root = os.environ.get("ERDE_DATA")
+    local = Path(root) / name if root else None
+    return local if local is not None and local.is_dir() else Path(name)
+
+
+def _check_inside(table: Any, column: str, where: str, folder: Path) -> None:
+    """Refuse images that a table or a metadata file names and that lie outside of the data set's folder."""
+    import pyarrow.compute as pc
+
+    images = arrow_column(table, column)
+    paths = pc.struct_field(images, "path")
+    inside = [os.path.join(place, "") for place in (os.path.abspath(folder), os.path.realpath(folder))]
+    plain = pc.and_(pc.starts_with(paths, inside[0]), pc.invert(pc.match_substring(paths, "..")))
+    is_file = pc.and_(pc.is_null(pc.struct_field(images, "bytes")), pc.is_valid(paths))
+    asked = pc.and_(is_file, pc.invert(pc.fill_null(plain, False)))
+    for row in np.flatnonzero(asked.to_numpy()).tolist():
+        path = paths[row].as_py()
+        if not os.path.abspath(path).startswith(tuple(inside)):
+            raise UserError(
+                f"{where}, row {row} takes its image from '{in_one_line(path)}', which is not in {folder}: copy it there, "
+                "or put the images themselves into the table"
+            )
 
 
 def _check_parquet(folder: Path) -> None:
@@ -184,6 +210,9 @@ def _columns(
     # Of a test split of its own nothing is cut.
     groups = _groups(table, config.group, where) if config.group is not None and shape is None else None
     table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    folder = _folder(config.name)
+    if folder.is_dir():
+        _check_inside(table, image_column, where, folder)
     if shape is None:
         first = _first_image(table, image_column, where, config)
         size = config.image_size

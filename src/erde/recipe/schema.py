@@ -9,16 +9,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, model_validator
 
 from erde.common.errors import UserError, nearest
 from erde.common.model import Frozen
 from erde.policy.rule import SCORES
 from erde.recipe.backbones import check_backbone_name
-from erde.recipe.losses import AnyLoss
+from erde.recipe.losses import AnyLoss, CrossEntropyConfig, LossConfig
 from erde.recipe.types import (
     MAX_THREADS,
     Count,
@@ -29,7 +26,10 @@ from erde.recipe.types import (
     Share,
     SmallShare,
 )
-from erde.recipe.validation import validate
+from erde.recipe.validation import Model, validate
+
+# The name of the teacher among the arms of a run.
+TEACHER = "teacher"
 
 
 class AugmentationConfig(Frozen):
@@ -319,7 +319,11 @@ def _is_plain(student: Any, arm: Any) -> bool:
 
 
 class Config(Frozen):
-    """A whole recipe."""
+    """A whole recipe.
+
+    What the teacher and an arm change of the shared sections is merged and checked once, when the recipe is read:
+    :meth:`train_of`, :meth:`network_of` and :meth:`distillation_of` give the result.
+    """
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -336,6 +340,10 @@ class Config(Frozen):
     export: ExportConfig = ExportConfig()
     calibration: CalibrationConfig = CalibrationConfig()
 
+    _teacher_train: TrainConfig = PrivateAttr()
+    _students: dict[str, NetworkConfig] = PrivateAttr()
+    _distillations: dict[str, DistillationConfig] = PrivateAttr()
+
     @model_validator(mode="before")
     @classmethod
     def _only_arm(cls, value: Any) -> Any:
@@ -348,6 +356,22 @@ class Config(Frozen):
         plain = [arm for arm, about in arms.items() if _is_plain(value.get("student"), about)]
         early = [arm for arm in arms if arm not in plain]
         return {**value, "export": {**export, "arm": early[0]}} if len(early) == 1 else value
+
+    @model_validator(mode="after")
+    def _resolve(self) -> Config:
+        def merge(model: type[Model], shared: Frozen, own: dict[str, Any], where: str) -> Model:
+            return validate(model, {**shared.model_dump(), **own}, prefix=f"{where}.")
+
+        self._teacher_train = merge(TrainConfig, self.train, self.teacher.train, "teacher.train")
+        self._students = {
+            name: merge(NetworkConfig, self.student, arm.student, f"arms.{name}.student")
+            for name, arm in self.arms.items()
+        }
+        self._distillations = {
+            name: merge(DistillationConfig, self.distillation, arm.distillation, f"arms.{name}.distillation")
+            for name, arm in self.arms.items()
+        }
+        return self
 
     @model_validator(mode="after")
     def _cross_references(self) -> Config:
@@ -368,7 +392,7 @@ class Config(Frozen):
                 f"export.arm is '{self.export.arm}', which is no arm{nearest(self.export.arm, self.arms)}"
             )
         for arm in self.arms:
-            if arm == "teacher" or not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            if arm == TEACHER or not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
                 raise UserError(
                     f"'{arm}' cannot name an arm: letters, digits, '-', '_' and '.', and not 'teacher'"
                 )
@@ -377,21 +401,19 @@ class Config(Frozen):
                 f"'{self.export.int8_arm}' cannot name an arm: with export.precisions int8 it is what "
                 f"'{self.export.arm}' is called in int8"
             )
-        networks = {"teacher": self.teacher, "student": self.student}
-        networks |= {f"arms.{arm}.student": self.student_of(arm) for arm in self.arms}
+        networks = {TEACHER: self.teacher, "student": self.student}
+        networks |= {f"arms.{arm}.student": student for arm, student in self._students.items()}
         for where, network in networks.items():
             try:
                 check_backbone_name(network.backbone)
             except UserError as error:
                 raise UserError(f"{where}.backbone: {error}") from error
-        for arm in self.arms:
-            self.distillation_of(arm)
         score = self.calibration.score
         if score not in ("auto", *SCORES):
             raise UserError(f"calibration.score: unknown score '{score}'{nearest(score, ['auto', *SCORES])}")
         for where, network, train in (
-            ("teacher", self.teacher, self.teacher_train),
-            *((f"arm '{arm}'", self.student_of(arm), self.train) for arm in self.arms),
+            ("teacher", self.teacher, self._teacher_train),
+            *((f"arm '{arm}'", student, self.train) for arm, student in self._students.items()),
         ):
             check_phases(where, train, network.exits != 1)
         if self.calibration.reference == "no_exit_network":
@@ -401,7 +423,7 @@ class Config(Frozen):
     def no_exit_arm(self) -> str:
         """The arm that is the students' backbone without exits, for ``calibration.reference: no_exit_network``."""
         for arm in self.arms:
-            network = self.student_of(arm)
+            network = self._students[arm]
             if network.exits == 1 and network.backbone == self.student.backbone:
                 return arm
         raise UserError(
@@ -409,22 +431,51 @@ class Config(Frozen):
             "loss: ce and student: {exits: 1}"
         )
 
-    @property
-    def teacher_train(self) -> TrainConfig:
-        """``train`` with the teacher's differences."""
-        return validate(
-            TrainConfig, {**self.train.model_dump(), **self.teacher.train}, prefix="teacher.train."
-        )
+    def changed(self, **sections: Any) -> Config:
+        """This recipe with other sections, checked anew; keys that nobody set stay unset."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return validate(Config, {**given, **sections})
 
-    def student_of(self, arm: str) -> NetworkConfig:
-        """``student`` with the differences of ``arm``."""
-        merged = {**self.student.model_dump(), **self.arms[arm].student}
-        return validate(NetworkConfig, merged, prefix=f"arms.{arm}.student.")
+    def train_of(self, arm: str) -> TrainConfig:
+        """The training of an arm, or of the teacher."""
+        return self._teacher_train if arm == TEACHER else self.train
+
+    def network_of(self, arm: str) -> NetworkConfig:
+        """The network of an arm, of the exported one in int8, or of the teacher."""
+        return self.teacher if arm == TEACHER else self._students[self.trained_as(arm)]
 
     def distillation_of(self, arm: str) -> DistillationConfig:
-        """``distillation`` with the differences of ``arm``."""
-        merged = {**self.distillation.model_dump(), **self.arms[arm].distillation}
-        return validate(DistillationConfig, merged, prefix=f"arms.{arm}.distillation.")
+        """The distillation of an arm; the teacher has none of its own."""
+        return DistillationConfig() if arm == TEACHER else self._distillations[arm]
+
+    def loss_of(self, arm: str) -> LossConfig:
+        """The loss of an arm; the teacher's is cross-entropy."""
+        return CrossEntropyConfig() if arm == TEACHER else self.arms[arm].loss
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether an arm learns from a teacher, or is compared with it."""
+        learns = any(arm.loss.needs_teacher for arm in self.arms.values())
+        return learns or self.calibration.reference == TEACHER
+
+    @property
+    def trained_arms(self) -> list[str]:
+        """All arms that are trained, the teacher first."""
+        return [*([TEACHER] if self.needs_teacher else []), *self.arms]
+
+    @property
+    def measured_arms(self) -> list[str]:
+        """All arms with logits of their own; the int8 variant stands right after its float arm."""
+        arms = []
+        for arm in self.trained_arms:
+            arms.append(arm)
+            if arm == self.export.arm and self.export.int8_arm is not None:
+                arms.append(self.export.int8_arm)
+        return arms
+
+    def trained_as(self, arm: str) -> str:
+        """The arm whose training made ``arm``: another one for int8 only."""
+        return self.export.arm if arm == self.export.int8_arm else arm
 
     def to_yaml(self) -> str:
         """The resolved recipe, as a file that :func:`load_config` reads back to an equal tree."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from erde.calibration.checks import poor_network
 from erde.common.files import write_text
 from erde.evaluation.evidence import Evidence
 from erde.evaluation.results import Arm, ClassMeasures, Results, ScoreOutcome
@@ -23,8 +24,8 @@ from erde.report.numbers import flat, rounded
 from erde.report.rendering import page, rule_in_words
 
 SCRIPTS = ("common.js", "explore.js", "report.js")
-# Rows of a table and bars of a figure: the classes with the largest drop are those to look for.
-CLASSES_IN_TABLE, CLASSES_IN_FIGURE = 100, 30
+# Of more classes than these, a table and a figure show those with the largest drop, which are those to look for.
+ALL_CLASSES, CLASSES_IN_TABLE, CLASSES_IN_FIGURE = 100, 20, 30
 
 
 def write_report(results: Results, path: Path, evidence: Evidence | None = None) -> None:
@@ -49,7 +50,7 @@ def render(results: Results, evidence: Evidence | None = None) -> str:
         several=sorted(several, key=lambda row: row[1] != results.exported_arm),
         most_exits=max(len(arm.exits) for arm in results.arms.values()),
         twin=twin(results),
-        weak=weak_reference(exported),
+        doubt=doubt(results),
         is_rule=is_rule,
         exit_columns=exit_columns,
         evidence=evidence,
@@ -62,7 +63,7 @@ def render(results: Results, evidence: Evidence | None = None) -> str:
         ],
         worst_class=worst_class(exported),
         classes_by_drop=classes_by_drop,
-        classes_in_table=CLASSES_IN_TABLE,
+        shown_classes=CLASSES_IN_TABLE if len(results.data.classes) > ALL_CLASSES else ALL_CLASSES,
         mean_entropies=mean_entropies,
         losses={name: losses for name, arm in results.arms.items() if (losses := losses_of(arm))},
         health={name: health for name, arm in results.arms.items() if (health := last_health(arm))},
@@ -97,11 +98,11 @@ def exit_columns(count: int, unit: str = "\n(%)") -> list[str]:
     return [f"exit {index}{unit}" for index in range(count)]
 
 
-def weak_reference(arm: Arm) -> int | None:
-    """The best exit before the final one that is clearly better than it: a promise against a bad network says little."""
-    best = max(range(len(arm.exits)), key=lambda index: arm.exits[index].accuracy)
-    clearly = arm.exits[best].accuracy_interval[0] > arm.exits[-1].accuracy_interval[1]
-    return best if clearly else None
+def doubt(results: Results) -> str | None:
+    """A line where a promise against the full network says little, since it is poor."""
+    exits = results.arms[results.exported_arm].exits
+    early = max((exit.accuracy for exit in exits[:-1]), default=0.0)
+    return poor_network(exits[-1].accuracy, early, len(results.data.classes), "test")
 
 
 def shown_images(evidence: Evidence | None) -> int:

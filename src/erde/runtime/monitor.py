@@ -24,6 +24,8 @@ Counts = NDArray[np.int64]
 
 # Images of the smallest block that is tested: fewer cannot say much at the levels in question.
 BLOCK = 100
+# Of the level: what the scores may spend; the rest is for the exits.
+SCORES_SHARE = 2 / 3
 REMEDY = "calibrate again on labelled images of today: erde calibrate BUNDLE --data FOLDER"
 
 
@@ -72,6 +74,54 @@ def _smaller_tail(below: Counts, both: Counts, n: int, m: int) -> NDArray[np.flo
     return np.asarray(np.exp(log_probability) * (1.0 + terms.sum(axis=1)))
 
 
+def smallest_p_value(calibration: Counts, stream: Counts, smallest: float) -> float:
+    """The chance, without a drift, that the smallest of :func:`cut_p_values` is at or below ``smallest``.
+
+    Exact, given the counts of both samples together: the calibration's numbers below the cuts are then a Markov
+    chain, and the chance that it leaves the range of larger p-values is summed bin by bin (as for the two-sample
+    Kolmogorov-Smirnov test: Hodges, Arkiv för Matematik 3, 1958). Neighbouring cuts say nearly the same, so this is a
+    third to a half of Bonferroni's bound, which is taken where ``smallest`` is above 0.05.
+    """
+    n, m = int(calibration.sum()), int(stream.sum())
+    pooled = calibration + stream
+    sizes = pooled[pooled > 0]
+    both = np.cumsum(sizes)[:-1]
+    bound = min(1.0, smallest * len(both))
+    if smallest > 0.05 or len(both) < 2:
+        return bound
+    lows, highs = _telling_range(both, n, m, smallest)
+    # Hypergeometric steps are binomial ones, given where the chain ends.
+    share = n / (n + m)
+    chances, lowest = np.ones(1), 0
+    for size, low, high in zip(sizes.tolist(), [*lows, n], [*highs, n], strict=True):
+        steps = range(max(0, low - lowest - len(chances) + 1), min(size, high - lowest) + 1)
+        step_chances = np.array([_binomial(step, size, share) for step in steps])
+        first = lowest + steps.start
+        chances, lowest = np.convolve(chances, step_chances)[low - first : high - first + 1], low
+    left = 1.0 - float(chances[0]) / _binomial(n, n + m, share)
+    # The second term is more than rounding can take away, above all that of the logarithms of large factorials.
+    return min(bound, left + 1e-14 * (n + m) * math.log(n + m))
+
+
+def _telling_range(both: Counts, n: int, m: int, smallest: float) -> tuple[list[int], list[int]]:
+    """The lowest and highest calibration count at each cut whose p-value is above ``smallest``, by bisection."""
+    middle = both * n // (n + m)
+    ends = []
+    for outside in (np.maximum(0, both - m) - 1, np.minimum(n, both) + 1):
+        inside = middle
+        while (np.abs(outside - inside) > 1).any():
+            halfway = np.where(np.abs(outside - inside) > 1, (outside + inside) // 2, inside)
+            # What is only just above counts as a tie.
+            extreme = 2.0 * _smaller_tail(halfway, both, n, m) <= smallest * (1 + 1e-6)
+            outside, inside = np.where(extreme, halfway, outside), np.where(extreme, inside, halfway)
+        ends.append(inside.tolist())
+    return ends[0], ends[1]
+
+
+def _binomial(k: int, n: int, share: float) -> float:
+    return math.exp(_log_choose(n, k) + k * math.log(share) + (n - k) * math.log1p(-share))
+
+
 def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
@@ -109,8 +159,9 @@ class Monitor:
 
     Images come in blocks of 100, two neighbours make one of 200, two of these one of 400, and so on. Each
     block is tested once, when it is full, against calibration's certify images by :func:`cut_p_values` at all
-    cuts of the histogram and of the exits; its p-value is the smallest one times the number of cuts
-    (Bonferroni). So small blocks notice a large change soon, large ones a small change in the end, and a
+    cuts of the histogram, and of the exits. The smallest one of each is corrected for the number of cuts
+    (:func:`smallest_p_value`); the histogram may spend two thirds of what the block may, the exits one. So small
+    blocks notice a large change soon, large ones a small change in the end, and a
     change late in life is not diluted by all that went before. Block k = 1, 2, ... of level l = 0, 1, ...
     (100 x 2^l images) may spend, of ``false_alarm``, the share
 
@@ -266,16 +317,22 @@ class Monitor:
             level, number = level + 1, number // 2
 
     def _look(self, block: Counts, level: int, number: int) -> None:
-        scores, exits = self._split(block)
-        found = np.concatenate([cut_p_values(self._scores, scores), cut_p_values(self._exits, exits)])
-        cuts = int(np.isfinite(found).sum())
-        if not cuts:  # every image in one bin and at one exit, as at calibration
-            return
-        cut = int(np.nanargmin(found))
-        share = 1.0 / ((level + 1) * (level + 2) * number * (number + 1))
-        self._p_value = min(self._p_value, float(found[cut]) * cuts / share)
-        if self._alarm is None and self._p_value <= self.false_alarm:
-            self._alarm = self._images, self._what_moved(cut, block)
+        block_share = 1.0 / ((level + 1) * (level + 2) * number * (number + 1))
+        families = zip(
+            (self._scores, self._exits), self._split(block), (SCORES_SHARE, 1 - SCORES_SHARE), (0, len(self._scores) - 1),
+            strict=True,
+        )  # fmt: skip
+        for expected, seen, family_share, first_cut in families:
+            cuts = cut_p_values(expected, seen)
+            share = block_share * family_share
+            # All images in one bin or at one exit, as at calibration; or nothing that would change the report: the
+            # corrected p-value is at least a half of the smallest one.
+            if not np.isfinite(cuts).any() or np.nanmin(cuts) / 2 / share >= self._p_value:
+                continue
+            cut = int(np.nanargmin(cuts))
+            self._p_value = min(self._p_value, smallest_p_value(expected, seen, float(cuts[cut])) / share)
+            if self._alarm is None and self._p_value <= self.false_alarm:
+                self._alarm = self._images, self._what_moved(first_cut + cut, block)
 
     def _what_moved(self, cut: int, block: Counts) -> str:
         scores, exits = self._split(block)

@@ -61,12 +61,15 @@ def train_network(job: Job, folder: Path | None = None, log: progress.RunLog | N
 
 
 def train_together(
-    jobs: Sequence[Job], folders: Sequence[Path | None], log: progress.RunLog | None = None
+    jobs: Sequence[Job],
+    folders: Sequence[Path | None],
+    log: progress.RunLog | None = None,
+    place: str = "",
 ) -> list[Outcome]:
     """Train several networks at once: each batch is made, and the teacher asked, once for all of them.
 
     Each ends as if it had been trained alone: bit for bit on a CPU, within rounding on a GPU. The jobs must
-    agree in their batches, their schedule and their teacher.
+    agree in their batches, their schedule and their teacher. ``place`` stands in the progress line, "arm 2 of 3".
 
     Raises:
         UserError: as :func:`train_network`.
@@ -83,7 +86,7 @@ def train_together(
         _keep_memory()
     trained = [one for job in jobs for one in job.network.parameters() if one.requires_grad]
     try:
-        return _Trainer(jobs, folders, log or progress.RunLog(None)).run()
+        return _Trainer(jobs, folders, log or progress.RunLog(None), place).run()
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(jobs) from error
     except RuntimeError as error:
@@ -119,7 +122,10 @@ def _out_of_memory(jobs: Sequence[Job]) -> UserError:
 
 
 class _Trainer:
-    def __init__(self, jobs: Sequence[Job], folders: Sequence[Path | None], log: progress.RunLog) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], folders: Sequence[Path | None], log: progress.RunLog, place: str = ""
+    ) -> None:
+        self.place = place
         first = jobs[0]
         self.config = first.config
         if self.config.compile:
@@ -159,6 +165,8 @@ class _Trainer:
             (learner.position for learner in learners if learner.position[0] < learner.epochs), default=(0, 0)
         )
         name, steps = " + ".join(learner.job.name for learner in learners), self.batches.steps
+        if self.place:
+            name = f"{name} ({self.place})"
         epochs = max(learner.epochs for learner in learners)
         with progress.task(name, epochs * steps, start * steps + first) as task:
             for epoch in range(start, epochs):

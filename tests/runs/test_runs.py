@@ -17,11 +17,19 @@ import yaml
 from PIL import Image
 
 from erde.cli import main
+from erde.common import progress
+from erde.common.errors import UserError
 from erde.evaluation import run_folder
 from erde.recipe.load import ADDED_LATER, load_config, load_saved_config
 from erde.recipe.schema import Config
-from erde.runs import pipeline
-from erde.runs.pipeline import Run
+from erde.runs import chain, networks
+from erde.runs.calibrating import calibrate
+from erde.runs.evaluating import evaluate
+from erde.runs.exporting import export, export_without_exits
+from erde.runs.folder import Run
+from erde.runs.networks import trained_network
+from erde.runs.opening import existing_run, open_run
+from erde.runs.training import distill
 from tests.helpers.checks import entries, user_error
 
 SMALL: dict[str, Any] = {
@@ -53,7 +61,7 @@ def recipe(folder: Path, *overrides: str) -> Config:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run. Read only: see ``run_copy``."""
     folder = tmp_path_factory.mktemp("small")
-    pipeline.run(recipe(folder), folder / "run")
+    chain.run(recipe(folder), folder / "run")
     return folder / "run"
 
 
@@ -78,14 +86,25 @@ def test_an_arm_that_is_called_no_exit_is_not_the_exported_arms_baseline(
     if begun_by_an_older_version:
         # It kept one file of the two.
         os.replace(baselines / "arm+no-exit.onnx", baselines / "no-exit.onnx")
-        with Run.existing(run_copy) as run:
-            run.export()
+        with existing_run(run_copy) as run:
+            export(run)
     assert entries(baselines) == ["arm+no-exit.onnx", "no-exit.onnx"]
-    with Run.existing(run_copy, read_only=True) as run:
+    with existing_run(run_copy, read_only=True) as run:
         images = run.data.test.images[:20]
     for graph, arm in (("no-exit", "early"), ("arm+no-exit", "no-exit")):
         expected = run_folder.read_logits(run_copy, arm)[2].logits[-1, :20]
         assert np.allclose(logits_of(baselines / f"{graph}.onnx", images), expected, atol=1e-4), graph
+
+
+def test_the_progress_of_a_run_says_which_arm_of_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.0)
+    with open_run(recipe(tmp_path, "train.epochs=1"), tmp_path / "run", resume=False) as run:
+        distill(run)
+    said = capsys.readouterr().err
+    assert "early (arm 1 of 2): 1/" in said
+    assert "no-exit (arm 2 of 2): 1/" in said
 
 
 # ---------------------------------------------------------------- one writer at a time
@@ -131,11 +150,11 @@ def test_while_one_process_writes_into_a_run_others_may_only_read(
         error = capsys.readouterr().err.splitlines()[-1]
         assert f"the run {run_copy} is being written by process {holder.pid} on " in error, command
         assert "wait until it has ended, or stop it" in error
-    Run.existing(run_copy, read_only=True).export_plain("early", tmp_path / "plain.onnx")
+    export_without_exits(existing_run(run_copy, read_only=True), "early", tmp_path / "plain.onnx")
     assert sorted(str(one) for one in run_copy.rglob("*")) == before
     assert (run_copy / "log.jsonl").read_bytes() == b'{"torn": '
     holder.communicate()
-    with Run.existing(run_copy):
+    with existing_run(run_copy):
         assert (run_copy / ".lock").exists()
     assert not partial.exists()
     assert not (run_copy / ".lock").exists()
@@ -150,9 +169,9 @@ def test_of_two_that_start_the_same_run_the_slower_one_writes_nothing(
         folder.mkdir()
         (folder / "config.yaml").write_text("of another process")
 
-    monkeypatch.setattr(Run, "check", meanwhile)
+    monkeypatch.setattr("erde.runs.training.check", meanwhile)
     with user_error("is not empty: continue it with --resume"):
-        Run.open(recipe(tmp_path), folder, resume=False)
+        open_run(recipe(tmp_path), folder, resume=False)
     assert entries(folder) == ["config.yaml"]
     assert (folder / "config.yaml").read_text() == "of another process"
 
@@ -160,8 +179,8 @@ def test_of_two_that_start_the_same_run_the_slower_one_writes_nothing(
 def test_a_start_that_was_killed_leaves_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("of a dead process")
-    monkeypatch.setattr(Run, "check", lambda _: None)
-    Run.open(recipe(tmp_path), tmp_path / "run", resume=False).close()
+    monkeypatch.setattr("erde.runs.training.check", lambda _: None)
+    open_run(recipe(tmp_path), tmp_path / "run", resume=False).close()
     assert entries(tmp_path / "run") == ["config.yaml", "log.jsonl", "splits.json"]
 
 
@@ -180,7 +199,7 @@ def test_a_key_that_came_later_has_its_default_unless_a_table_says_what_runs_did
     edit_saved(run_copy, lambda value: [value["train"].pop(key) for key in ("gamma", "momentum", "ema")])
     monkeypatch.setattr("erde.recipe.load.ADDED_LATER", {"train.ema": 0.5})
     for _ in range(2):
-        with Run.open(recipe(tmp_path), run_copy, resume=True) as run:
+        with open_run(recipe(tmp_path), run_copy, resume=True) as run:
             assert (run.config.train.gamma, run.config.train.momentum, run.config.train.ema) == (
                 0.1,
                 0.9,
@@ -190,7 +209,7 @@ def test_a_key_that_came_later_has_its_default_unless_a_table_says_what_runs_did
     assert load_config(run_copy / "config.yaml").train.ema == 0.5
     assert load_saved_config(run_copy / "config.yaml").train.ema == 0.5
     with user_error(r"there train\.ema is 0\.5, now it is 0\.7"):
-        Run.open(recipe(tmp_path, "train.ema=0.7"), run_copy, resume=True)
+        open_run(recipe(tmp_path, "train.ema=0.7"), run_copy, resume=True)
 
 
 def test_the_table_is_not_for_new_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,14 +228,14 @@ def test_a_run_keeps_the_defaults_that_it_began_with(run_copy: Path, tmp_path: P
         value["teacher"]["dropout"] = value["student"]["dropout"] = 0.45
 
     edit_saved(run_copy, older)
-    with Run.open(recipe(tmp_path), run_copy, resume=True) as run:
+    with open_run(recipe(tmp_path), run_copy, resume=True) as run:
         assert (run.config.teacher.dropout, run.config.student.dropout) == (0.45, 0.45)
     # What the command names is compared.
     with user_error(
         r"there student\.dropout is 0\.45, now it is 0\.1; give the same recipe .* goes on as it began"
     ):
-        Run.open(recipe(tmp_path, "student.dropout=0.1"), run_copy, resume=True)
-    with Run.open(load_config(run_copy / "config.yaml"), run_copy, resume=True) as run:
+        open_run(recipe(tmp_path, "student.dropout=0.1"), run_copy, resume=True)
+    with open_run(load_config(run_copy / "config.yaml"), run_copy, resume=True) as run:
         assert run.config.student.dropout == 0.45
 
 
@@ -231,7 +250,7 @@ def test_a_run_keeps_the_defaults_that_it_began_with(run_copy: Path, tmp_path: P
 def test_a_damaged_recipe_is_one_line(run_copy: Path, text: str, words: str) -> None:
     (run_copy / "config.yaml").write_text(text)
     with user_error(rf"config\.yaml.*{words}"):
-        Run.existing(run_copy)
+        existing_run(run_copy)
     assert not (run_copy / ".lock").exists()
 
 
@@ -239,7 +258,7 @@ def test_damaged_files_of_a_run_are_one_line(run_copy: Path) -> None:
     damaged = {"splits.json": "[1]", "arms/early/stages/stages.json": '{"files": 3}'}
     for name, text in damaged.items():
         (run_copy / name).write_text(text)
-        with user_error(f"{Path(name).name} is damaged"), Run.existing(run_copy) as run:
+        with user_error(f"{Path(name).name} is damaged"), existing_run(run_copy) as run:
             _ = run.data
             run.stages("early")
         (run_copy / name).unlink()
@@ -251,11 +270,11 @@ def test_what_a_resume_refuses_leaves_the_saved_recipe(
     before = (run_copy / "config.yaml").read_bytes()
 
     def refuse(_: Run) -> None:
-        raise pipeline.UserError("no room for the cache")
+        raise UserError("no room for the cache")
 
-    monkeypatch.setattr(Run, "check", refuse)
+    monkeypatch.setattr("erde.runs.training.check", refuse)
     with user_error("no room"):
-        Run.open(recipe(tmp_path, "teacher.cache=true"), run_copy, resume=True)
+        open_run(recipe(tmp_path, "teacher.cache=true"), run_copy, resume=True)
     assert (run_copy / "config.yaml").read_bytes() == before
     assert not (run_copy / ".lock").exists()
 
@@ -265,35 +284,35 @@ def test_finished_arms_need_neither_their_starting_weights_nor_timms(
 ) -> None:
     edit_saved(run_copy, lambda value: value["student"].update(weights="gone.safetensors", pretrained=True))
     asked = []
-    build = pipeline.build_backbone
+    build = networks.build_backbone
 
     def watch(name: str, **settings: Any) -> Any:
         asked.append(settings["pretrained"])
         return build(name, **{**settings, "pretrained": False})
 
-    monkeypatch.setattr(pipeline, "build_backbone", watch)
+    monkeypatch.setattr(networks, "build_backbone", watch)
     overrides = ("student.weights=gone.safetensors", "student.pretrained=true")
-    with Run.open(recipe(tmp_path, *overrides), run_copy, resume=True) as run:
-        run.distill()
-        run.trained_network("early")
+    with open_run(recipe(tmp_path, *overrides), run_copy, resume=True) as run:
+        distill(run)
+        trained_network(run, "early")
     assert asked
     assert not any(asked)
     (run_copy / "arms/early/checkpoints/final.safetensors").unlink()
     with user_error("gone.safetensors"):
-        Run.open(recipe(tmp_path, *overrides), run_copy, resume=True)
+        open_run(recipe(tmp_path, *overrides), run_copy, resume=True)
 
 
 def test_a_new_policy_takes_the_old_results_away(run_copy: Path) -> None:
-    with Run.existing(run_copy) as run:
-        run.calibrate()
+    with existing_run(run_copy) as run:
+        calibrate(run)
     assert (run_copy / "results.json").exists()
     policy = run_copy / "arms" / "early" / "policy.json"
     policy.write_text("{}")
-    with Run.existing(run_copy) as run:
-        run.calibrate()
+    with existing_run(run_copy) as run:
+        calibrate(run)
         assert not (run_copy / "results.json").exists()
         assert not (run_copy / "report.html").exists()
-        run.evaluate()
+        evaluate(run)
     assert (run_copy / "results.json").exists()
 
 
@@ -307,7 +326,7 @@ def test_a_fold_that_is_too_small_is_said_before_anything_is_trained(tmp_path: P
         "teacher.cross_fit=2",
     )
     with user_error("batch_size is 64, 'teacher, fold 1 of 2' trains on 40 images"):
-        Run.open(recipe(tmp_path, *overrides), tmp_path / "run", resume=False)
+        open_run(recipe(tmp_path, *overrides), tmp_path / "run", resume=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -319,23 +338,23 @@ def test_a_run_may_go_on_with_another_memory_limit(tmp_path: Path, monkeypatch: 
     folder = save_by_class(digits.train, tmp_path / "images")
     # So that the two ways to hold images measure different means.
     monkeypatch.setattr("erde.data.load.STREAMED_NORMALISATION_IMAGES", 50)
-    monkeypatch.setattr(Run, "check", lambda _: None)
+    monkeypatch.setattr("erde.runs.training.check", lambda _: None)
     data = (f"data.name={folder}", "data.tune_size=100", "data.certify_size=100", "data.test_size=100")
     for name, begins, goes_on in (("resident", "4", "1e-6"), ("streamed", "1e-6", "4")):
         run = tmp_path / name
-        with Run.open(recipe(tmp_path, *data, f"data.memory_limit_gib={begins}"), run, resume=False) as first:
+        with open_run(recipe(tmp_path, *data, f"data.memory_limit_gib={begins}"), run, resume=False) as first:
             expected = first.data
-        with Run.open(
+        with open_run(
             recipe(tmp_path, *data, f"data.memory_limit_gib={goes_on}"), run, resume=True
         ) as second:
             found = second.data
         assert isinstance(found.train.images, np.ndarray) != isinstance(expected.train.images, np.ndarray)
         assert (found.mean, found.std) == (expected.mean, expected.std)
         assert found.fingerprints() == expected.fingerprints()
-        assert Run.existing(run, read_only=True).data.mean == expected.mean
+        assert existing_run(run, read_only=True).data.mean == expected.mean
     Image.new("L", (8, 8), 7).save(next(folder.rglob("*.png")))
     with (
-        Run.open(
+        open_run(
             recipe(tmp_path, *data, "data.memory_limit_gib=1e-6"), tmp_path / "resident", resume=True
         ) as run,
         user_error("is not the one that this run started with"),
@@ -353,22 +372,22 @@ def test_a_run_knows_its_local_data_from_every_folder(
     save_by_class(digits.tune, tmp_path / "images")
     monkeypatch.delenv("ERDE_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Run, "check", lambda _: None)
+    monkeypatch.setattr("erde.runs.training.check", lambda _: None)
     data = ("data.name=images", "data.tune_size=50", "data.certify_size=50", "data.test_size=50")
-    Run.open(recipe(tmp_path, *data), tmp_path / "run", resume=False).close()
-    with Run.open(recipe(tmp_path, *data), tmp_path / "run", resume=True) as run:
+    open_run(recipe(tmp_path, *data), tmp_path / "run", resume=False).close()
+    with open_run(recipe(tmp_path, *data), tmp_path / "run", resume=True) as run:
         expected = run.data.fingerprints()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert Run.existing(tmp_path / "run", read_only=True).data.fingerprints() == expected
+    assert existing_run(tmp_path / "run", read_only=True).data.fingerprints() == expected
 
 
 def test_a_strangers_recipe_makes_no_folder_for_its_cache(run_copy: Path, tmp_path: Path) -> None:
     edit_saved(run_copy, lambda value: value["teacher"].update(cache=str(tmp_path / "far" / "away")))
     with user_error(r"teacher\.cache in .*config\.yaml is .*, which is no folder"):
-        Run.existing(run_copy)
+        existing_run(run_copy)
     (tmp_path / "far" / "away").mkdir(parents=True)
-    Run.existing(run_copy).close()
+    existing_run(run_copy).close()
 
 
 def test_stretches_of_train_share_its_memory(digits: Any) -> None:
@@ -386,9 +405,9 @@ def test_stages_that_are_not_those_of_the_logits_are_not_sealed(run_copy: Path) 
     shutil.copy(run_copy / "arms" / "no-exit" / "stages" / "stage_0.onnx", stages / "stage_2.onnx")
     with (
         user_error(r"stage_2\.onnx .*is not the file that .*logits\.npz came from"),
-        Run.existing(run_copy) as run,
+        existing_run(run_copy) as run,
     ):
-        run.evaluate(again=True)
+        evaluate(run, again=True)
     assert not (run_copy / "bundle").exists()
 
 
@@ -399,8 +418,8 @@ def test_logits_that_the_stages_do_not_give_are_not_sealed(run_copy: Path) -> No
         changed = {name: arrays[name] for name in arrays.files if name != run_folder.STAGES_HASHES}
     changed["test_logits"] = changed["test_logits"][:, :, ::-1]
     np.savez(path, **changed)
-    with user_error("of 100 test images.*nothing is sealed.*erde export"), Run.existing(run_copy) as run:
-        run.evaluate(again=True)
+    with user_error("of 100 test images.*nothing is sealed.*erde export"), existing_run(run_copy) as run:
+        evaluate(run, again=True)
     assert json.loads((run_copy / "bundle" / "manifest.json").read_text())["seal"] == before
     assert not list(run_copy.rglob("*.partial"))
 
@@ -413,5 +432,5 @@ def test_another_network_than_the_exported_one_is_not_sealed(run_copy: Path) -> 
     save_file(
         {name: tensor.flip(0) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}, other
     )
-    with user_error("torch answers .* of 100 test images otherwise"), Run.existing(run_copy) as run:
-        run.evaluate(again=True)
+    with user_error("torch answers .* of 100 test images otherwise"), existing_run(run_copy) as run:
+        evaluate(run, again=True)
