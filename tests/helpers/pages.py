@@ -217,6 +217,9 @@ def make_results(
     return Results(**(values | changes))
 
 
+VOID = {"br", "img", "input", "meta"}
+
+
 class Page(HTMLParser):
     """Text, attributes and scripts of a page, as a browser would read them."""
 
@@ -226,28 +229,55 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.scripts: list[str] = []
         self.styles: list[str] = []
-        self.words: list[str] = []
-        self._open = ""
+        self._open: list[tuple[str, dict[str, str], list[str]]] = [("", {}, [])]
+        self._elements = list(self._open)
         self.feed(source)
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+        self.text = _joined(self._elements[0][2])
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._open = tag
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag == "script":
-            self.scripts.append("")
+        if tag in ("script", "style"):
+            (self.scripts if tag == "script" else self.styles).append("")
+        if tag not in VOID:
+            self._open.append((tag, {name: value or "" for name, value in attrs}, []))
+            self._elements.append(self._open[-1])
 
     def handle_endtag(self, tag: str) -> None:
-        self._open = ""
+        assert self._open[-1][0] == tag, f"</{tag}> closes <{self._open[-1][0]}>"
+        self._open.pop()
 
     def handle_data(self, data: str) -> None:
-        if self._open == "script":
-            self.scripts[-1] += data
-        elif self._open == "style":
-            self.styles.append(data)
-        else:
-            self.words.append(data)
+        match self._open[-1][0]:
+            case "script":
+                self.scripts[-1] += data
+            case "style":
+                self.styles[-1] += data
+            case _:
+                for _, _, words in self._open:
+                    words.append(data)
+
+    def parts(self, **attributes: str | None) -> list[str]:
+        """Texts of the elements with these attributes (``data_arm`` is ``data-arm``); None stands for any value."""
+        asked = {name.strip("_").replace("_", "-"): value for name, value in attributes.items()}
+        return [
+            _joined(words)
+            for _, known, words in self._elements
+            if all(name in known and value in (None, known[name]) for name, value in asked.items())
+        ]
+
+    def part(self, **attributes: str | None) -> str:
+        """The text of the only element with these attributes."""
+        (text,) = self.parts(**attributes)
+        return text
+
+    def values(self, name: str) -> list[str]:
+        """The values of an attribute, in the order of the page."""
+        return [value for _, known, value in self.attributes if known == name]
+
+
+def _joined(words: list[str]) -> str:
+    return re.sub(r"\s+", " ", " ".join(words)).strip()
 
 
 needs_browser = pytest.mark.skipif(

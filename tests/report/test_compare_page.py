@@ -38,14 +38,8 @@ def run(seed: int = 0, shift: float = 0.0, **changes: Any) -> Results:
 
 
 def accuracies(runs: dict[str, Results], arm: str) -> list[float]:
-    found = []
-    for one in runs.values():
-        point = next(
-            p for p in one.arms[arm].operating_points if p.name == one.arms[arm].default_operating_point
-        )
-        assert point.test is not None
-        found.append(point.test.accuracy)
-    return found
+    tests = [results.arms[arm].default_point().test for results in runs.values()]
+    return [test.accuracy for test in tests if test is not None]
 
 
 @pytest.fixture(scope="module")
@@ -82,40 +76,45 @@ def test_runs_of_two_machines_are_of_one_recipe(seeds: dict[str, Results]) -> No
 
 
 def test_mean_and_spread_over_seeds(seeds: dict[str, Results]) -> None:
-    text = Page(render_comparison(seeds)).text
-    assert "3 runs of one recipe" in text
-    assert "runs/a and 2 more: seeds 0, 1, 2" in text
+    page = Page(render_comparison(seeds))
+    assert page.values("data-recipes") == ["1"]
+    assert "seeds 0, 1, 2" in page.part(id="seeds")
     for name in ("erde", "kd"):
-        found = accuracies(seeds, name)
-        assert f"{name} {100 * mean(found):.2f} ± {100 * stdev(found):.2f} " in text
+        shares = accuracies(seeds, name)
+        row = page.part(data_spread=name)
+        assert row.startswith(f"{name} {100 * mean(shares):.2f} ± {100 * stdev(shares):.2f} ")
     # One certified point each, and each kept its promise: 0.61 % seen, 1 % promised.
-    assert "3 of 3" in text
+    assert page.part(data_spread="erde").endswith(" 3 of 3")
 
 
 def test_differences_over_seeds_are_paired_and_hold_a_t_interval(seeds: dict[str, Results]) -> None:
-    text = Page(render_comparison(seeds)).text
+    page = Page(render_comparison(seeds))
     gaps = [a - b for a, b in zip(accuracies(seeds, "erde"), accuracies(seeds, "kd"), strict=True)]
     # 4.3027: the 97.5 % quantile of Student's t with two degrees of freedom.
     half = 4.302652729911275 * stdev(gaps) / 3**0.5
-    bounds = f"{100 * (mean(gaps) - half):+.2f} to {100 * (mean(gaps) + half):+.2f}".replace("-", "−")
-    assert f"erde – kd {100 * mean(gaps):+.2f}".replace("-", "−") + f" {bounds}" in text
-    assert text.index("erde – fixed-small") < text.index("All other pairs") < text.index("kd – fixed-small")
+    values = f"{100 * mean(gaps):+.2f} {100 * (mean(gaps) - half):+.2f} to {100 * (mean(gaps) + half):+.2f}"
+    rows = page.parts(data_first="erde", data_second="kd")
+    assert rows[0].startswith(f"erde – kd {values}".replace("-", "−"))
+    # Pairs without the exported arm come last, folded.
+    assert page.part(id="seeds").index("erde – fixed-small") < page.part(id="seeds").index("kd – fixed-small")
+    assert any("kd – fixed-small" in text for text in page.parts(class_="table")[2:])
 
 
 def test_without_two_seeds_there_is_no_spread() -> None:
     other = run(0).model_copy(update={"recipe": {**RECIPE, "train": {"epochs": 31}}})
-    text = Page(render_comparison({"a": run(0), "b": other})).text
-    assert "No two of these runs differ by their seed only" in text
-    assert "Arm against arm, over seeds" not in text
-    assert "2 runs of 2 recipes" in text
+    page = Page(render_comparison({"a": run(0), "b": other}))
+    assert page.values("data-spread") == ["none"]
+    assert page.values("data-recipes") == ["2"]
 
 
 def test_every_arm_of_every_run_is_in_the_matrix() -> None:
     bare = make_results(names=("ce", "fixed-small"), exported_arm="ce", recipe=RECIPE)
-    text = Page(render_comparison({"a": run(0), "b": bare})).text
+    page = Page(render_comparison({"a": run(0), "b": bare}))
     # The exported arms come first; a dash where a run has no such arm.
-    assert re.search(r"arm a b erde 7[\d.]+ [\d.]+.% saved – ce – 6[\d.]+ [\d.]+.% saved kd 7[\d.]+", text)
-    assert re.search(r"fixed-small ([\d.]+) 22.4 M MACs \1 22.4 M MACs", text)
+    assert page.values("data-arm") == ["erde", "ce", "kd", "fixed-small"]
+    assert re.fullmatch(r"erde 7[\d.]+ [\d.]+.% saved –", page.part(data_arm="erde"))
+    assert re.fullmatch(r"ce – 6[\d.]+ [\d.]+.% saved", page.part(data_arm="ce"))
+    assert re.fullmatch(r"fixed-small ([\d.]+) 22.4 M MACs \1 22.4 M MACs", page.part(data_arm="fixed-small"))
 
 
 def test_paired_comparisons_are_shown_with_their_runs(seeds: dict[str, Results]) -> None:
@@ -123,46 +122,39 @@ def test_paired_comparisons_are_shown_with_their_runs(seeds: dict[str, Results])
         compared("runs/a/erde", "runs/b/erde", 0.0234),
         compared("runs/a/erde", "runs/b/erde", 0.001, "no-exit"),
     ]
-    text = Page(render_comparison(seeds, given)).text
-    assert "2 comparisons between runs on the same test images" in text
-    assert "runs/a/erde – runs/b/erde +2.34 +1.34 to +3.34" in text
-    assert "runs/a/erde is better" in text
-    assert "Within runs/c" in text
-    assert "There are no paired tests" not in text
-    assert "There are no paired tests between these runs." in Page(render_comparison(seeds)).text
+    page = Page(render_comparison(seeds, given))
+    default, no_exit = page.parts(data_first="runs/a/erde", data_second="runs/b/erde")
+    assert default.startswith("runs/a/erde – runs/b/erde +2.34 +1.34 to +3.34 ")
+    assert default.endswith("runs/a/erde is better")
+    assert "better" not in no_exit
+    assert page.values("data-within") == list(seeds)
+    assert page.parts(data_comparisons="none") == []
+    assert len(Page(render_comparison(seeds)).parts(data_comparisons="none")) == 1
 
 
-def test_different_test_images_are_noted(seeds: dict[str, Results]) -> None:
-    assert "All runs were measured on the same test images." in Page(render_comparison(seeds)).text
-    assert "Certify the chosen one again on other images." in Page(render_comparison(seeds)).text
-    text = Page(render_comparison({**seeds, "d": with_other_images(run(3))})).text
-    assert (
-        "different test images (runs/a, runs/b, runs/c (333333333333); d (ffffffffffff)): no paired test"
-        in text
-    )
-    assert "All runs were measured on the same test images." not in text
-
-
-def test_different_data_sets_are_noted() -> None:
+def test_different_test_images_and_data_sets_are_noted(seeds: dict[str, Results]) -> None:
+    assert Page(render_comparison(seeds)).values("data-note") == ["same-images"]
+    page = Page(render_comparison({**seeds, "d": with_other_images(run(3))}))
+    assert page.values("data-note") == ["test-images"]
+    assert "(runs/a, runs/b, runs/c (333333333333); d (ffffffffffff))" in page.part(data_note="test-images")
     other = run(0)
     other = other.model_copy(update={"data": other.data.model_copy(update={"name": "svhn"})})
-    text = Page(render_comparison({"a": run(0), "b": other})).text
-    assert "different data sets (cifar10: a; svhn: b): their accuracies say nothing about each other" in text
+    page = Page(render_comparison({"a": run(0), "b": other}))
+    assert page.values("data-note") == ["data-sets"]
+    assert "(cifar10: a; svhn: b)" in page.part(data_note="data-sets")
 
 
 def test_differences_between_recipes_are_listed_and_nothing_else() -> None:
-    other = run(1).model_copy(
-        update={
-            "recipe": {**RECIPE, "seed": 1, "train": {"epochs": 31, "milestones": [0.6]}, "more": {"x": True}}
-        }
-    )
-    text = Page(render_comparison({"a": run(0), "b": other})).text
-    table = text.split("What differs between the recipes; a dash where a recipe has no such key.")[1]
-    assert table.startswith(
-        " key a b train.epochs 30 31 train.milestones [0.5, 0.75] [0.6] seed 0 1 more.x – True "
-    )
-    same = Page(render_comparison({"a": run(0), "b": run(0)})).text
-    assert "The recipes are equal, seed and name included." in same
+    recipe = {**RECIPE, "seed": 1, "train": {"epochs": 31, "milestones": [0.6]}, "more": {"x": True}}
+    page = Page(render_comparison({"a": run(0), "b": run(1).model_copy(update={"recipe": recipe})}))
+    rows = {key: page.part(data_key=key) for key in page.values("data-key")}
+    assert rows == {
+        "train.epochs": "train.epochs 30 31",
+        "train.milestones": "train.milestones [0.5, 0.75] [0.6]",
+        "seed": "seed 0 1",
+        "more.x": "more.x – True",
+    }
+    assert Page(render_comparison({"a": run(0), "b": run(0)})).values("data-key") == ["none"]
 
 
 def test_many_runs_stay_small(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it is, what it promises, what it costs, how to load it."""
+"""The model card of a bundle: network, promises, costs, use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from erde.common.errors import in_one_line, printable
 
 
 def model_card(manifest: Manifest) -> str:
-    """The bundle's README: what it is, what it promises, what it costs, how to load it."""
+    """The bundle's README, in Markdown; it needs the base install only."""
     height, width, channels = manifest.input_shape
     lines = [
         f"# {manifest.name}",
@@ -32,7 +32,9 @@ def model_card(manifest: Manifest) -> str:
         "|---|---|---|---|---|",
     ]
     for point in manifest.operating_points:
-        thresholds = ", ".join("off" if one is None else f"{one:.4f}" for one in point.thresholds)
+        thresholds = ", ".join(
+            "off" if threshold is None else f"{threshold:.4f}" for threshold in point.thresholds
+        )
         measured = "- | - | -"
         if point.test is not None:
             rates = " / ".join(f"{rate:.1%}" for rate in point.test.exit_rates)
@@ -52,7 +54,7 @@ def model_card(manifest: Manifest) -> str:
         lines.append("Nothing: no operating point is certified.")
     if manifest.left_out:
         lines += ["", "Asked for and left out:", ""]
-        lines += [f"- {one.name}: {one.note}" for one in manifest.left_out]
+        lines += [f"- {missing.name}: {missing.note}" for missing in manifest.left_out]
     lines += [
         "",
         "## Use",
@@ -86,9 +88,9 @@ def _data_in_words(manifest: Manifest) -> list[str]:
     name = data.get("name") if isinstance(data, dict) else None
     if isinstance(name, str) and isinstance(splits, dict):
         sizes = ", ".join(
-            f"{split} {one['size']:,}"
-            for split, one in splits.items()
-            if isinstance(one, dict) and isinstance(one.get("size"), int)
+            f"{split} {info['size']:,}"
+            for split, info in splits.items()
+            if isinstance(info, dict) and isinstance(info.get("size"), int)
         )
         lines.append(
             f"- Data set `{in_one_line(name)}`; images: {sizes}. Recipe, versions and fingerprints: `manifest.json`."
@@ -112,5 +114,5 @@ def _precision_in_words(manifest: Manifest) -> str:
     if not isinstance(kept, list):
         return manifest.precision
     layers = {"first": "the first convolution", "last": "the linear layers of the heads"}
-    said = " and ".join(layers.get(str(one), str(one)) for one in kept)
+    said = " and ".join(layers.get(str(layer), str(layer)) for layer in kept)
     return f"{manifest.precision}, logits in float{f'; {said} kept in float' if said else ''}"

@@ -1,4 +1,4 @@
-"""What a report embeds beside the results: every image's way through the exits, and images to look at.
+"""Data that a report embeds beside the results: every image's way through the exits, and images to look at.
 
 The page moves an operating point along the path of thresholds and counts anew, so it needs each image's
 scores. It gets them as ranks among the thresholds of the path: whole numbers, small, and exact.
@@ -20,7 +20,6 @@ from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath
 from erde.common.splits import ImageSource, TestLogits
 from erde.policy.cost import Cost
-from erde.policy.rule import Thresholds
 
 # More test images than this are sampled, and so are fewer where many arms and exits would make a large page.
 MAX_IMAGES = 20_000
@@ -64,7 +63,7 @@ class ArmEvidence:
     start: int
 
     def embedded(self) -> dict[str, object]:
-        """What the page reads, packed into base64: ranks by exit, then the bits of ``right`` and the reference."""
+        """The data of the page, packed into base64: ranks by exit, then the bits of ``right`` and the reference."""
         width = 1 if max(self.ranks.max(initial=0), self.levels.max(initial=0)) < 256 else 2
         bits = np.packbits(np.vstack([self.right, self.reference_right]), axis=0, bitorder="little")
         return {
@@ -105,7 +104,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a report embeds beside the results. Arms with one exit have no path and are left out."""
+    """Data that a report embeds beside the results. Arms with one exit have no path and are left out."""
 
     test_images: int
     arms: dict[str, ArmEvidence]
@@ -120,17 +119,19 @@ def collect(
     ``images`` is the test split's, in the order of the logits; without it there are no galleries. More than
     MAX_IMAGES test images, or more than fit the page, are sampled by ``seed``, the same ones for every arm.
     """
-    several = {name: one for name, one in arms.items() if len(one.test.logits) > 1}
-    total = max((len(one.test) for one in arms.values()), default=0)
+    several = {name: inputs for name, inputs in arms.items() if len(inputs.test.logits) > 1}
+    total = max((len(inputs.test) for inputs in arms.values()), default=0)
     chosen = _sample(total, list(several.values()), seed)
     galleries: tuple[Gallery, ...] = ()
     if images is not None and exported in several:
         galleries = _galleries(several[exported], images)
-    return Evidence(total, {name: _arm_evidence(one, chosen) for name, one in several.items()}, galleries)
+    return Evidence(
+        total, {name: _arm_evidence(inputs, chosen) for name, inputs in several.items()}, galleries
+    )
 
 
 def _sample(total: int, arms: Sequence[ArmInput], seed: int) -> NDArray[np.int64]:
-    each = sum(_bytes_each(one) for one in arms)
+    each = sum(_bytes_each(arm) for arm in arms)
     count = min(total, MAX_IMAGES, MAX_RANK_BYTES // max(1, each))
     if count == total:
         return np.arange(total)
@@ -145,7 +146,9 @@ def _bytes_each(arm: ArmInput) -> int:
 
 def _distinct(path: ThresholdPath, index: int) -> NDArray[np.float64]:
     """The thresholds of an exit along the path, rising, each once; where it is disabled there is none."""
-    return np.unique([one[index] for one in path.thresholds if one[index] is not None]).astype(np.float64)
+    return np.unique([point[index] for point in path.thresholds if point[index] is not None]).astype(
+        np.float64
+    )
 
 
 def _arm_evidence(arm: ArmInput, chosen: NDArray[np.int64]) -> ArmEvidence:
@@ -156,7 +159,7 @@ def _arm_evidence(arm: ArmInput, chosen: NDArray[np.int64]) -> ArmEvidence:
     for index, distinct in enumerate(thresholds):
         # The number of thresholds strictly below the score: score > threshold.
         ranks.append(np.searchsorted(distinct, scored.scores[index, chosen], side="left"))
-        levels.append([_level(distinct, one[index]) for one in path.thresholds])
+        levels.append([_level(distinct, point[index]) for point in path.thresholds])
     named = {
         point.name: path.thresholds.index(tuple(point.thresholds))
         for point in arm.policy.points
@@ -184,7 +187,7 @@ def _level(distinct: NDArray[np.float64], threshold: float | None) -> int:
 def _galleries(arm: ArmInput, images: ImageSource) -> tuple[Gallery, ...]:
     """Of each exit the surest and the least sure that leave, who stays longest, and the confidently wrong."""
     answers, scores = arm.policy.rule.apply(arm.test.logits)
-    exits = policy.decide(scores[:-1], _default_thresholds(arm.policy))
+    exits = policy.decide(scores[:-1], arm.policy.default_point().thresholds)
     answered = policy.take_exit(answers, exits)
     labels = answered.argmax(axis=-1)
     confidence = policy.answer_probabilities(answered, exits, arm.policy.temperatures).max(axis=-1)
@@ -203,18 +206,14 @@ def _galleries(arm: ArmInput, images: ImageSource) -> tuple[Gallery, ...]:
         address = encode(images[np.array([row])][0])
         return Thumbnail(address, true, int(labels[row]), int(exits[row]), float(confidence[row]))
 
-    found = []
+    galleries = []
     for kind, place, members, order in asked:
         rows = np.flatnonzero(members)
         # Scores saturate at 1: confidence parts them, and then the order of the test split.
         sign = -1 if kind in ("surest", "wrong") else 1
         best = rows[np.lexsort((rows, sign * confidence[rows], sign * order[rows]))[:size]]
-        found.append(Gallery(kind, place, len(rows), tuple(thumbnail(int(row)) for row in best)))
-    return tuple(found)
-
-
-def _default_thresholds(calibrated: CalibratedPolicy) -> Thresholds:
-    return next(point.thresholds for point in calibrated.points if point.name == calibrated.default)
+        galleries.append(Gallery(kind, place, len(rows), tuple(thumbnail(int(row)) for row in best)))
+    return tuple(galleries)
 
 
 def encode(pixels: NDArray[np.uint8]) -> str:

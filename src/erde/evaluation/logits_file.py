@@ -121,7 +121,7 @@ class LogitsFile:
         return tune, certify, sources
 
     def cost(self, exits: int, macs: Sequence[float] | None, no_exit_macs: float | None) -> Cost:
-        """What exits cost: as given, else as the file says."""
+        """The cost of exits: as given, else as the file says."""
         given = np.asarray(macs) if macs is not None else self.arrays.get("exit_macs")
         if given is None:
             raise UserError(
@@ -131,10 +131,16 @@ class LogitsFile:
             no_exit_macs if no_exit_macs is not None else self.arrays.get("no_exit_macs", given[-1:])
         )
         whole = whole.reshape(-1)
-        for what, one, size in (("exit MACs", given, exits), ("no_exit_macs", whole, 1)):
-            if one.shape != (size,) or one.dtype.kind not in "iuf" or not bool(np.isfinite(one).all()):
-                raise UserError(f"{what} must be {size} number{'s' if size > 1 else ''}, got {one.tolist()}")
-        counts = [round(float(one)) for one in given]
+        for name, values, size in (("exit MACs", given, exits), ("no_exit_macs", whole, 1)):
+            if (
+                values.shape != (size,)
+                or values.dtype.kind not in "iuf"
+                or not bool(np.isfinite(values).all())
+            ):
+                raise UserError(
+                    f"{name} must be {size} number{'s' if size > 1 else ''}, got {values.tolist()}"
+                )
+        counts = [round(float(count)) for count in given]
         if counts[0] < 1 or sorted(set(counts)) != counts:
             raise UserError(
                 f"exit MACs must rise from exit to exit and be 1 or more, as counts and not as shares, got {given.tolist()}"
@@ -152,12 +158,12 @@ class LogitsFile:
         return array
 
 
-def _key(split: str, what: str) -> str:
-    return f"{split}_{what}" if split else what
+def _key(split: str, part: str) -> str:
+    return f"{split}_{part}" if split else part
 
 
 def default_policy_path(path: Path) -> Path:
-    """Where the policy of ``path`` lies if nothing else is said: ``logits.policy.json`` beside it."""
+    """The place of the policy of ``path`` by default: ``logits.policy.json`` beside it."""
     return path.with_name(f"{path.stem}.policy.json")
 
 
@@ -224,25 +230,25 @@ class SavedPolicy:
 
     def check(self) -> None:
         """``ValueError`` where the parts do not fit one another."""
-        one, exits = self.policy, len(self.cost.exit_macs)
+        calibrated, exits = self.policy, len(self.cost.exit_macs)
         vectors = (
-            [point.thresholds for point in one.points]
-            + list(one.path.thresholds)
-            + list(one.paper_path.thresholds)
+            [point.thresholds for point in calibrated.points]
+            + list(calibrated.path.thresholds)
+            + list(calibrated.paper_path.thresholds)
         )
-        harm = one.rule.harm
+        harm = calibrated.rule.harm
         fits = (
             exits >= 2
             and all(
                 type(macs) is int and macs >= 1 for macs in (*self.cost.exit_macs, self.cost.no_exit_macs)
             )
             and type(self.classes) is int
-            and len(one.temperatures) == exits
+            and len(calibrated.temperatures) == exits
             and all(len(vector) == exits - 1 for vector in vectors)
-            and one.default in [point.name for point in one.points]
-            and one.rule.score in SCORES
-            and one.rule.ensemble in ENSEMBLES
-            and (harm is not None) == (one.rule.score == "harm")
+            and calibrated.default in [point.name for point in calibrated.points]
+            and calibrated.rule.score in SCORES
+            and calibrated.rule.ensemble in ENSEMBLES
+            and (harm is not None) == (calibrated.rule.score == "harm")
             and len(harm or ()) in (0, exits - 1)
             and all(len(part.class_weights) == self.classes for part in harm or ())
         )
@@ -255,7 +261,7 @@ class UnreadablePolicyError(UserError):
 
 
 def read_policy(path: Path) -> SavedPolicy:
-    """What :func:`calibrate_file` wrote; :class:`UserError` where ``path`` is something else."""
+    """The policy that :func:`calibrate_file` wrote; :class:`UserError` where ``path`` is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.pop("format_version") != FORMAT_VERSION:
@@ -281,15 +287,15 @@ class Evaluated:
     points: list[OperatingPoint]
 
     def to_json(self) -> dict[str, Any]:
-        """As ``erde evaluate --out`` writes it."""
+        """The JSON that ``erde evaluate --out`` writes."""
         return {
-            "exits": [one.model_dump(mode="json") for one in self.exits],
-            "operating_points": [one.model_dump(mode="json") for one in self.points],
+            "exits": [exit.model_dump(mode="json") for exit in self.exits],
+            "operating_points": [point.model_dump(mode="json") for point in self.points],
         }
 
     def measured(self) -> list[tuple[OperatingPoint, Measured]]:
-        """Each operating point with what it did."""
-        return [(one, one.test) for one in self.points if one.test is not None]
+        """Each operating point with its measures."""
+        return [(point, point.test) for point in self.points if point.test is not None]
 
 
 def evaluate_file(path: Path, policy_path: Path, out: Path | None = None) -> Evaluated:
@@ -299,14 +305,14 @@ def evaluate_file(path: Path, policy_path: Path, out: Path | None = None) -> Eva
     opened = LogitsFile(path)
     saved = opened.split("test" if opened.has("test") else "")
     exits = len(cost.exit_macs)
-    found = (len(saved.logits.logits), saved.logits.logits.shape[-1])
-    if found != (exits, read.classes):
+    shape = (len(saved.logits.logits), saved.logits.logits.shape[-1])
+    if shape != (exits, read.classes):
         raise UserError(
-            f"{path} has logits of {found[0]} exits and {found[1]} classes, the policy {policy_path} is for {exits} exits and "
+            f"{path} has logits of {shape[0]} exits and {shape[1]} classes, the policy {policy_path} is for {exits} exits and "
             f"{read.classes} classes"
         )
     test = _as(TestLogits, saved)
-    references = {one.certificate.reference for one in calibrated.points if one.certificate is not None}
+    references = {point.certificate.reference for point in calibrated.points if point.certificate is not None}
     if ("given" in references) != (saved.reference_right is not None) and references:
         raise UserError(
             f"{policy_path} was certified against {'a given reference' if 'given' in references else 'the final exit'}, and "

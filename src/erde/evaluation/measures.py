@@ -1,4 +1,4 @@
-"""What a calibrated policy does on the test split: accuracy, costs, rankings, curves.
+"""A calibrated policy on the test split: accuracy, costs, rankings, curves.
 
 Everything is computed from logits of the exported stages, so it is what the runtime will do. Where the
 reference is not the final exit, ``reference_right`` (N,) says which test images it gets right.
@@ -144,17 +144,17 @@ def entropies(test: TestLogits, teacher_right: NDArray[np.bool_]) -> EntropyHist
 def measure_points(
     test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, reference_right: ReferenceRight
 ) -> list[OperatingPoint]:
-    """The operating points with what they do on test."""
+    """The operating points with their measures on test."""
     scored = ScoredSplit.of(test, calibrated.rule, reference_right)
-    found = sweep(scored, [point.thresholds for point in calibrated.points])
+    swept = sweep(scored, [point.thresholds for point in calibrated.points])
     return [
-        point.model_copy(update={"test": found.measured(index, cost)})
+        point.model_copy(update={"test": swept.measured(index, cost)})
         for index, point in enumerate(calibrated.points)
     ]
 
 
 def measure_classes(test: TestLogits, calibrated: CalibratedPolicy) -> list[ClassMeasures]:
-    """What the default operating point does to each class; zeros for a class without test images."""
+    """Accuracy, drop and exit rates of each class at the default operating point; zeros for a class without test images."""
     scored = ScoredSplit.of(test, calibrated.rule, None)
     exits = policy.decide(scored.scores, calibrated.default_point().thresholds)
     count, classes = len(scored.scores), test.logits.shape[-1]
@@ -169,13 +169,13 @@ def measure_classes(test: TestLogits, calibrated: CalibratedPolicy) -> list[Clas
     rates = np.stack([per_class(exits == index) for index in range(count)], axis=-1) / shares[:, None]
     return [
         ClassMeasures(
-            images=int(images[one]),
-            no_exit_accuracy=float(alone[one]),
-            accuracy=float(early[one]),
-            drop=float(alone[one] - early[one]),
-            exit_rates=rates[one].tolist(),
+            images=int(images[label]),
+            no_exit_accuracy=float(alone[label]),
+            accuracy=float(early[label]),
+            drop=float(alone[label] - early[label]),
+            exit_rates=rates[label].tolist(),
         )
-        for one in range(classes)
+        for label in range(classes)
     ]
 
 
@@ -193,13 +193,13 @@ def oracle(test: TestLogits, calibrated: CalibratedPolicy, cost: Cost) -> Oracle
 def score_outcomes(
     test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, reference_right: ReferenceRight
 ) -> list[ScoreOutcome]:
-    """What the contending scores, with thresholds from tune at each target risk, do on test; uncertified."""
+    """The contending scores on test, with thresholds from tune at each target risk; uncertified."""
     outcomes = []
     for contender in calibrated.contenders:
         rule, targets = contender.rule, contender.targets
-        found = sweep(ScoredSplit.of(test, rule, reference_right), [one.thresholds for one in targets])
+        swept = sweep(ScoredSplit.of(test, rule, reference_right), [target.thresholds for target in targets])
         for index, target in enumerate(targets):
-            measured = found.measured(index, cost)
+            measured = swept.measured(index, cost)
             outcomes.append(
                 ScoreOutcome(
                     score=rule.score,
@@ -244,9 +244,9 @@ def _curve(
     count = len(path.thresholds)
     kept = np.unique(np.linspace(0, count - 1, min(CURVE_POINTS, count)).astype(int))
     thresholds = [path.thresholds[index] for index in kept]
-    found = sweep(scored, thresholds)
-    macs, accuracy = found.macs(cost), found.right / found.images
-    rates = found.leaving / found.images
+    swept = sweep(scored, thresholds)
+    macs, accuracy = swept.macs(cost), swept.right / swept.images
+    rates = swept.leaving / swept.images
     area = area_under(macs, accuracy) if macs[0] > macs[-1] else None
     milliseconds = None
     if cost.exit_milliseconds is not None:
@@ -254,7 +254,7 @@ def _curve(
     return Curve(
         macs=macs.tolist(),
         accuracy=accuracy.tolist(),
-        risk=(found.lost / found.images).tolist(),
+        risk=(swept.lost / swept.images).tolist(),
         exit_rates=rates.tolist(),
         milliseconds=milliseconds,
         area=None if area is None else float(area),

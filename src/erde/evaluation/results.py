@@ -1,4 +1,4 @@
-"""The schema of ``results.json``: what a run found, in one typed tree.
+"""The schema of ``results.json``: the results of a run, in one typed tree.
 
 ``results.schema.json`` beside this file is the same as JSON Schema; a test keeps the two equal.
 Everything that may differ between two runs of the same recipe and seed on the same machine stands
@@ -165,7 +165,7 @@ class Arm(Frozen):
 
     def default_point(self) -> OperatingPoint:
         """The operating point that answers when none is named."""
-        return next(one for one in self.operating_points if one.name == self.default_operating_point)
+        return next(point for point in self.operating_points if point.name == self.default_operating_point)
 
 
 class SplitInfo(Frozen):

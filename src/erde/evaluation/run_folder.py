@@ -15,7 +15,7 @@ from erde.calibration.policy_file import CalibratedPolicy
 from erde.common.array_file import ArrayFileError, read_npz
 from erde.common.errors import UserError
 from erde.common.splits import CertifyLogits, TestLogits, TuneLogits
-from erde.evaluation.comparison import Answers, compare
+from erde.evaluation.comparison import PLACES, Answers, compare
 from erde.evaluation.results import Arm, Comparison, Results
 from erde.policy.cost import Cost
 
@@ -85,7 +85,7 @@ def check_stages(run: Path, arm: str, stages: Sequence[Path]) -> None:
     known = _arrays(path).get(STAGES_HASHES)
     if known is None:
         return
-    hashes = [str(one) for one in known.ravel()]
+    hashes = [str(value) for value in known.ravel()]
     for stage, expected in zip_longest(stages, hashes):
         if stage is None or expected is None or file_hash(stage) != expected:
             raise UserError(
@@ -132,33 +132,26 @@ def compare_runs(runs: Sequence[Path], results: Mapping[str, Results]) -> list[C
         for name, run in zip(results, runs, strict=True)
         if (arm_folder(run, results[name].exported_arm) / LOGITS).is_file()
     }
-    found = []
+    comparisons = []
     for first, second in combinations(folders, 2):
-        one, other = results[first], results[second]
-        if one.data.splits["test"].fingerprint != other.data.splits["test"].fingerprint:
+        arms = {run: results[run].exported_arm for run in (first, second)}
+        if len({results[run].data.splits["test"].fingerprint for run in arms}) > 1:
             continue
-        for at in ("no-exit", "default"):
-            answers = [
-                Answers.of(
-                    read_logits(folders[name], results[name].exported_arm)[2],
-                    read_policy(folders[name], results[name].exported_arm),
-                    cost_of(results[name].arms[results[name].exported_arm]),
+        for at in PLACES[::-1]:
+            answers = {
+                f"{run}/{arm}": Answers.of(
+                    read_logits(folders[run], arm)[2],
+                    read_policy(folders[run], arm),
+                    cost_of(results[run].arms[arm]),
                     at,
                 )
-                for name in (first, second)
-            ]
-            found.append(
-                compare(
-                    f"{first}/{one.exported_arm}",
-                    answers[0],
-                    f"{second}/{other.exported_arm}",
-                    answers[1],
-                    at,
-                )
-            )
-    return found
+                for run, arm in arms.items()
+            }
+            (first_name, first_answers), (second_name, second_answers) = answers.items()
+            comparisons.append(compare(first_name, first_answers, second_name, second_answers, at))
+    return comparisons
 
 
 def cost_of(arm: Arm) -> Cost:
-    """What the exits of an arm cost."""
-    return Cost(tuple(one.macs for one in arm.cost), arm.no_exit_macs)
+    """The cost of an arm's exits."""
+    return Cost(tuple(cost.macs for cost in arm.cost), arm.no_exit_macs)

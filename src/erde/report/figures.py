@@ -103,16 +103,16 @@ def write(results: Mapping[str, Results], folder: Path, formats: Sequence[str]) 
     written = []
     with matplotlib.style.context(["default", STYLE]):
         for name, draw in FIGURES.items():
-            chosen = [one for one in FIGURE_FORMATS if one in formats]
+            chosen = [form for form in FIGURE_FORMATS if form in formats]
             figure = draw(series_of(results)) if chosen else None
-            for one in chosen if figure is not None else []:
-                written.append(folder / f"{name}.{one}")
+            for form in chosen if figure is not None else []:
+                written.append(folder / f"{name}.{form}")
                 _save(figure, written[-1], name)
     for name in TABLES:
         rows = rows_of(name, results)
-        for one in [one for one in TABLE_FORMATS if one in formats and rows]:
-            written.append(folder / f"{name}.{one}")
-            if one == "csv":
+        for form in [form for form in TABLE_FORMATS if form in formats and rows]:
+            written.append(folder / f"{name}.{form}")
+            if form == "csv":
                 write_text(written[-1], csv_text(rows))
             else:
                 write_json(written[-1], rows)
@@ -132,7 +132,9 @@ def series_of(results: Mapping[str, Results]) -> list[Series]:
 
     Of the lines across a figure, which have no marker, each has its own dashes.
     """
-    arms = [(run, name, arm) for run, one in results.items() for name, arm in one.arms.items()]
+    arms = [
+        (run, name, arm) for run, run_results in results.items() for name, arm in run_results.arms.items()
+    ]
     series, fixed = [], 0
     for index, (run, name, arm) in enumerate(arms):
         fixed += len(arm.exits) == 1
@@ -165,31 +167,31 @@ def _percent_errors(share: float, interval: Interval) -> list[list[float]]:
 
 def accuracy_against_macs(series: Sequence[Series]) -> Figure | None:
     """The curves, the operating points (default: filled, with interval), the paper's rule dotted."""
-    largest = max(one.arm.curve.macs[0] for one in series)
+    largest = max(entry.arm.curve.macs[0] for entry in series)
     unit, word = (1e9, "billion") if largest >= 1e9 else (1e6, "million")
     return _accuracy_against("macs", unit, f"MACs per image ({word})", series)
 
 
 def accuracy_against_milliseconds(series: Sequence[Series]) -> Figure | None:
     """The same over milliseconds per image, of the arms for which they are known."""
-    known = [one for one in series if one.arm.curve.milliseconds is not None]
+    known = [entry for entry in series if entry.arm.curve.milliseconds is not None]
     return _accuracy_against("milliseconds", 1.0, "milliseconds per image", known) if known else None
 
 
-def _accuracy_against(what: CostName, unit: float, label: str, series: Sequence[Series]) -> Figure:
+def _accuracy_against(cost_name: CostName, unit: float, label: str, series: Sequence[Series]) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots()
     dotted = False
-    for one in series:
-        if not one.is_fixed:
-            _draw_curve(axes, one, one.arm.curve, what, unit, "solid")
-        paper = one.arm.paper_curve
+    for entry in series:
+        if not entry.is_fixed:
+            _draw_curve(axes, entry, entry.arm.curve, cost_name, unit, "solid")
+        paper = entry.arm.paper_curve
         # Where the policy is the paper's rule, the two are one.
-        if paper is not None and paper != one.arm.curve and not one.is_fixed:
-            _draw_curve(axes, one, paper, what, unit, DOTTED)
+        if paper is not None and paper != entry.arm.curve and not entry.is_fixed:
+            _draw_curve(axes, entry, paper, cost_name, unit, DOTTED)
             dotted = True
-        _draw_points(axes, one, what, unit)
-    handles = [_handle(one) for one in series]
+        _draw_points(axes, entry, cost_name, unit)
+    handles = [_handle(entry) for entry in series]
     handles += [
         Line2D([], [], color=GREY, linestyle="none", marker="o", label="default point, 95 % interval"),
         Line2D(
@@ -211,28 +213,28 @@ def _accuracy_against(what: CostName, unit: float, label: str, series: Sequence[
     return figure
 
 
-def _draw_curve(axes: Axes, one: Series, curve: Curve, what: CostName, unit: float, dash: Any) -> None:
-    cost = curve.macs if what == "macs" else curve.milliseconds
+def _draw_curve(axes: Axes, entry: Series, curve: Curve, cost_name: CostName, unit: float, dash: Any) -> None:
+    cost = curve.macs if cost_name == "macs" else curve.milliseconds
     if cost is not None:
         y = 100 * np.asarray(curve.accuracy)
         width = 0.9 if dash == DOTTED else 1.2
-        axes.plot(np.asarray(cost) / unit, y, color=one.colour, linestyle=dash, linewidth=width)
+        axes.plot(np.asarray(cost) / unit, y, color=entry.colour, linestyle=dash, linewidth=width)
 
 
-def _draw_points(axes: Axes, one: Series, what: CostName, unit: float) -> None:
-    for point in one.arm.operating_points:
+def _draw_points(axes: Axes, entry: Series, cost_name: CostName, unit: float) -> None:
+    for point in entry.arm.operating_points:
         measured = point.test
-        cost = None if measured is None else measured.macs if what == "macs" else measured.milliseconds
+        cost = None if measured is None else measured.macs if cost_name == "macs" else measured.milliseconds
         if measured is None or cost is None:
             continue
-        default = point.name == one.arm.default_operating_point
+        default = point.name == entry.arm.default_operating_point
         axes.errorbar(
             cost / unit,
             100 * measured.accuracy,
             yerr=_percent_errors(measured.accuracy, measured.accuracy_interval) if default else None,
-            color=one.colour,
-            marker=one.marker,
-            markerfacecolor=one.colour if default else "white",
+            color=entry.colour,
+            marker=entry.marker,
+            markerfacecolor=entry.colour if default else "white",
             markersize=5.0 if default else 3.2,
             markeredgewidth=0.8,
             elinewidth=0.8,
@@ -240,9 +242,9 @@ def _draw_points(axes: Axes, one: Series, what: CostName, unit: float) -> None:
         )
 
 
-def _handle(one: Series) -> Line2D:
-    dash: Any = "none" if one.is_fixed else "solid"
-    return Line2D([], [], color=one.colour, marker=one.marker, linestyle=dash, label=one.label)
+def _handle(entry: Series) -> Line2D:
+    dash: Any = "none" if entry.is_fixed else "solid"
+    return Line2D([], [], color=entry.colour, marker=entry.marker, linestyle=dash, label=entry.label)
 
 
 # ---------------------------------------------------------------- exits
@@ -252,24 +254,24 @@ def exits(series: Sequence[Series]) -> Figure | None:
     """Accuracy of each exit had it answered all images, with 95 % intervals; fixed networks as lines across."""
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     axes = figure.subplots()
-    most = max(len(one.arm.exits) for one in series)
-    dodged = [one for one in series if not one.is_fixed]
-    for one in series:
-        measures = one.arm.exits
-        if one.is_fixed:
+    most = max(len(entry.arm.exits) for entry in series)
+    dodged = [entry for entry in series if not entry.is_fixed]
+    for entry in series:
+        measures = entry.arm.exits
+        if entry.is_fixed:
             low, high = measures[0].accuracy_interval
-            axes.axhspan(100 * low, 100 * high, color=one.colour, alpha=0.15, linewidth=0)
-            axes.axhline(100 * measures[0].accuracy, color=one.colour, linestyle=one.dash, linewidth=0.9)
+            axes.axhspan(100 * low, 100 * high, color=entry.colour, alpha=0.15, linewidth=0)
+            axes.axhline(100 * measures[0].accuracy, color=entry.colour, linestyle=entry.dash, linewidth=0.9)
             continue
         # Side by side, so that intervals do not hide each other.
-        shift = min(0.07, 0.7 / len(dodged)) * (dodged.index(one) - (len(dodged) - 1) / 2)
+        shift = min(0.07, 0.7 / len(dodged)) * (dodged.index(entry) - (len(dodged) - 1) / 2)
         errors = [_percent_errors(exit_.accuracy, exit_.accuracy_interval) for exit_ in measures]
         axes.errorbar(
             np.arange(len(measures)) + shift,
             [100 * exit_.accuracy for exit_ in measures],
             yerr=np.asarray(errors)[:, :, 0].T,
-            color=one.colour,
-            marker=one.marker,
+            color=entry.colour,
+            marker=entry.marker,
             elinewidth=0.8,
         )
     axes.set_xticks(range(most))
@@ -280,9 +282,9 @@ def exits(series: Sequence[Series]) -> Figure | None:
     _legend(
         figure,
         [
-            Line2D([], [], color=one.colour, linestyle=one.dash, label=one.label,
-                   marker="none" if one.is_fixed else one.marker)
-            for one in series
+            Line2D([], [], color=entry.colour, linestyle=entry.dash, label=entry.label,
+                   marker="none" if entry.is_fixed else entry.marker)
+            for entry in series
         ],
     )  # fmt: skip
     return figure
@@ -304,20 +306,20 @@ def reliability(series: Sequence[Series]) -> Figure | None:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel in grid.flat[len(series) :]:
         panel.set_visible(False)
-    most = max(len(one.arm.exits) for one in series)
-    for place, (panel, one) in enumerate(zip(grid.flat, series, strict=False)):
+    most = max(len(entry.arm.exits) for entry in series)
+    for place, (panel, entry) in enumerate(zip(grid.flat, series, strict=False)):
         panel.plot([0, 100], [0, 100], color=GREY, linewidth=0.7, linestyle=DOTTED)
-        colours = _exit_colours(most)[-len(one.arm.exits) :]
-        for index, (exit_, colour) in enumerate(zip(one.arm.exits, colours, strict=True)):
+        colours = _exit_colours(most)[-len(entry.arm.exits) :]
+        for index, (exit_, colour) in enumerate(zip(entry.arm.exits, colours, strict=True)):
             bins = exit_.reliability
             count = np.asarray(bins.count)
             x, y = 100 * np.asarray(bins.confidence), 100 * np.asarray(bins.accuracy)
             filled = count > 0
             panel.plot(x[filled], y[filled], color=colour, linewidth=0.8)
             sizes = 40 * count[filled] / count.sum() + 2
-            marker = MARKERS[(most - len(one.arm.exits) + index) % len(MARKERS)]
+            marker = MARKERS[(most - len(entry.arm.exits) + index) % len(MARKERS)]
             panel.scatter(x[filled], y[filled], s=sizes, color=colour, marker=marker, zorder=3, clip_on=False)
-        panel.set_title(one.label)
+        panel.set_title(entry.label)
         panel.set(xlim=(0, 100), ylim=(0, 100), xticks=(0, 50, 100), yticks=(0, 50, 100), aspect="equal")
         # The lowest panel of each column says what its axis is, also where the last row is not full.
         lowest = place + columns >= len(series)
@@ -334,21 +336,21 @@ def reliability(series: Sequence[Series]) -> Figure | None:
 
 def entropies(series: Sequence[Series]) -> Figure | None:
     """How unsure exits are where the teacher is right (filled) and wrong (outlined), a row per arm."""
-    known = [(one, one.arm.entropies) for one in series if one.arm.entropies is not None]
+    known = [(entry, entry.arm.entropies) for entry in series if entry.arm.entropies is not None]
     if not known:
         return None
-    most = max(len(one.arm.exits) for one, _ in known)
+    most = max(len(entry.arm.exits) for entry, _ in known)
     figure = Figure(figsize=(WIDTH, 0.6 + 1.15 * len(known)), layout="constrained")
     grid = figure.subplots(len(known), most, squeeze=False, sharex=True, sharey="row")
-    for row, (one, histograms) in zip(grid, known, strict=True):
-        for panel in row[len(one.arm.exits) :]:
+    for row, (entry, histograms) in zip(grid, known, strict=True):
+        for panel in row[len(entry.arm.exits) :]:
             panel.set_visible(False)
         pairs = zip(histograms.teacher_right, histograms.teacher_wrong, strict=True)
         for index, (panel, (right, wrong)) in enumerate(zip(row, pairs, strict=False)):
             edges = np.linspace(0, 1, len(right) + 1)
             panel.stairs(_shares(right), edges, fill=True, color="#a9c9e2", edgecolor="none")
             panel.stairs(_shares(wrong), edges, color="#b04a00", linewidth=1.1, linestyle=(0, (4, 1)))
-            panel.set_title(f"{one.label}, exit {index}" if index == 0 else f"exit {index}")
+            panel.set_title(f"{entry.label}, exit {index}" if index == 0 else f"exit {index}")
             panel.set_xlim(0, 1)
             panel.set_xticks([0, 0.5, 1], ["0", "½", "1"])
             panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))

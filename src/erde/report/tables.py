@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 def rows_of(table: str, results: Mapping[str, Results]) -> list[Row]:
     """The rows of one of TABLES for named runs, all with the same columns."""
-    return [{"run": run, **row} for run, one in results.items() for row in TABLES[table](one)]
+    return [{"run": run, **row} for run, run_results in results.items() for row in TABLES[table](run_results)]
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -35,7 +35,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 def _cell(value: Any) -> Any:
     if isinstance(value, list):
-        return ";".join("" if one is None else str(one) for one in value)
+        return ";".join("" if item is None else str(item) for item in value)
     return value
 
 
@@ -43,14 +43,14 @@ def _columns(value: BaseModel | None, model: type[BaseModel], prefix: str = "", 
     """The fields of a schema object; an interval becomes two columns, a missing object empty ones."""
     row: Row = {}
     for name in model.model_fields:
-        one = None if value is None else getattr(value, name)
+        inner = None if value is None else getattr(value, name)
         if name in without.split():
             continue
         if name.endswith("_interval"):
             name = name.removesuffix("_interval")
-            row[f"{prefix}{name}_low"], row[f"{prefix}{name}_high"] = one or (None, None)
+            row[f"{prefix}{name}_low"], row[f"{prefix}{name}_high"] = inner or (None, None)
         else:
-            row[f"{prefix}{name}"] = one
+            row[f"{prefix}{name}"] = inner
     return row
 
 
@@ -62,7 +62,7 @@ _ARM_FIELDS = (
 
 def _arms(results: Results) -> Iterator[Row]:
     for name, arm in results.arms.items():
-        default = next(one for one in arm.operating_points if one.name == arm.default_operating_point)
+        default = arm.default_point()
         (low, high), paper = arm.exits[-1].accuracy_interval, arm.paper_curve
         yield {
             "arm": name,
@@ -106,13 +106,13 @@ def _exits(results: Results) -> Iterator[Row]:
 
 def _scores(results: Results) -> Iterator[Row]:
     for name, arm in results.arms.items():
-        for one in arm.score_outcomes:
-            yield {"arm": name, **_columns(one, ScoreOutcome)}
+        for outcome in arm.score_outcomes:
+            yield {"arm": name, **_columns(outcome, ScoreOutcome)}
 
 
 def _comparisons(results: Results) -> Iterator[Row]:
-    for one in results.comparisons:
-        yield _columns(one, Comparison)
+    for comparison in results.comparisons:
+        yield _columns(comparison, Comparison)
 
 
 TABLES: dict[str, Callable[[Results], Iterator[Row]]] = {

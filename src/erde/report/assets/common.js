@@ -50,11 +50,11 @@ const erde = (function () {
     return Object.assign({
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text") },
-      margin: { l: 52, r: 12, t: 28, b: 48 },
+      margin: { l: 52, r: 34, t: 28, b: 48 },
       // Above the plot, so that no legend ever covers an axis title.
       legend: { orientation: "h", x: 0, xanchor: "left", y: 1.03, yanchor: "bottom" },
       hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("text") }, align: "left" },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("accent") },
+      modebar: { orientation: "v", bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("accent") },
       hovermode: "closest", uirevision: "keep",
       // A finger that drags over a figure wants to scroll the page.
       dragmode: window.matchMedia("(pointer: coarse)").matches ? false : "zoom",
@@ -105,6 +105,17 @@ const erde = (function () {
     return Promise.all(Object.keys(figures).map(draw)).then(() => { document.documentElement.dataset.drawn = "yes"; });
   }
   dark.addEventListener("change", drawAll);
+
+  // A folded part has no width: its figures are drawn again when it opens, which a link into it does too.
+  document.querySelectorAll("details.section").forEach((part) => part.addEventListener("toggle", () => {
+    if (part.open) part.querySelectorAll("[id^=plot-]").forEach((place) => draw(place.id.slice("plot-".length)));
+  }));
+  function reveal() {
+    const target = document.getElementById(window.location.hash.slice(1)), part = target && target.closest("details");
+    if (part) { part.open = true; target.scrollIntoView(); }
+  }
+  window.addEventListener("hashchange", reveal);
+  document.querySelectorAll("nav a").forEach((link) => link.addEventListener("click", () => setTimeout(reveal)));
 
   // ---------------------------------------------------------------- announcements and copies
 

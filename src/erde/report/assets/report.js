@@ -211,7 +211,7 @@
       xref: "paper", x: 1.005, xanchor: "left", y: at, text: percent(-one.drop).replace(" %", ""), showarrow: false, font: { size: 12, color: colour(one.drop > 0.02 ? "warn" : "soft") },
     }));
     return { data, layout: layout({
-      barmode: "stack", bargap: 0.25, uirevision: state.arm, margin: { l: 52, r: 44, t: 28, b: 48 }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
+      barmode: "stack", bargap: 0.25, uirevision: state.arm, margin: { l: 52, r: 80, t: 28, b: 48 }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
       xaxis: axis("share of the class's test images (%)", { range: [0, 100] }),
       yaxis: axis("", { tickmode: "array", tickvals: labels.map((_label, at) => at), ticktext: labels, ticks: "" }), annotations: drops,
     }) };
@@ -232,7 +232,7 @@
         text: counts.map((one, bin) => `${name}, entropy ${(bin / bins).toFixed(2)} to ${((bin + 1) / bins).toFixed(2)}<br>${one} images, ${percent(one / all)}`),
       }, made.of(i));
     }));
-    return { data, layout: layout(Object.assign(made.axes, { uirevision: state.arm, margin: { l: 52, r: 12, t: 56, b: 48 }, legend: { orientation: "h", x: 0, y: 1.09, yanchor: "bottom" } })) };
+    return { data, layout: layout(Object.assign(made.axes, { uirevision: state.arm, margin: { l: 52, r: 34, t: 56, b: 48 }, legend: { orientation: "h", x: 0, y: 1.09, yanchor: "bottom" } })) };
   }
 
   // ---------------------------------------------------------------- scores and training
