@@ -607,17 +607,7 @@ class Run:
     def calibrate(self) -> None:
         """Fit every arm's policy on tune and certify it on certify."""
         tune_right, certify_right, _ = self.reference_right()
-        config = self.config.calibration
-        settings = Settings(
-            max_risks=tuple(config.max_risks),
-            confidence=config.confidence,
-            budgets=tuple(config.budgets),
-            reference=config.reference,
-            guarantee=config.guarantee,
-            score=config.score,
-            sharpness=config.sharpness,
-            ensemble=config.ensemble,
-        )
+        settings = Settings(**dict(self.config.calibration))
         for arm in self.measured_arms:
             self.check_stages(arm)
             tune, certify, _ = run_folder.read_logits(self.folder, arm)
