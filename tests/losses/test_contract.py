@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from erde.common.errors import UserError
-from erde.losses import (
-    byot_loss,
-    cross_entropy_loss,
-    dkd_loss,
-    erde_loss,
-    exit_ensemble_loss,
-    kd_loss,
-    phuong_loss,
-)
+from erde.losses import cross_entropy_loss
 from erde.recipe.losses import LOSSES, resolve_loss
 from tests.helpers.loss_samples import (
     CLASSES,
@@ -29,9 +21,15 @@ from tests.helpers.loss_samples import (
     IMAGES,
     VARIANTS,
     build,
+    byot_loss,
+    dkd_loss,
+    erde_loss,
+    exit_ensemble_loss,
     extras_of,
+    kd_loss,
     make_settings,
     needs_teacher,
+    phuong_loss,
     sample,
 )
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from erde.losses import build_loss, byot_loss, dkd_loss, exit_ensemble_loss, kd_loss
+from erde.losses import build_loss
 from erde.recipe.losses import LOSSES, resolve_loss
 from tests.helpers import oracles
-from tests.helpers.loss_samples import make_settings
+from tests.helpers.loss_samples import byot_loss, dkd_loss, exit_ensemble_loss, kd_loss, make_settings
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,13 +15,13 @@ from torch import Tensor
 
 import erde.losses
 from erde.common.errors import UserError
-from erde.losses import ExitSettings, build_loss, cross_entropy_loss, erde_loss, kd_loss
+from erde.losses import ExitSettings, build_loss, cross_entropy_loss
 from erde.losses.base import exit_entropy, exit_kl, pair_exits
 from erde.losses.erde import entropy_penalty
 from erde.recipe.losses import resolve_loss
 from erde.recipe.schema import DistillationConfig
 from tests.helpers import oracles
-from tests.helpers.loss_samples import CLASSES, EXITS, IMAGES, make_settings, sample
+from tests.helpers.loss_samples import CLASSES, EXITS, IMAGES, erde_loss, kd_loss, make_settings, sample
 
 torch.set_num_threads(1)
 
@@ -331,13 +331,6 @@ def test_wrong_number_of_values_per_exit(loss: Any, arguments: dict[str, Any]) -
     student, teacher, labels = sample()
     with pytest.raises(ValueError, match="exits"):
         loss(student, teacher, labels, **arguments)
-
-
-@pytest.mark.parametrize("loss", [kd_loss, erde_loss])
-def test_different_numbers_of_exits_need_pairs(loss: Any) -> None:
-    student, teacher, labels = sample(teacher_exits=2)
-    with pytest.raises(ValueError, match="give pairs"):
-        loss(student, teacher, labels)
 
 
 # ---------------------------------------------------------------- shared settings

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from erde.losses import byot_loss, dkd_loss, erde_loss, exit_ensemble_loss, kd_loss, phuong_loss
 from erde.losses.base import ExitSettings, exit_kl, soft_cross_entropy
 from erde.losses.dkd import decoupled_kl
 from erde.losses.kd import standardise_logits
@@ -25,8 +24,14 @@ from tests.helpers.loss_samples import (
     STUDENT_SHAPES,
     TRAIN_IMAGES,
     build,
+    byot_loss,
+    dkd_loss,
+    erde_loss,
+    exit_ensemble_loss,
     extras_of,
+    kd_loss,
     make_settings,
+    phuong_loss,
     sample,
 )
 from tests.losses.test_losses import as_numpy, assert_parts
