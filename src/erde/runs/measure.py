@@ -33,7 +33,7 @@ from erde.evaluation.results import (
     RuntimeAgreement,
     SplitInfo,
 )
-from erde.exporting.onnx_files import build_manifest
+from erde.exporting.api import build_manifest
 from erde.runtime.session import Session
 
 if TYPE_CHECKING:
