@@ -25,6 +25,13 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"name": name} for name in LOSSES} 
         "controller": {"per_exit": True, "gradient_factor": 1},
         "entropy_form": "teacher",
     },
+    "erde-everywhere": {
+        "name": "erde",
+        "entropy_exits": "all",
+        "ce_on_wrong": False,
+        "kl_on_wrong": True,
+        "entropy_form": "uniform_kl",
+    },
     "erde-held-out": {"name": "erde", "wrong_test": "held_out", "entropy_form": "uniform_kl"},
     "erde-all": {
         "name": "erde",

@@ -268,7 +268,7 @@ def exit_entropy(logits: Tensor) -> Tensor:
 
 
 def teacher_wrong(paired_teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """Where the teacher's exit is wrong: (E, B, K), (B,) -> bool (E, B)."""
+    """True where the teacher's exit is wrong: (E, B, K), (B,) -> bool (E, B)."""
     return paired_teacher_logits.argmax(dim=-1) != labels
 
 

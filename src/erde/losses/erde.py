@@ -50,7 +50,7 @@ def entropy_penalty(student_logits: Tensor, teacher_logits: Tensor, form: Entrop
 def wrong_images(
     teacher_logits: Tensor, paired: Tensor, labels: Tensor, config: ERDEConfig, held_out: Tensor | None
 ) -> Tensor:
-    """Where the teacher counts as wrong by ``config.wrong_test``: bool (Es, B).
+    """True where the teacher counts as wrong by ``config.wrong_test``: bool (Es, B).
 
     ``paired`` and ``held_out`` are logits in the student's order (Es, B, K).
 

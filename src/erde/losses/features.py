@@ -14,14 +14,14 @@ from erde.recipe.losses import BYOTConfig, ExitEnsembleConfig
 
 
 def feature_channels(
-    shapes: Sequence[tuple[int, ...]], exits: Sequence[int], whose: str, loss: str
+    shapes: Sequence[tuple[int, ...]], exits: Sequence[int], owner: str, loss: str
 ) -> list[int]:
     """Channels of the features at ``exits``, from the shapes for one image.
 
     Maps are (C, H, W), tokens (N, C), vectors (C,).
 
     Raises:
-        UserError: no features of such a shape at one of the exits; names the loss and whose features.
+        UserError: no features of such a shape at one of the exits; names the loss and the features' owner.
     """
     channels = []
     for index in exits:
@@ -29,7 +29,7 @@ def feature_channels(
         if not 1 <= len(shape) <= 3:
             offered = f"of shape {shape}" if shape else "none"
             raise UserError(
-                f"the loss '{loss}' compares features, and the {whose}'s backbone offers {offered} at exit {index}: "
+                f"the loss '{loss}' compares features, and the {owner}'s backbone offers {offered} at exit {index}: "
                 "expected (C, H, W), (N, C) or (C,); use another backbone or a loss without features"
             )
         channels.append(shape[-1] if len(shape) == 2 else shape[0])
