@@ -322,9 +322,9 @@ def test_a_policy_survives_json() -> None:
         ({"max_risks": (math.nan,)}, "max_risks.0: expected a finite number, got nan"),
         ({"confidence": 1.0}, "confidence: expected less than 1, got 1.0"),
         ({"max_risks": ()}, "max_risks: expected"),
-        ({"max_risks": (0.01, 0.01)}, "each of max_risks once, got .0.01, 0.01."),
-        ({"max_risks": (0.05, 0.0500000001)}, "each of max_risks once"),
-        ({"latency_budgets": (2.0, 2.0)}, "each of latency_budgets once"),
+        ({"max_risks": (0.01, 0.01)}, "max_risks: expected each once, got .0.01, 0.01."),
+        ({"max_risks": (0.05, 0.0500000001)}, "max_risks: expected each once"),
+        ({"latency_budgets": (2.0, 2.0)}, "latency_budgets: expected each once"),
         ({"budgets": (0.4,)}, "a budget of 40 % of the MACs cannot be met.*takes 42 %"),
         ({"latency_budgets": (2.0,)}, "a latency budget of 2 ms needs a profile of the machine"),
         ({"latency_budgets": (-2.0,)}, "latency_budgets.0: expected greater than 0, got -2.0"),
@@ -332,7 +332,7 @@ def test_a_policy_survives_json() -> None:
         ({"score": "entrpy"}, "unknown score 'entrpy'.*did you mean 'entropy'"),
         (
             {"ensemble": "mean"},
-            "ensemble: expected 'auto' or 'none', 'arithmetic' or 'geometric', got 'mean'",
+            "ensemble: expected 'auto', 'none', 'arithmetic' or 'geometric', got 'mean'",
         ),
         (
             {"score": "energy", "ensemble": "geometric"},

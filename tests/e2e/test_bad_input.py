@@ -90,7 +90,10 @@ PLAIN_TEACHER = ("teacher.train_subset=null", "teacher.disjoint=false")
         (("calibrate", "nowhere.npz", "--max-risk", "5"), ("--max-risk", "0.5% or 0.005")),
         (("calibrate", "nowhere.npz", "--confidence", "sure"), ("--confidence", "sure")),
         (("calibrate", "nowhere.npz", "--score", "entropi"), ("entropi", "did you mean 'entropy'")),
-        (("calibrate", "nowhere.npz", "--guarantee", "all"), ("all", "risk, net_drop, expected_risk")),
+        (
+            ("calibrate", "nowhere.npz", "--guarantee", "all"),
+            ("all", "'risk', 'net_drop' or 'expected_risk'"),
+        ),
         (("calibrate", "nowhere.npz", "--macs", "1,two"), ("--macs", "numbers separated by commas")),
         (("calibrate", "nowhere.npz", "--data", "photos"), ("--data", "holds logits")),
         (("evaluate", "nowhere.npz"), ("no policy at nowhere.policy.json",)),

@@ -180,8 +180,6 @@ print(json.dumps({"exits": answer.exits.tolist(), "labels": answer.labels.tolist
         "risk-5",
         "every exit computed",
     }
-    first = next(one for one in found["starts"] if one["contender"] == "bundle")
-    print(f"fresh process to first answer: {first['first_answer_ms']:.0f} ms")
     refused = erde("run", "digits")
     assert refused.returncode == 2
     assert "pip install 'erde[train]'" in refused.stderr

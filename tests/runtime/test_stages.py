@@ -147,13 +147,3 @@ def test_what_a_graph_does_not_tell_is_not_bound(tmp_path: Path, images: NDArray
     expected = images[:3].astype(np.float32).mean(axis=(1, 3))
     for _ in range(2):
         np.testing.assert_allclose(runner.run_bound(0, images[:3])[1], expected, rtol=1e-6)
-
-
-def test_time_inside_onnx_runtime(runner: StageRunner, images: NDArray[np.uint8]) -> None:
-    with runner.timed() as seconds:
-        through(runner, images[:2], True)
-        through(runner, images[:2], False)
-        assert len(seconds) == 6
-        assert all(one > 0 for one in seconds)
-    through(runner, images[:2], True)
-    assert len(seconds) == 6

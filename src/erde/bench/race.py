@@ -207,11 +207,11 @@ def _labels(paths: Sequence[Path]) -> dict[Path, str]:
     return dict(zip(paths, names, strict=True))
 
 
-def _check_same_task(path: Path, theirs: bundle.Manifest, mine: bundle.Manifest) -> None:
-    if theirs.input_shape != mine.input_shape or len(theirs.classes) != len(mine.classes):
+def _check_same_task(path: Path, rival: bundle.Manifest, manifest: bundle.Manifest) -> None:
+    if rival.input_shape != manifest.input_shape or len(rival.classes) != len(manifest.classes):
         raise UserError(
-            f"bundle {path} takes images of shape {theirs.input_shape} and tells {len(theirs.classes)} classes, the one that "
-            f"is timed {mine.input_shape} and {len(mine.classes)}: give bundles of the same task"
+            f"bundle {path} takes images of shape {rival.input_shape} and tells {len(rival.classes)} classes, the one that "
+            f"is timed {manifest.input_shape} and {len(manifest.classes)}: give bundles of the same task"
         )
 
 

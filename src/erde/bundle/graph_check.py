@@ -1,4 +1,4 @@
-"""What may stand in a stage's file, looked at before ONNX Runtime does and without the onnx package.
+"""Check a stage's file before ONNX Runtime opens it, without the onnx package.
 
 A seal says nothing about its author. A stranger's graph is data, but for what ONNX allows and no stage needs:
 weights in other files, which no checksum covers; loops and branches, which may never end; functions that call
@@ -101,7 +101,7 @@ def refusal(path: Path) -> str | None:
 
 
 def _first_refused(content: mmap.mmap) -> str | None:
-    """What is wrong with a serialized model, the first of it; messages wait in a list, so depth does not matter."""
+    """The first fault of a serialized model; messages wait in a list, so depth does not matter."""
     waiting = [("model", 0, len(content))]
     fields = 0
     while waiting:
@@ -133,8 +133,8 @@ def _first_refused(content: mmap.mmap) -> str | None:
             if inside in NAMES:
                 name = content[start : min(at, start + 100)].decode("utf-8", "replace")
                 if name not in NAMES[inside]:
-                    what = "operator" if inside == "operator" else "operators of the domain"
-                    return f"has the {what} '{in_one_line(name)}'"
+                    kind = "operator" if inside == "operator" else "operators of the domain"
+                    return f"has the {kind} '{in_one_line(name)}'"
             elif inside not in REFUSED:
                 waiting.append((inside, start, at))
     return None

@@ -43,7 +43,7 @@ class ReferenceSample(Frozen):
 
     @model_validator(mode="after")
     def _tight(self) -> ReferenceSample:
-        largest = max((abs(one) for rows in self.logits for row in rows for one in row), default=0.0)
+        largest = max((abs(logit) for rows in self.logits for row in rows for logit in row), default=0.0)
         allowed = MAX_TOLERANCE * max(1.0, largest)
         if not self.tolerance <= allowed:
             raise ValueError(
@@ -131,9 +131,9 @@ class Manifest(Frozen):
     def _check_parameters(self, exits: int) -> None:
         if (self.score == "harm") != (self.score_parameters is not None):
             raise ValueError("score_parameters belong to the score 'harm', and to no other")
-        for index, one in enumerate(self.score_parameters or ()):
+        for index, parameters in enumerate(self.score_parameters or ()):
             features = harm_feature_count(index, len(self.classes))
-            if len(one.weights) != features or len(one.class_weights) != len(self.classes):
+            if len(parameters.weights) != features or len(parameters.class_weights) != len(self.classes):
                 raise ValueError(
                     f"score_parameters of exit {index} are not {features} weights and one per class"
                 )
@@ -141,7 +141,7 @@ class Manifest(Frozen):
             raise ValueError(f"{len(self.score_parameters)} score_parameters for {exits} exits")
 
     def rule(self) -> ExitRule:
-        """What the exits answer with and decide on."""
+        """The exit rule of this bundle."""
         harm = None if self.score_parameters is None else tuple(self.score_parameters)
         return ExitRule(self.score, self.sharpness, self.ensemble, harm)
 

@@ -42,7 +42,7 @@ class Profile(BaseModel):
     def _positive(self) -> Profile:
         if 1 not in self.milliseconds:
             raise ValueError("batch size 1 is missing")
-        if any(size < 1 or not all(one > 0 for one in times) for size, times in self.milliseconds.items()):
+        if any(size < 1 or not min(times, default=1) > 0 for size, times in self.milliseconds.items()):
             raise ValueError("batch sizes and milliseconds must be above 0")
         return self
 
@@ -51,7 +51,7 @@ class Profile(BaseModel):
         return tuple((np.cumsum(self.milliseconds[batch_size]) / batch_size).tolist())
 
     def stage_milliseconds(self, stage: int, count: int) -> float:
-        """What a stage takes for ``count`` images: linear between the profiled sizes, in proportion beyond them."""
+        """Milliseconds of a stage for ``count`` images: linear between the profiled sizes, in proportion beyond them."""
         sizes = sorted(self.milliseconds)
         largest = sizes[-1]
         if count > largest:

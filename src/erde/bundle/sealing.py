@@ -91,8 +91,8 @@ def read(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = in_one_line(".".join(str(part) for part in first["loc"])) or "manifest"
-        what = in_one_line(first["msg"])
-        raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {what}") from error
+        problem = in_one_line(first["msg"])
+        raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {problem}") from error
     for name in manifest.files:
         _check_file(folder, name)
     for stage in manifest.stages:
@@ -128,7 +128,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 
 def _check_json(folder: Path, value: dict[str, Any]) -> None:
-    """What JSON allows and nobody could print or write again: nesting without end, and half characters."""
+    """Refuse JSON that could not be printed or written again: nesting without end, and half characters."""
     waiting: list[tuple[Any, int]] = [(value, 1)]
     while waiting:
         node, depth = waiting.pop()
@@ -141,7 +141,7 @@ def _check_json(folder: Path, value: dict[str, Any]) -> None:
             if depth > MAX_DEPTH:
                 raise UserError(f"bundle {folder}: {MANIFEST} is nested more than {MAX_DEPTH} levels deep")
             inside = [*node, *node.values()] if isinstance(node, dict) else node
-            waiting += [(one, depth + 1) for one in inside]
+            waiting += [(child, depth + 1) for child in inside]
 
 
 def _exact_float(text: str) -> float:
@@ -181,16 +181,16 @@ def write(folder: Path, manifest: Manifest, stages: list[Path], beside_seal: Seq
 
 def differences(first: Manifest, second: Manifest) -> dict[str, tuple[Any, Any]]:
     """Fields in which two manifests differ, by dotted name: (value in the first, in the second)."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changes: dict[str, tuple[Any, Any]] = {}
 
-    def walk(one: Any, other: Any, key: str) -> None:
-        if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-            one, other = dict(enumerate(one)), dict(enumerate(other))
-        if isinstance(one, dict) and isinstance(other, dict):
-            for name in [*one, *(name for name in other if name not in one)]:
-                walk(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
-        elif one != other:
-            found[key] = (one, other)
+    def walk(old: Any, new: Any, key: str) -> None:
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            old, new = dict(enumerate(old)), dict(enumerate(new))
+        if isinstance(old, dict) and isinstance(new, dict):
+            for name in [*old, *(name for name in new if name not in old)]:
+                walk(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+        elif old != new:
+            changes[key] = (old, new)
 
     walk(first.model_dump(mode="json"), second.model_dump(mode="json"), "")
-    return found
+    return changes

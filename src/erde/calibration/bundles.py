@@ -43,7 +43,7 @@ def apply(
 
 
 class _TuneAndCertify(Protocol):
-    """What :func:`calibrate` needs of a data set; the test split is not among it."""
+    """The part of a data set that :func:`calibrate` needs: no test split."""
 
     @property
     def tune(self) -> TuneSplit: ...

@@ -45,7 +45,7 @@ _SHARES_TRIED = 25
 
 @dataclass(frozen=True)
 class PathCounts:
-    """What happens on a split at every point of a path, all (P,): images lost, images won, and lost so far.
+    """Counts of a split at every point of a path, all (P,): images lost, images won, and lost so far.
 
     ``lost``: the reference right and the answer wrong; ``won``: the other way round; ``lost_so_far``: lost
     at this point or at a more careful one, which never falls along the path.
@@ -81,7 +81,7 @@ def most_lost(images: int, max_risk: float, level: float) -> int:
 
 
 def net_drop_passes(lost: int, won: int, images: int, max_drop: float, level: float) -> bool:
-    """Whether the counts refute "net drop > max_drop" at ``level``, by a test that rejects wherever that of the risk does.
+    """True if the counts refute "net drop > max_drop" at ``level``, by a test that rejects wherever that of the risk does.
 
     Let ``s = most_lost(images, max_drop, level)``. With at most ``s`` lost images the point passes, as it would for the
     risk. Else let ``v`` be the share of discordant images (lost or won). At a net drop of exactly ``max_drop`` such

@@ -1,4 +1,4 @@
-"""What stands between logits and an honest certificate: splits that fit, budgets that can be met, one use of certify."""
+"""Checks before an honest certificate: splits that fit, budgets that can be met, one use of certify."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def absent_classes(labels: Labels, classes: int) -> str | None:
 
 
 def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list[str]:
-    """What makes a promise worth less than it seems, a line each: absent classes, images seen before, a poor network."""
+    """Reasons why a promise is worth less than it seems, a line each: absent classes, images seen before, a poor network."""
     classes = certify.logits.shape[-1]
     lines = [absent_classes(tune.labels, classes)]
     right = (certify.logits.argmax(axis=-1) == certify.labels).mean(axis=1)
@@ -91,7 +91,9 @@ def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list
             "elsewhere?), the promise does not hold for new images"
         )
     lines.append(poor_network(final, early, classes, "certify"))
-    bound = [str(index) for index, one in enumerate(temperatures) if one < SMALLEST_TEMPERATURE]
+    bound = [
+        str(index) for index, temperature in enumerate(temperatures) if temperature < SMALLEST_TEMPERATURE
+    ]
     if bound:
         lines.append(
             f"the temperature of exit {', '.join(bound)} ran to its bound: tune looks as if the network had been trained on "
@@ -117,7 +119,7 @@ def seen_before(certify: Logits, test: Logits) -> str | None:
     Far is three points or more, and four standard errors of the difference of two shares.
     """
     on_certify, on_test = (
-        float((one.logits[-1].argmax(axis=-1) == one.labels).mean()) for one in (certify, test)
+        float((split.logits[-1].argmax(axis=-1) == split.labels).mean()) for split in (certify, test)
     )
     pooled = (on_certify * len(certify) + on_test * len(test)) / (len(certify) + len(test))
     error = (pooled * (1 - pooled) * (1 / len(certify) + 1 / len(test))) ** 0.5
@@ -178,7 +180,7 @@ class Request:
         return self._hash(self._settings(), replace(self.cost, exit_milliseconds=None))
 
     def is_that_of(self, earlier: Calibration) -> bool:
-        """Whether an earlier calibration made the same choices.
+        """True if an earlier calibration made the same choices.
 
         Earlier versions hashed milliseconds too, and whole numbers as they were given: 1 and 1.0 were two choices.
         """

@@ -18,7 +18,7 @@ from erde.policy.rule import PAPER_RULE, ExitRule
 # Scores are compared at these risks, whatever is promised.
 COMPARED_RISKS = (0.005, 0.01, 0.02)
 # A rule with a larger share of tune images on the edge of its thresholds is chosen only for want of another.
-MOST_FRAGILE = 0.005
+MOST_FRAGILE = 0.002
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,27 @@ def choose_score(
     Candidates whose thresholds stand where scores crowd (``fragile``) come last; ties keep the paper's rule
     in front. Never by NLL.
     """
-    choices = [_try_rule(tune, rule, cost, settings, reference_right) for rule in settings.rules()]
+    choices = [try_rule(tune, rule, cost, settings, reference_right) for rule in settings.rules()]
     return sorted(
         choices,
-        key=lambda one: (
-            one.fragile > MOST_FRAGILE,
-            -one.macs_saved,
-            one.rule.ensemble != "none",
-            one.rule.score != "entropy",
-            one.rule.sharpness != 1.0,
+        key=lambda choice: (
+            choice.fragile > MOST_FRAGILE,
+            -choice.macs_saved,
+            choice.rule.ensemble != "none",
+            choice.rule.score != "entropy",
+            choice.rule.sharpness != 1.0,
         ),
     )
 
 
-def _try_rule(
+def try_rule(
     tune: TuneLogits,
     rule: ExitRule,
     cost: Cost,
     settings: Settings,
     reference_right: NDArray[np.bool_] | None,
 ) -> Choice:
+    """Fit ``rule`` on tune where it has parameters, and search its path of thresholds."""
     if rule.score == "harm":
         right = tune.logits[-1].argmax(axis=-1) == tune.labels if reference_right is None else reference_right
         rule = ExitRule(rule.score, rule.sharpness, rule.ensemble, fit_harm(tune, right))
@@ -101,20 +102,20 @@ class Contender:
     targets: tuple[ContenderTarget, ...]
 
 
-def _contenders(choices: list[Choice], cost: Cost) -> list[Contender]:
+def find_contenders(choices: list[Choice], cost: Cost) -> list[Contender]:
     """The best of each score and ensemble, and the paper's rule."""
-    kept: dict[tuple[str, str], Choice] = {}
-    for one in choices:
-        kept.setdefault((one.rule.score, one.rule.ensemble), one)
-    best = list(kept.values())
-    if PAPER_RULE not in [one.rule for one in best]:
-        best += [one for one in choices if one.rule == PAPER_RULE]
+    best: dict[tuple[str, str], Choice] = {}
+    for choice in choices:
+        best.setdefault((choice.rule.score, choice.rule.ensemble), choice)
+    contenders = list(best.values())
+    if PAPER_RULE not in [choice.rule for choice in contenders]:
+        contenders += [choice for choice in choices if choice.rule == PAPER_RULE]
 
     def targets(path: ThresholdPath) -> tuple[ContenderTarget, ...]:
-        found = [(risk, best_within_risk(path, risk)) for risk in COMPARED_RISKS]
+        points = [(risk, best_within_risk(path, risk)) for risk in COMPARED_RISKS]
         return tuple(
             ContenderTarget(risk, path.thresholds[index], 1.0 - float(path.macs[index]) / cost.no_exit_macs)
-            for risk, index in found
+            for risk, index in points
         )
 
-    return [Contender(one.rule, targets(one.path)) for one in best]
+    return [Contender(choice.rule, targets(choice.path)) for choice in contenders]

@@ -150,7 +150,7 @@ class FewLabels:
         return ScoredSplit.of(CertifyLogits(self.certify.logits, known), self.rule, None)
 
     def _unknown_harm(self, labels: Labels) -> int:
-        """How many asked images have no label: they count as harmed."""
+        """The number of asked images without a label: they count as harmed."""
         return int((labels[self.asked()] == UNKNOWN).sum())
 
     def _passes(self, lost: float, ever_lost: float) -> bool:

@@ -79,7 +79,7 @@ def fit_logistic(features: Array, positive: NDArray[np.bool_], ridge: float) -> 
         value = np.logaddexp(0.0, -margins).sum() + ridge / 2 * parameters[1:] @ parameters[1:]
         return float(value), gradient
 
-    found = minimize(
+    minimum = minimize(
         objective, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 500}
     )
-    return float(found.x[0]), np.asarray(found.x[1:])
+    return float(minimum.x[0]), np.asarray(minimum.x[1:])

@@ -34,7 +34,7 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: NDArray[np.int64] | slice, /) -> Images:
-        chosen = self.paths[index] if isinstance(index, slice) else [self.paths[one] for one in index]
+        chosen = self.paths[index] if isinstance(index, slice) else [self.paths[row] for row in index]
         images = [load_image(path, self.image_shape) for path in chosen]
         return np.stack(images) if images else np.zeros((0, *self.image_shape), dtype=np.uint8)
 
@@ -84,16 +84,16 @@ def load_unlabelled(
             f"{len(by_digest)} images below {folder}: calibration needs two or more, to tune and to certify"
         )
     # In the order of the hashes: a renamed file stays on its side.
-    found = sorted(by_digest.items())
-    order = np.random.default_rng(seed).permutation(len(found))
-    size = max(1, min(len(found) - 1, round(tune_share * len(found))))
-    names = [path.relative_to(folder).as_posix() for _, path in found]
+    files = sorted(by_digest.items())
+    order = np.random.default_rng(seed).permutation(len(files))
+    size = max(1, min(len(files) - 1, round(tune_share * len(files))))
+    names = [path.relative_to(folder).as_posix() for _, path in files]
     tune, certify = (tuple(int(row) for row in np.sort(part)) for part in (order[:size], order[size:]))
     return Unlabelled(
-        ImageFiles(tuple(found[row][1] for row in tune), shape),
-        ImageFiles(tuple(found[row][1] for row in certify), shape),
+        ImageFiles(tuple(files[row][1] for row in tune), shape),
+        ImageFiles(tuple(files[row][1] for row in certify), shape),
         tuple(names[row] for row in certify),
-        {name: digest.hex() for name, (digest, _) in zip(names, found, strict=True)},
+        {name: digest.hex() for name, (digest, _) in zip(names, files, strict=True)},
         copies,
         _set_fingerprint(by_digest),
     )
@@ -142,23 +142,24 @@ def load_tune_and_certify(
     """
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}: expected labelled images, a sub-folder per class")
-    found = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-    if not found:
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
         raise UserError(f"{folder} has no sub-folders: expected one per class, such as {folder / classes[0]}")
-    for one in found:
-        if one.name not in classes:
+    for class_folder in folders:
+        name = class_folder.name
+        if name not in classes:
             raise UserError(
-                f"{one} is no class of this bundle{nearest(one.name, classes)}; its classes are: {listed(classes)}"
+                f"{class_folder} is no class of this bundle{nearest(name, classes)}; its classes are: {listed(classes)}"
             )
     paths, labels, copies = [], [], 0
     seen: dict[bytes, Path] = {}
-    for one in found:
-        for path in sorted(one.rglob("*")):
+    for class_folder in folders:
+        for path in sorted(class_folder.rglob("*")):
             if path.suffix.lower() not in SUFFIXES or path.is_dir():
                 continue
             digest = _digest(path)
             if digest in seen:
-                if seen[digest].relative_to(folder).parts[0] != one.name:
+                if seen[digest].relative_to(folder).parts[0] != class_folder.name:
                     raise UserError(
                         f"{path} and {seen[digest]} are the same image in two classes: keep one of them"
                     )
@@ -166,7 +167,7 @@ def load_tune_and_certify(
                 continue
             seen[digest] = path
             paths.append(path)
-            labels.append(classes.index(one.name))
+            labels.append(classes.index(class_folder.name))
     all_labels = np.asarray(labels, dtype=np.int64)
     if len(all_labels) < 2:
         raise UserError(

@@ -23,7 +23,7 @@ from erde.calibration.checks import (
     check_splits,
     doubts,
 )
-from erde.calibration.choice import Choice, _contenders, _try_rule, choose_score
+from erde.calibration.choice import Choice, choose_score, find_contenders, try_rule
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, sweep
@@ -44,8 +44,8 @@ def fit_temperatures(tune: TuneLogits) -> list[float]:
             return float(-log_probabilities[rows, tune.labels].mean())
 
         bound = math.log(20)
-        found = minimize_scalar(negative_log_likelihood, bounds=(-bound, bound), method="bounded")
-        return math.exp(float(found.x))
+        minimum = minimize_scalar(negative_log_likelihood, bounds=(-bound, bound), method="bounded")
+        return math.exp(float(minimum.x))
 
     return [fit(logits) for logits in tune.logits]
 
@@ -82,9 +82,9 @@ def calibrate_logits(
     chosen = choices[0]
     certify_scored = ScoredSplit.of(certify_split, chosen.rule, certify_reference_right)
     points, left_out, default = operating_points(chosen, certify_scored, cost, settings)
-    paper = next((one for one in choices if one.rule == PAPER_RULE), None)
+    paper = next((choice for choice in choices if choice.rule == PAPER_RULE), None)
     if paper is None:
-        paper = _try_rule(tune, PAPER_RULE, cost, settings, tune_reference_right)
+        paper = try_rule(tune, PAPER_RULE, cost, settings, tune_reference_right)
         choices.append(paper)
     temperatures = fit_temperatures(TuneLogits(chosen.rule.apply(tune.logits)[0], tune.labels))
     for line in doubts(tune, certify_split, temperatures):
@@ -99,16 +99,16 @@ def calibrate_logits(
         calibration=seen(chosen, certify_scored, points, default, tune, certify_split, cost, asked, sources),
         candidates=[
             ScoreCandidate(
-                score=one.rule.score,
-                sharpness=one.rule.sharpness,
-                ensemble=one.rule.ensemble,
-                macs_saved=one.macs_saved,
-                fragile=one.fragile,
+                score=choice.rule.score,
+                sharpness=choice.rule.sharpness,
+                ensemble=choice.rule.ensemble,
+                macs_saved=choice.macs_saved,
+                fragile=choice.fragile,
             )
-            for one in choices
+            for choice in choices
         ],
         paper_path=paper.path,
-        contenders=_contenders(choices, cost),
+        contenders=find_contenders(choices, cost),
     )
 
 
@@ -123,7 +123,7 @@ def seen(
     asked: Settings,
     sources: Sequence[str],
 ) -> Calibration:
-    """What calibration saw, for the drift watch and against a second choice on the same images; ``asked`` as given."""
+    """The record of a calibration, for the drift watch and against a second choice on the same images."""
     ranges = _score_ranges(chosen)
     thresholds = next(point.thresholds for point in points if point.name == default)
     return Calibration(
@@ -230,7 +230,7 @@ def _left_out(max_risk: float, images: int, settings: Settings) -> LeftOut:
 
 
 def _bound(certify_scored: ScoredSplit, thresholds: policy.Thresholds, settings: Settings) -> str:
-    """What certify says of thresholds that tune alone had chosen."""
+    """The bound that certify gives for thresholds that tune alone had chosen, in words."""
     exits = policy.decide(certify_scored.scores, thresholds)
     lost = int(policy.take_exit(certify_scored.harm, exits).sum())
     bound = upper_bound(lost, 0, len(certify_scored), settings.confidence)
@@ -240,7 +240,7 @@ def _bound(certify_scored: ScoredSplit, thresholds: policy.Thresholds, settings:
 
 
 def _score_ranges(chosen: Choice) -> list[tuple[float, float]]:
-    """What the histograms of each exit's scores span: [0, 1], or what tune had where scores have no bounds."""
+    """The ranges of the score histograms: [0, 1], or tune's own where scores have no bounds."""
     if chosen.rule.score not in ("energy", "patience"):
         return [(0.0, 1.0)] * len(chosen.tune.scores)
     return [

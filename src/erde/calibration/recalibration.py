@@ -207,7 +207,7 @@ def recalibrate_with_labels(
 
 
 def describe(calibrated: CalibratedPolicy, precision: Precision = "fp32") -> Iterator[str]:
-    """What was chosen, certified and left out, a line each."""
+    """Say what was chosen, certified and left out, a line each."""
     yield f"score: {calibrated.rule.in_words()}"
     for point in calibrated.points:
         default = " (default)" if point.name == calibrated.default else ""

@@ -31,7 +31,7 @@ class Settings(CalibrationConfig):
     @classmethod
     def _each_time_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if len({f"{value:g}" for value in values}) != len(values):
-            raise ValueError(f"each of latency_budgets once, got {list(values)}")
+            raise ValueError(f"expected each once, got {list(values)}")
         return values
 
     def against_given(self) -> Settings:

@@ -102,10 +102,11 @@ class Sweep:
 
 
 def sweep(split: ScoredSplit, thresholds: Sequence[policy.Thresholds]) -> Sweep:
-    """What each of many threshold vectors does on ``split``; memory stays bounded however many there are."""
+    """Count what each threshold vector does on ``split``; memory stays bounded however many there are."""
     exits, images = split.scores.shape
     levels = np.asarray(
-        [[np.inf if one is None else one for one in vector] for vector in thresholds], dtype=np.float64
+        [[np.inf if threshold is None else threshold for threshold in vector] for vector in thresholds],
+        dtype=np.float64,
     ).reshape(len(thresholds), exits - 1)
     leaving = np.zeros((len(levels), exits), dtype=np.int64)
     counts = np.zeros((3, len(levels)), dtype=np.int64)

@@ -69,7 +69,7 @@ def energy_score(logits: NDArray[Any], sharpness: float = 1.0) -> Array:
 
 
 def agreement_run(labels: Sequence[NDArray[np.int64]]) -> Array:
-    """How many exits in a row, up to the last of ``labels`` (exits x (B,)), give its label: 1 or more.
+    """The number of exits in a row, up to the last of ``labels`` (exits x (B,)), that give its label: 1 or more.
 
     With the threshold k - 1/2 this is patience: leave once k exits in a row agree (Zhou et al. 2020,
     arXiv 2006.04152).
@@ -102,7 +102,7 @@ def score(logits: NDArray[Any], name: str, sharpness: float) -> Array:
 
 
 def running_ensemble(so_far: Sequence[NDArray[Any]], ensemble: Ensemble) -> Array:
-    """What the exits so far, each (B, K), say together: log-probabilities (B, K).
+    """The joint answer of the exits so far, each (B, K), as log-probabilities (B, K).
 
     ``arithmetic``: ``ln mean_j softmax(z_j)``; ``geometric``: ``mean_j ln softmax(z_j)``, not normalised.
     """
@@ -114,7 +114,7 @@ def running_ensemble(so_far: Sequence[NDArray[Any]], ensemble: Ensemble) -> Arra
 
 
 def harm_features(so_far: Sequence[NDArray[Any]]) -> tuple[Array, NDArray[np.int64]]:
-    """What the learned score of the last exit of ``so_far`` looks at: numbers (B, F) and its label (B,).
+    """The features of the learned score at the last exit of ``so_far``: numbers (B, F) and its label (B,).
 
     The numbers: normalised entropy, margin, the log-probabilities of the TOP (at most K) likeliest classes,
     and for each earlier exit the log-probability that it gives to this exit's label and whether it agrees.
@@ -136,7 +136,7 @@ def harm_features(so_far: Sequence[NDArray[Any]]) -> tuple[Array, NDArray[np.int
 
 
 def harm_feature_count(index: int, classes: int) -> int:
-    """How many numbers :func:`harm_features` gives at exit ``index``."""
+    """The number of features that :func:`harm_features` gives at exit ``index``."""
     return 2 + min(TOP, classes) + 2 * index
 
 
@@ -166,7 +166,7 @@ class HarmParameters:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """What an exit answers with and what it decides on, as data; thresholds are kept apart.
+    """The answer and the score of an exit, as data; thresholds are kept apart.
 
     ``score`` is one of SCORES at ``sharpness`` (of the OWN_SCORES only). With an ``ensemble`` the exits so
     far answer together, but for the final exit, which answers alone: with every early exit disabled the
@@ -209,7 +209,7 @@ class ExitRule:
         return score(answer, self.score, self.sharpness)
 
     def apply(self, logits: NDArray[Any]) -> tuple[NDArray[Any], Array]:
-        """Of the logits (E, N, K) of all exits: the answers (E, N, K) and the scores (E, N)."""
+        """The answers (E, N, K) and the scores (E, N) of the logits (E, N, K) of all exits."""
         count = len(logits)
         answers, scores = [], []
         for index in range(count):
@@ -224,7 +224,7 @@ PAPER_RULE = ExitRule("entropy", 1.0)
 
 
 def leaves(scores: Array, threshold: float | Array | None) -> NDArray[np.bool_]:
-    """Which images leave at an intermediate exit: those with ``score > threshold``; none where disabled.
+    """The images that leave at an intermediate exit: those with ``score > threshold``; none where disabled.
 
     Several thresholds at once broadcast against the scores.
     """
@@ -272,5 +272,5 @@ def take_exit(values: NDArray[Any], exits: NDArray[np.int64]) -> NDArray[Any]:
 def answer_probabilities(
     logits: NDArray[Any], exits: NDArray[np.int64], temperatures: Sequence[float] | Array
 ) -> Array:
-    """What an answer reports: the tempered softmax (N, K) of the exit that answered, ``logits`` (N, K)."""
+    """The reported probabilities: the tempered softmax (N, K) of the exit that answered, ``logits`` (N, K)."""
     return softmax(np.asarray(logits, dtype=np.float64) / np.asarray(temperatures)[exits][:, None])

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from erde.common.errors import UserError, nearest
 from erde.common.model import Frozen
 from erde.policy.points import Guarantee, Reference
-from erde.policy.rule import SCORES, Ensemble
+from erde.policy.rule import SCORES
 from erde.recipe.backbones import check_backbone_name
 from erde.recipe.losses import AnyLoss, CrossEntropyConfig, LossConfig
 from erde.recipe.types import (
@@ -307,7 +307,9 @@ class CalibrationConfig(Frozen):
     sharpness: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
         None, description="None: chosen on tune, like the score"
     )
-    ensemble: Literal["auto"] | Ensemble = Field("auto", description="of the exits so far; auto: none")
+    ensemble: Literal["auto", "none", "arithmetic", "geometric"] = Field(
+        "auto", description="of the exits so far; auto: none"
+    )
 
     @field_validator("score")
     @classmethod
@@ -318,10 +320,10 @@ class CalibrationConfig(Frozen):
 
     @field_validator("max_risks", "budgets")
     @classmethod
-    def _each_once(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    def _each_once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         # Compared as operating points are named.
         if len({f"{100 * value:g}" for value in values}) != len(values):
-            raise ValueError(f"each of {info.field_name} once, got {list(values)}")
+            raise ValueError(f"expected each once, got {list(values)}")
         return values
 
     @model_validator(mode="after")

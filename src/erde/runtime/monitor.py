@@ -46,10 +46,10 @@ def cut_p_values(calibration: Counts, stream: Counts) -> NDArray[np.float64]:
     below = np.cumsum(calibration)[:-1]
     both = below + np.cumsum(stream)[:-1]
     telling = (np.diff(both, prepend=0) > 0) & (both < n + m)
-    found = np.full(len(both), np.nan)
+    p_values = np.full(len(both), np.nan)
     if m and telling.any():
-        found[telling] = np.minimum(1.0, 2.0 * _smaller_tail(below[telling], both[telling], n, m))
-    return found
+        p_values[telling] = np.minimum(1.0, 2.0 * _smaller_tail(below[telling], both[telling], n, m))
+    return p_values
 
 
 def _smaller_tail(below: Counts, both: Counts, n: int, m: int) -> NDArray[np.float64]:
@@ -128,7 +128,7 @@ def _log_choose(n: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What a :class:`Monitor` has seen so far, and whether it differs from calibration.
+    """The findings of a :class:`Monitor` so far, held against calibration.
 
     ``images`` were counted, ``ignored`` were answered at something else than the default operating point.
     ``exit_rates`` (E,) are those of the counted images, NaN before the first, ``score_histogram`` their scores
@@ -253,7 +253,7 @@ class Monitor:
                     self._block = self._empty()
 
     def report(self) -> DriftReport:
-        """What was seen so far; costs next to nothing, ask as often as you like."""
+        """The findings so far; this costs next to nothing, ask as often as you like."""
         with self._lock:
             scores, exits = self._split(self._seen)
             rates = exits / self._images if self._images else np.full(len(exits), np.nan)
@@ -332,29 +332,29 @@ class Monitor:
             cut = int(np.nanargmin(cuts))
             self._p_value = min(self._p_value, smallest_p_value(expected, seen, float(cuts[cut])) / share)
             if self._alarm is None and self._p_value <= self.false_alarm:
-                self._alarm = self._images, self._what_moved(first_cut + cut, block)
+                self._alarm = self._images, self._describe_shift(first_cut + cut, block)
 
-    def _what_moved(self, cut: int, block: Counts) -> str:
+    def _describe_shift(self, cut: int, block: Counts) -> str:
         scores, exits = self._split(block)
         bins = len(self._scores)
         if cut < bins - 1:
             low, high = self._range
-            what = f"score below {low + (high - low) * (cut + 1) / bins:.3g} at exit 0"
+            event = f"score below {low + (high - low) * (cut + 1) / bins:.3g} at exit 0"
             seen, expected = scores[: cut + 1], self._scores[: cut + 1]
         else:
             cut -= bins - 1
-            what = f"leave by exit {cut}"
+            event = f"leave by exit {cut}"
             seen, expected = exits[: cut + 1], self._exits[: cut + 1]
         now, then = seen.sum() / exits.sum(), expected.sum() / self._exits.sum()
-        return f"{now:.1%} of the last {exits.sum():,} images {what}, at calibration {then:.1%}"
+        return f"{now:.1%} of the last {exits.sum():,} images {event}, at calibration {then:.1%}"
 
     def _message(self) -> str:
         ignored = f" ({self._ignored:,} not at '{self._point.name}' ignored)" if self._ignored else ""
         if self._alarm is not None:
-            after, what = self._alarm
+            after, event = self._alarm
             shaken = "its certificate" if self._point.certificate else "what was measured of it"
             return (
-                f"drift after {after:,} images{ignored}: {what}; '{self._point.name}' and {shaken} no longer stand on "
+                f"drift after {after:,} images{ignored}: {event}; '{self._point.name}' and {shaken} no longer stand on "
                 f"solid ground: {REMEDY}"
             )
         if self._images < BLOCK:

@@ -206,7 +206,7 @@ class _Output:
     done: Counter[str] = field(default_factory=Counter)
 
     def has(self, path: Path) -> bool:
-        """Whether this image has a row; each row stands for one mention of the path."""
+        """True if this image has a row; each row stands for one mention of the path."""
         name = _cell(str(path), "./") if self.suffix == ".csv" else str(path)
         there = self.done[name] > 0
         if there:

@@ -159,8 +159,8 @@ class Session:
         return profile if profile is not None and profile.threads == self._threads else None
 
     def _time_stages(self, images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-        """For a batch that stays whole to the end: seconds of each stage with its decision, and of taking one
-        image over to each next stage."""
+        """Seconds of each stage with its decision, for a batch that stays whole, and of taking an image over to the
+        next stage."""
         x: NDArray[Any] | None = images
         so_far: list[NDArray[Any]] = []
         seconds, per_row = [], []
@@ -324,7 +324,7 @@ class Session:
                 if undecided is not None and self._pays_to_gather(index, len(present), left):
                     keep = np.flatnonzero(undecided)
                     x = self._stages.gather(index + 1, features, keep)
-                    so_far = [one[keep] for one in so_far]
+                    so_far = [logits[keep] for logits in so_far]
                     present, undecided = present[keep], None
             clock.append(time.perf_counter())
             if not left:
@@ -372,7 +372,7 @@ class Session:
         )
 
     def _pays_to_gather(self, index: int, present: int, left: int) -> bool:
-        """Whether the next stage is quicker on the ``left`` undecided images of ``present`` behind exit ``index``."""
+        """True if the next stage is quicker on the ``left`` undecided images of ``present`` behind exit ``index``."""
         if self._profile is None:
             return True
         saved = self._profile.stage_milliseconds(index + 1, present)
@@ -408,7 +408,9 @@ class Session:
         """The furthest exit that a batch of ``count`` images reaches in time, by the profile."""
         profile = self._profile or self._read_profile()
         count = max(1, count)
-        size = min((one for one in profile.milliseconds if one >= count), default=max(profile.milliseconds))
+        size = min(
+            (size for size in profile.milliseconds if size >= count), default=max(profile.milliseconds)
+        )
         times = np.cumsum(profile.milliseconds[size]) * max(1.0, count / size)
         last = int((times <= deadline_ms).sum()) - 1
         if last < 0:

@@ -73,7 +73,7 @@ class StageRunner:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """What the first stage takes for one image, as the graph says: (H, W, C)."""
+        """The shape (H, W, C) of an image, as the first stage's graph tells it."""
         return tuple(self._sessions[0].get_inputs()[0].shape[1:])
 
     def run(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
@@ -85,14 +85,14 @@ class StageRunner:
             outputs = self._sessions[index].run(None, {self._inputs[index]: x})
         except Exception as error:
             raise _failed(index, x, str(error)) from error
-        if any(np.shape(one)[:1] != x.shape[:1] for one in outputs):
+        if any(np.shape(output)[:1] != x.shape[:1] for output in outputs):
             raise _failed(index, x, "it does not give one row for each image")
         if index == len(self._sessions) - 1:
             return None, outputs[0]
         return outputs[0], outputs[1]
 
     def run_bound(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
-        """As :meth:`run`, into buffers of this thread: what it gives is gone with the thread's next call.
+        """Run a stage as :meth:`run` does, into buffers of this thread, which its next call overwrites.
 
         ``x`` is C-contiguous and of the type that the stage takes: nothing is checked or copied.
         """
@@ -140,14 +140,14 @@ class StageRunner:
 
 
 def _empty_outputs(session: onnxruntime.InferenceSession) -> list[NDArray[Any]] | None:
-    """What a stage gives for no images, where the graph tells its shapes: some operators refuse an empty batch.
+    """The outputs of a stage for no images, where the graph tells its shapes: some operators refuse an empty batch.
 
     ONNX Runtime's LSTM even ends the process.
     """
     outputs = session.get_outputs()
-    if any(one.type != "tensor(float)" or len(one.shape) < 2 for one in outputs):
+    if any(output.type != "tensor(float)" or len(output.shape) < 2 for output in outputs):
         return None
-    shapes = [tuple(one.shape[1:]) for one in outputs]
+    shapes = [tuple(output.shape[1:]) for output in outputs]
     if any(not isinstance(side, int) for shape in shapes for side in shape):
         return None
     return [np.empty((0, *shape), dtype=np.float32) for shape in shapes]
@@ -156,8 +156,8 @@ def _empty_outputs(session: onnxruntime.InferenceSession) -> list[NDArray[Any]] 
 def _check_available(providers: Providers) -> None:
     # ONNX Runtime by itself would say so on the terminal, and quietly go on with the CPU.
     available = onnxruntime.get_available_providers()
-    for one in providers:
-        name = one if isinstance(one, str) else one[0]
+    for provider in providers:
+        name = provider if isinstance(provider, str) else provider[0]
         if name not in available:
             raise UserError(
                 f"this ONNX Runtime has no provider '{name}', only {', '.join(available)}: choose one of these, or "
@@ -166,24 +166,24 @@ def _check_available(providers: Providers) -> None:
 
 
 def _check_names(path: Path, session: onnxruntime.InferenceSession, is_last: bool) -> None:
-    inputs, found = len(session.get_inputs()), [one.name for one in session.get_outputs()]
+    inputs, outputs = len(session.get_inputs()), [output.name for output in session.get_outputs()]
     # What comes alone is taken for logits, whatever its name: plain graphs of other programs run too.
-    if inputs != 1 or (len(found) != 1 if is_last else found != ["features", "logits"]):
+    if inputs != 1 or (len(outputs) != 1 if is_last else outputs != ["features", "logits"]):
         expected = "one output" if is_last else "the outputs features and logits"
         raise UserError(
-            f"{path} cannot be run as a stage: it has {inputs} inputs and the outputs {in_one_line(repr(found))}, "
+            f"{path} cannot be run as a stage: it has {inputs} inputs and the outputs {in_one_line(repr(outputs))}, "
             f"expected one input and {expected}"
         )
 
 
-def _failed(index: int, x: NDArray[Any], what: str) -> UserError:
+def _failed(index: int, x: NDArray[Any], reason: str) -> UserError:
     return UserError(
-        f"stage {index} fails on a batch of {len(x)}: {in_one_line(what)}: copy the bundle again, or export it again"
+        f"stage {index} fails on a batch of {len(x)}: {in_one_line(reason)}: copy the bundle again, or export it again"
     )
 
 
 class _Slot:
-    """One stage for one thread: what its outputs are bound to, and what it reads.
+    """The buffers of one stage for one thread: its outputs, and the address of its input.
 
     ONNX Runtime holds addresses, so the buffers live as long as the slot; the input is the caller's.
     """
@@ -206,7 +206,7 @@ class _Slot:
         shapes = {}
         # A rank that the graph does not tell is no shape.
         for output in session.get_outputs():
-            known = len(output.shape) >= 2 and all(isinstance(one, int) for one in output.shape[1:])
+            known = len(output.shape) >= 2 and all(isinstance(side, int) for side in output.shape[1:])
             if output.type != "tensor(float)" or not known:
                 return None
             shapes[output.name] = tuple(output.shape[1:])
