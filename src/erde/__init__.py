@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from erde.calibration.recalibration import recalibrate_with_labels as recalibrate_with_labels
     from erde.common.errors import UserError as UserError
     from erde.data.load import load_data as load_data
-    from erde.exporting.onnx_files import ImageFormat as ImageFormat
-    from erde.exporting.onnx_files import export as export
+    from erde.exporting.api import ImageFormat as ImageFormat
+    from erde.exporting.api import export as export
     from erde.networks.attach import attach_exits as attach_exits
     from erde.networks.backbones import build_backbone as build_backbone
     from erde.networks.foreign_weights import adapt_teacher as adapt_teacher
@@ -41,8 +41,8 @@ _HOMES = {
     "calibrate": "erde.calibration.bundles",
     "distill": "erde.training.api",
     "EarlyExitNetwork": "erde.networks.network",
-    "export": "erde.exporting.onnx_files",
-    "ImageFormat": "erde.exporting.onnx_files",
+    "export": "erde.exporting.api",
+    "ImageFormat": "erde.exporting.api",
     "load_config": "erde.recipe.load",
     "load_data": "erde.data.load",
     "load_teacher_weights": "erde.networks.foreign_weights",

@@ -153,34 +153,6 @@ def test_macs_are_those_of_the_exits_that_were_taken(found: race.Bench, tiny_bun
     assert early.exit_rates[0] > 0
 
 
-def test_fresh_processes_answer(found: race.Bench, tiny_bundle: Path, plain: Path) -> None:
-    assert [one.contender for one in found.starts] == [tiny_bundle.name, plain.name]
-    for one in found.starts:
-        assert 50 < one.first_answer_ms < 20_000
-        # The peak of a small process, and not that of this one with torch in it.
-        assert one.peak_mib is not None
-        assert 20 < one.peak_mib < 250
-
-
-def test_overhead_is_what_onnx_runtime_does_not_take(
-    tiny_bundle: Path, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr("erde.bench.race.time.perf_counter", clock)
-
-    def run(self: Any, binding: Any) -> None:
-        clock.now += 2e-3
-
-    def decide(self: Any, so_far: Any, answer: Any, final: bool) -> Any:
-        clock.now += 5e-6
-        return np.zeros(len(answer))
-
-    monkeypatch.setattr("onnxruntime.InferenceSession.run_with_iobinding", run)
-    monkeypatch.setattr("erde.policy.rule.ExitRule.decide_on", decide)
-    found = race._overhead(tiny_bundle, images, 1, calls=5)
-    assert found.microseconds_per_stage == pytest.approx(5, rel=1e-6)
-
-
 def test_a_bundle_alone_is_its_own_reference(tiny_bundle: Path, images: NDArray[np.uint8]) -> None:
     found = race.bench(
         tiny_bundle, images, data="digits", against=[], points=["risk-10", "risk-10"], batch_sizes=(3,),
@@ -195,11 +167,11 @@ def test_what_lies_beside_a_bundle(tmp_path: Path) -> None:
     for name in ("bundle", "bundle-int8", "baselines"):
         (tmp_path / name).mkdir()
     (tmp_path / "baselines" / "small.onnx").touch()
-    assert race.beside(tmp_path / "bundle") == [
+    assert race.find_rivals(tmp_path / "bundle") == [
         tmp_path / "bundle-int8",
         tmp_path / "baselines" / "small.onnx",
     ]
-    assert race.beside(tmp_path / "bundle-int8") == [tmp_path / "baselines" / "small.onnx"]
+    assert race.find_rivals(tmp_path / "bundle-int8") == [tmp_path / "baselines" / "small.onnx"]
 
 
 def test_it_is_written_and_drawn(
@@ -213,7 +185,7 @@ def test_it_is_written_and_drawn(
     show.show(found)
     said = capsys.readouterr().out
     assert "every exit computed" in said
-    assert "µs a stage" in said
+    assert "load before" in said
 
 
 def test_points_that_are_slower_are_said(found: race.Bench) -> None:
@@ -280,12 +252,6 @@ def test_a_graph_of_another_task(tiny_bundle: Path, images: NDArray[np.uint8], t
         race.bench(tiny_bundle, images, data="", threads=(0,), rounds=2)
     with user_error("no operating point 'fast' in this bundle"):
         race.bench(tiny_bundle, images, data="", points=["fast"], rounds=2)
-
-
-def test_a_process_that_cannot_answer_says_why(tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", np.zeros((1, 8, 8, 1), np.uint8))
-    with user_error("a fresh process could not answer with .*: .*no bundle at"):
-        race._start(tmp_path, tmp_path / "images.npy")
 
 
 def test_names_tell_apart(tmp_path: Path) -> None:

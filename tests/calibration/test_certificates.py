@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from erde import policy
 from erde.calibration.certificates import (
-    GUARANTEES,
+    METHODS,
     PathCounts,
     certify,
     count_along,
@@ -185,7 +185,7 @@ def test_all_lost_bounds_nothing() -> None:
     assert upper_bound(10, 0, 10, 0.9) == 1.0
 
 
-@pytest.mark.parametrize("guarantee", GUARANTEES)
+@pytest.mark.parametrize("guarantee", METHODS)
 def test_without_error_the_needed_images_certify_and_one_fewer_does_not(guarantee: str) -> None:
     needed = images_needed(0.02, 0.9, guarantee)  # type: ignore[arg-type]
     assert walk(counts_of(0, 0, needed), 0.02, 0.9, guarantee) == 0  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ def calibrated() -> CalibratedPolicy:
     tune, certify = logits_of(TuneLogits, 1), logits_of(CertifyLogits, 2)
     assert isinstance(tune, TuneLogits)
     assert isinstance(certify, CertifyLogits)
-    return calibrate_logits(tune, certify, COST, Settings((0.05,), budgets=(0.6,)))
+    return calibrate_logits(tune, certify, COST, Settings(max_risks=(0.05,), budgets=(0.6,)))
 
 
 def test_exit_decisions_do_not_see_the_label(calibrated: CalibratedPolicy) -> None:
@@ -74,7 +74,7 @@ def test_the_curve_uses_thresholds_of_tune_not_the_best_of_test(calibrated: Cali
     best = TuneLogits(test.logits, test.labels)
     certify = logits_of(CertifyLogits, 2)
     assert isinstance(certify, CertifyLogits)
-    peeking = calibrate_logits(best, certify, COST, Settings((0.05,), budgets=(0.6,)))
+    peeking = calibrate_logits(best, certify, COST, Settings(max_risks=(0.05,), budgets=(0.6,)))
     optimised = measure_curve(test, peeking, COST, None)
     assert list(optimised.accuracy) != list(curve.accuracy)
 
@@ -115,13 +115,14 @@ def test_a_split_cannot_stand_in_for_another(tmp_path: Path) -> None:
         "from erde.calibration.settings import Settings",
         "from erde.common.splits import CertifyLogits, Logits, TestLogits, TuneLogits",
         "from erde.policy.cost import Cost",
-        "def check(train: Logits, tune: TuneLogits, certify: CertifyLogits, test: TestLogits, cost: Cost) -> None:",
+        "def check(train: Logits, tune: TuneLogits, certify: CertifyLogits, test: TestLogits, cost: Cost, "
+        "settings: Settings) -> None:",
         "    calibrate_logits(tune, certify, cost)",
-        "    choose_score(tune, cost, Settings())",
+        "    choose_score(tune, cost, settings)",
         "    calibrate_logits(test, certify, cost)  # wrong",
         "    calibrate_logits(train, certify, cost)  # wrong",
         "    calibrate_logits(tune, tune, cost)  # wrong",
-        "    choose_score(certify, cost, Settings())  # wrong",
+        "    choose_score(certify, cost, settings)  # wrong",
         "    fit_temperatures(test)  # wrong",
     ]
     (tmp_path / "snippet.py").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ from erde.policy.rule import ExitRule
 from tests.helpers.checks import user_error
 
 RULE = ExitRule("margin")
-SETTINGS = Settings((0.1,), confidence=0.8)
+SETTINGS = Settings(max_risks=(0.1,), confidence=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def filled(few: FewLabels, true: Labels) -> Labels:
 def test_the_certificate_is_that_of_all_labels(pool: tuple[Logits, Cost]) -> None:
     generator = np.random.default_rng(0)
     for max_risk in (0.005, 0.01, 0.02):
-        few, true = waiting(pool, generator, Settings((max_risk,)))
+        few, true = waiting(pool, generator, Settings(max_risks=(max_risk,)))
         labels = filled(few, true)
         point = few.certified(labels).default_point()
         all_labels = ScoredSplit.of(CertifyLogits(few.certify.logits, true), RULE, None)
@@ -78,7 +78,7 @@ def test_the_promise_holds_and_few_labels_are_asked(pool: tuple[Logits, Cost]) -
     logits, cost = pool
     generator = np.random.default_rng(1)
     draws, broken, asked = 1000, 0, []
-    few, _ = waiting(pool, generator, Settings((0.01,)))
+    few, _ = waiting(pool, generator, Settings(max_risks=(0.01,)))
     whole = ScoredSplit.of(logits, RULE, None)
     true_risk: dict[tuple[float | None, ...], float] = {}
     for _ in range(draws):
@@ -106,7 +106,7 @@ def every_twentieth_point(path: ThresholdPath) -> ThresholdPath:
 
 
 def test_a_missing_label_counts_as_harm(pool: tuple[Logits, Cost]) -> None:
-    few, true = waiting(pool, np.random.default_rng(2), Settings((0.01,)))
+    few, true = waiting(pool, np.random.default_rng(2), Settings(max_risks=(0.01,)))
     labels = filled(few, true)
     none = few.certified(np.full(len(true), UNKNOWN)).default_point()
     half = labels.copy()
@@ -124,7 +124,7 @@ def test_what_needs_all_labels(pool: tuple[Logits, Cost], changes: dict[str, str
     with user_error(
         "few labels certify the guarantee 'risk' or 'expected_risk' against the reference 'final_exit'"
     ):
-        waiting(pool, np.random.default_rng(0), Settings((0.01,), **changes))  # type: ignore[arg-type]
+        waiting(pool, np.random.default_rng(0), Settings(max_risks=(0.01,), **changes))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- a sealed bundle
@@ -181,7 +181,9 @@ def test_from_a_folder_without_labels_to_a_bundle(
     # The same again from the new bundle is the same choice; another one on these images is refused.
     recalibrate_with_labels(out, folder, ask, tmp_path / "again", SETTINGS)
     with user_error("these certify images already certified other choices"):
-        recalibrate_with_labels(out, folder, ask, tmp_path / "other", Settings((0.2,), confidence=0.8))
+        recalibrate_with_labels(
+            out, folder, ask, tmp_path / "other", Settings(max_risks=(0.2,), confidence=0.8)
+        )
     with user_error("is there already, perhaps with labels"):
         ask_for_labels(tiny_bundle, folder, ask, SETTINGS)
     # Asked again, what is known is in the file already.

@@ -26,7 +26,7 @@ from erde.runtime.session import Session
 from tests.helpers.checks import save_by_class, user_error
 
 CLASSES = [str(digit) for digit in range(10)]
-SETTINGS = Settings((0.1, 0.001), confidence=0.8, budgets=(0.8,), score="margin", sharpness=1.0)
+SETTINGS = Settings(max_risks=(0.1, 0.001), confidence=0.8, budgets=(0.8,), score="margin", sharpness=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_the_same_certify_images_serve_one_choice(tiny_bundle: Path, photos: Pat
     assert (first / "manifest.json").read_bytes() == (again / "manifest.json").read_bytes()
     for seed in (0, 1):
         with user_error("these certify images already certified other choices"):
-            recalibrate_bundle(first, photos, tmp_path / "other", Settings((0.2,)), seed=seed)
+            recalibrate_bundle(first, photos, tmp_path / "other", Settings(max_risks=(0.2,)), seed=seed)
     assert not (tmp_path / "other").exists()
 
 
@@ -181,7 +181,9 @@ def test_a_profile_gives_a_latency_budget(bundle_copy: Path, photos: Path, tmp_p
     # It lies outside the seal, and moves on with the stages into a new calibration.
     bundle.read(bundle_copy)
     budget = round(times[1], 4)
-    settings = Settings((0.1,), confidence=0.8, latency_budgets=(budget,), score="margin", sharpness=1.0)
+    settings = Settings(
+        max_risks=(0.1,), confidence=0.8, latency_budgets=(budget,), score="margin", sharpness=1.0
+    )
     recalibrate_bundle(bundle_copy, photos, tmp_path / "new", settings)
     point = Session(tmp_path / "new").manifest.operating_points[-1]
     assert point.kind == "latency"
@@ -235,8 +237,10 @@ def test_words_that_are_no_numbers() -> None:
     with user_error("--latency-budget is 'fast': expected milliseconds such as 2ms"):
         parse_milliseconds("fast", "--latency-budget")
     assert parse_milliseconds("2.5ms", "--latency-budget") == 2.5
-    settings = settings_of(max_risks=["1%", "2%"], confidence="95%", budgets=None, latency_budgets=["3ms"])
-    assert settings == Settings((0.01, 0.02), 0.95, latency_budgets=(3.0,))
+    settings = settings_of(
+        {"max_risks": ["1%", "2%"], "confidence": "95%", "budgets": None, "latency_budgets": ["3ms"]}
+    )
+    assert settings == Settings(max_risks=(0.01, 0.02), confidence=0.95, latency_budgets=(3.0,))
 
 
 # ---------------------------------------------------------------- the command

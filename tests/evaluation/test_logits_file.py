@@ -23,7 +23,7 @@ from tests.helpers.checks import user_error
 from tests.helpers.oracles import synthetic_logits
 
 MACS = (42, 71, 104)
-SETTINGS = Settings((0.05, 0.02), score="margin", sharpness=1.0)
+SETTINGS = Settings(max_risks=(0.05, 0.02), score="margin", sharpness=1.0)
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def test_a_certify_split_serves_one_choice(whole: Path, tmp_path: Path) -> None:
     calibrate_file(whole, SETTINGS, out)
     assert out.read_bytes() == before
     with user_error("these certify images already certified other choices"):
-        calibrate_file(whole, Settings((0.03,), score="margin"), out)
+        calibrate_file(whole, Settings(max_risks=(0.03,), score="margin"), out)
     assert out.read_bytes() == before
 
 
@@ -271,7 +271,9 @@ def test_a_policy_that_is_none(content: str, whole: Path, tmp_path: Path) -> Non
 def test_another_out_does_not_escape_the_check_for_reuse(whole: Path, tmp_path: Path) -> None:
     calibrate_file(whole, SETTINGS, default_policy_path(whole))
     with user_error("these certify images already certified other choices"):
-        calibrate_file(whole, Settings((0.03,), score="margin", sharpness=1.0), tmp_path / "other.json")
+        calibrate_file(
+            whole, Settings(max_risks=(0.03,), score="margin", sharpness=1.0), tmp_path / "other.json"
+        )
     assert not (tmp_path / "other.json").exists()
     calibrate_file(whole, SETTINGS, tmp_path / "other.json")
 
@@ -291,7 +293,10 @@ def test_a_thousand_classes_most_of_them_absent(tmp_path: Path, capsys: pytest.C
     path = saved(tmp_path, content)
     out = default_policy_path(path)
     # Among the scores is the learned one, which has a weight per class.
-    for settings in (Settings((0.05,), score="harm"), Settings((0.05,), sharpness=1.0, ensemble="none")):
+    for settings in (
+        Settings(max_risks=(0.05,), score="harm"),
+        Settings(max_risks=(0.05,), sharpness=1.0, ensemble="none"),
+    ):
         out.unlink(missing_ok=True)
         found = calibrate_file(path, settings, out)
         assert found.points[1].certificate is not None

@@ -11,7 +11,8 @@ import torch
 
 import erde
 from erde.exporting.graphs import BLOCKED, block_input, unblock_input
-from erde.exporting.onnx_files import FEATURES_IN, export_stages
+from erde.exporting.modules import FEATURES_IN
+from erde.exporting.onnx_files import export_stages
 from erde.exporting.quantisation import quantise
 from erde.runtime.stages import StageRunner
 

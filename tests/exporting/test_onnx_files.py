@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import itertools
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,10 @@ from erde import bundle
 from erde.common.splits import TrainSplit
 from erde.data.batches import TrainBatches
 from erde.data.load import DataSplits
-from erde.exporting.onnx_files import (
-    ExportedStages,
-    _allowed_differences,
-    _check_equal,
-    _Preprocess,
-    _probe_images,
-    export_plain,
-    export_stages,
-)
+from erde.exporting import onnx_files
+from erde.exporting.modules import Preprocess
+from erde.exporting.onnx_files import ExportedStages, export_plain, export_stages
+from erde.exporting.parity import allowed_differences, check_equal, probe_images
 from erde.networks.cost import network_cost
 from erde.networks.network import EarlyExitNetwork
 from erde.recipe.schema import AugmentationConfig
@@ -286,7 +280,7 @@ def use_graph(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def copy_graph(module: Any, x: Any, target: Path, *_: Any) -> None:
         shutil.copyfile(path, target)
 
-    monkeypatch.setattr(sys.modules["erde.exporting.onnx_files"], "_export_graph", copy_graph)
+    monkeypatch.setattr(onnx_files, "write_graph", copy_graph)
 
 
 def test_a_network_that_disagrees_is_not_written(
@@ -369,13 +363,13 @@ def test_every_size_of_batch_is_compared(
 
 def test_what_counts_as_equal() -> None:
     expected = np.array([[1.0, -300.0]], dtype=np.float32)
-    _check_equal(expected + np.float32(0.02), expected, "final", 1, 0.03)
-    _check_equal(expected[:0], expected[:0], "final", 0, 0.03)
+    check_equal(expected + np.float32(0.02), expected, "final", 1, 0.03)
+    check_equal(expected[:0], expected[:0], "final", 0, 0.03)
     for logits in (expected + np.float32(0.04), expected * np.float32("nan")):
         with user_error(r"differs from torch by .* 0\.03 is allowed \(the logits spread by 1\.5e\+02\)"):
-            _check_equal(logits, expected, "final", 1, 0.03)
+            check_equal(logits, expected, "final", 1, 0.03)
     with user_error(r"gives shape \(1, 2\) at exit 'final' for a batch of 0, torch gives \(0, 2\)"):
-        _check_equal(expected, expected[:0], "final", 0, 0.03)
+        check_equal(expected, expected[:0], "final", 0, 0.03)
 
 
 class Steep(nn.Module):
@@ -396,11 +390,11 @@ def steep(steepness: float) -> EarlyExitNetwork:
 
 def allowed_for(network: EarlyExitNetwork) -> tuple[float, float, float]:
     """What is allowed, the spread of the logits, and the largest."""
-    preprocess = _Preprocess((0.3,), (0.4,))
-    probes = _probe_images(32, GRAY, (0.3,), (0.4,))
+    preprocess = Preprocess((0.3,), (0.4,))
+    probes = probe_images(GRAY, (0.3,), (0.4,))
     with torch.no_grad():
         logits = network.eval()(preprocess(probes))[-1].double()
-    (allowed,) = _allowed_differences(network, preprocess, probes, ["final"])
+    (allowed,) = allowed_differences(network, preprocess, probes, ["final"])
     return allowed, float(logits.std()), float(logits.abs().max())
 
 
@@ -437,17 +431,17 @@ def test_where_no_comparison_says_anything_it_is_said(tmp_path: Path) -> None:
 
 def test_images_for_the_comparison() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.15, 0.2)
-    probes = _probe_images(32, COLOUR, mean, std)
+    probes = probe_images(COLOUR, mean, std)
     assert probes.shape == (32, *COLOUR)
     pixels = probes.double() / 255
     assert torch.allclose(pixels.mean(dim=(0, 1, 2)), torch.tensor(mean).double(), atol=0.05)
     assert torch.allclose(pixels.std(dim=(0, 1, 2)), torch.tensor(std).double(), atol=0.05)
     # Smooth: neighbours differ by little.
     assert float((pixels[:, 1:] - pixels[:, :-1]).abs().mean()) < 0.3 * float(pixels.std())
-    assert _probe_images(2, (1, 1, 3), mean, std).shape == (2, 1, 1, 3)
+    assert probe_images((1, 1, 3), mean, std, count=2).shape == (2, 1, 1, 3)
     given = noise(40, COLOUR)
-    assert np.array_equal(_probe_images(32, COLOUR, mean, std, given).numpy(), given[:32])
-    assert torch.equal(_probe_images(32, COLOUR, mean, std, given[:31]), probes)
+    assert np.array_equal(probe_images(COLOUR, mean, std, given).numpy(), given[:32])
+    assert torch.equal(probe_images(COLOUR, mean, std, given[:31]), probes)
 
 
 # ---------------------------------------------------------------- erde.export

@@ -22,7 +22,7 @@ from erde.exporting.onnx_files import (
     export_plain,
     export_stages,
 )
-from erde.exporting.quantisation import CANDIDATES, Quantisation, Trial, choose, quantise, range_images
+from erde.exporting.quantisation import CANDIDATES, Trial, choose, quantise, range_images
 from erde.networks.network import EarlyExitNetwork
 from erde.runtime.stages import StageRunner
 from tests.helpers.checks import entries, user_error
@@ -430,11 +430,3 @@ def test_stages_whose_answers_depend_on_the_batch_are_not_written(
     ):
         export_int8_stages(floats, tmp_path / "int8", digits.train, digits.tune)
     assert entries(tmp_path) == []
-
-
-def test_a_quantisation_comes_back_from_json(int8: Path) -> None:
-    found = ExportedStages.read(int8).quantisation
-    assert found is not None
-    import json
-
-    assert Quantisation.from_json(json.loads(json.dumps(dataclasses.asdict(found)))) == found

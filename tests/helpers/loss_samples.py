@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erde import losses
 from erde.losses import ExitSettings, build_loss
-from erde.recipe.losses import LOSSES, resolve_loss
+from erde.recipe.losses import LOSSES, LossConfig, resolve_loss
 
 EXITS, IMAGES, CLASSES, TRAIN_IMAGES = 3, 7, 5, 40
 # Of one image: a map, tokens, a vector.
@@ -23,6 +24,13 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"name": name} for name in LOSSES} 
         "name": "erde",
         "controller": {"per_exit": True, "gradient_factor": 1},
         "entropy_form": "teacher",
+    },
+    "erde-everywhere": {
+        "name": "erde",
+        "entropy_exits": "all",
+        "ce_on_wrong": False,
+        "kl_on_wrong": True,
+        "entropy_form": "uniform_kl",
     },
     "erde-held-out": {"name": "erde", "wrong_test": "held_out", "entropy_form": "uniform_kl"},
     "erde-all": {
@@ -95,3 +103,45 @@ def build(loss: Any, settings: ExitSettings | None = None, seed: int = 0) -> nn.
 
 def needs_teacher(loss: Any) -> bool:
     return resolve_loss(loss).needs_teacher
+
+
+# ---------------------------------------------------------------- the loss functions, called with keywords
+
+
+def _with_keywords(function: Any, config: type[LossConfig], has_teacher: bool, **defaults: Any) -> Any:
+    """``function`` whose config and settings are keywords; one number stands for all exits, and exit i teaches i."""
+
+    def call(student_logits: Tensor, *others: Tensor, **keywords: Any) -> dict[str, Tensor]:
+        exits = len(student_logits)
+        shared = {"alpha": 0.9, "exit_weights": 1.0, "pairs": range(exits), "label_smoothing": 0.0}
+        if has_teacher:
+            shared["temperature"] = 4.0
+        settings = {key: keywords.pop(key, value) for key, value in shared.items()}
+        for key in ("alpha", "exit_weights"):
+            if isinstance(settings[key], float):
+                settings[key] = (settings[key],) * exits
+        extras = {
+            key: keywords.pop(key)
+            for key in (*defaults, "scale", "held_out_logits", "features")
+            if key in keywords
+        }
+        # Not validated: a weight may be a tensor.
+        own = config.model_construct(**keywords)
+        assert set(keywords) <= set(config.model_fields), keywords
+        return function(
+            student_logits,
+            *others,
+            own,
+            ExitSettings(classes=student_logits.shape[-1], **{"temperature": 1.0, **settings}),
+            **{**defaults, **extras},
+        )
+
+    return call
+
+
+kd_loss = _with_keywords(losses.kd_loss, LOSSES["kd"], True)
+erde_loss = _with_keywords(losses.erde_loss, LOSSES["erde"], True)
+dkd_loss = _with_keywords(losses.dkd_loss, LOSSES["dkd"], True, strength=1.0)
+phuong_loss = _with_keywords(losses.phuong_loss, LOSSES["phuong"], False, temperature=1.0)
+byot_loss = _with_keywords(losses.byot_loss, LOSSES["byot"], False)
+exit_ensemble_loss = _with_keywords(losses.exit_ensemble_loss, LOSSES["exit_ensemble"], False)

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from erde.common.errors import UserError
-from erde.losses import (
-    byot_loss,
-    cross_entropy_loss,
-    dkd_loss,
-    erde_loss,
-    exit_ensemble_loss,
-    kd_loss,
-    phuong_loss,
-)
+from erde.losses import cross_entropy_loss
 from erde.recipe.losses import LOSSES, resolve_loss
 from tests.helpers.loss_samples import (
     CLASSES,
@@ -29,9 +21,15 @@ from tests.helpers.loss_samples import (
     IMAGES,
     VARIANTS,
     build,
+    byot_loss,
+    dkd_loss,
+    erde_loss,
+    exit_ensemble_loss,
     extras_of,
+    kd_loss,
     make_settings,
     needs_teacher,
+    phuong_loss,
     sample,
 )
 
@@ -45,13 +43,13 @@ def call(
     module: nn.Module, loss: Any, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     student, teacher, labels = sample(seed, dtype=dtype)
-    found: dict[str, Tensor] = module(
+    result: dict[str, Tensor] = module(
         student.requires_grad_(),
         teacher if needs_teacher(loss) else None,
         labels,
         **extras_of(loss, seed, dtype),
     )
-    return found
+    return result
 
 
 @every_variant
@@ -63,13 +61,13 @@ def test_contract(loss: Any) -> None:
     for tensor in extras.get("teacher_features", []):
         tensor.requires_grad_()
     module = build(loss)
-    found = module(student, teacher if needs_teacher(loss) else None, labels, **extras)
-    assert found["loss"].shape == ()
-    assert all(found[part].shape in ((), (EXITS,)) for part in found)
-    assert all(bool(part.isfinite().all()) for part in found.values())
+    parts = module(student, teacher if needs_teacher(loss) else None, labels, **extras)
+    assert parts["loss"].shape == ()
+    assert all(parts[part].shape in ((), (EXITS,)) for part in parts)
+    assert all(bool(part.isfinite().all()) for part in parts.values())
     # Parts are for the log: only the loss carries a graph.
-    assert [part for part in found if found[part].requires_grad] == ["loss"]
-    found["loss"].backward()
+    assert [part for part in parts if parts[part].requires_grad] == ["loss"]
+    parts["loss"].backward()
     assert student.grad is not None
     assert bool((student.grad.abs().sum(dim=-1) > 0).all())
     # What a method owns is learnt; a teacher is not.
@@ -90,7 +88,7 @@ def test_survives_torch_compile(loss: Any) -> None:
             torch.manual_seed(seed)
             parts = call(forward, loss, seed)
             parts["loss"].backward()
-            values.append([parts["loss"].detach(), *(one.grad for one in module.parameters())])
+            values.append([parts["loss"].detach(), *(parameter.grad for parameter in module.parameters())])
         torch.testing.assert_close(*values, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(eager.state_dict(), compiled.state_dict(), rtol=1e-5, atol=1e-6)
 
@@ -144,18 +142,21 @@ def test_finite_at_huge_logits(loss: Any, dtype: torch.dtype) -> None:
     student, teacher, labels = sample(dtype=dtype)
     student = (100 * student.sign()).requires_grad_()
     module = build(loss)
-    found = module(
+    parts = module(
         student,
         -100 * teacher.sign() if needs_teacher(loss) else None,
         labels,
         **extras_of(loss, dtype=dtype),
     )
-    found["loss"].backward()
-    assert all(bool(value.isfinite().all()) for value in found.values())
-    assert all(value.dtype != torch.bfloat16 for value in found.values())
+    parts["loss"].backward()
+    assert all(bool(value.isfinite().all()) for value in parts.values())
+    assert all(value.dtype != torch.bfloat16 for value in parts.values())
     assert student.grad is not None
-    gradients = [student.grad, *(one.grad for one in module.parameters() if one.grad is not None)]
-    assert all(bool(one.isfinite().all()) for one in gradients)
+    gradients = [
+        student.grad,
+        *(parameter.grad for parameter in module.parameters() if parameter.grad is not None),
+    ]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
     assert float(student.grad.abs().max()) > 0
 
 
@@ -184,7 +185,7 @@ def test_gradcheck(loss: Any) -> None:
     fixed = student[exits:]
     free = [student[:exits].clone().requires_grad_()]
     if "student_features" in extras:
-        free += [one.requires_grad_() for one in extras["student_features"][:-1]]
+        free += [features.requires_grad_() for features in extras["student_features"][:-1]]
 
     def value(logits: Tensor, *others: Tensor) -> Any:
         torch.manual_seed(0)
@@ -192,7 +193,7 @@ def test_gradcheck(loss: Any) -> None:
             extras["student_features"][:-1] = others
         return module(torch.cat([logits, fixed]), teacher, labels, **extras)["loss"]
 
-    owned = [one for one in module.parameters() if one.requires_grad]
+    owned = [parameter for parameter in module.parameters() if parameter.requires_grad]
     assert torch.autograd.gradcheck(
         lambda *all: value(*all[: len(free)]), (*free, *owned), fast_mode=bool(owned)
     )
@@ -215,7 +216,7 @@ class NoWaiting(TorchDispatchMode):
         if name.removeprefix("aten::") in waiting:
             raise AssertionError(f"{name} waits for the device")
         if name in ("aten::index", "aten::index_put_"):
-            assert all(one is None or one.dtype != torch.bool for one in arguments[1]), f"{name} by a mask"
+            assert all(item is None or item.dtype != torch.bool for item in arguments[1]), f"{name} by a mask"
         return function(*arguments, **(keywords or {}))
 
 
@@ -227,8 +228,8 @@ def test_never_waits_for_the_device(loss: Any) -> None:
     student.requires_grad_()
     with NoWaiting():
         for _ in range(2):
-            found = module(student, teacher if needs_teacher(loss) else None, labels, **extras)
-            found["loss"].backward()
+            parts = module(student, teacher if needs_teacher(loss) else None, labels, **extras)
+            parts["loss"].backward()
 
 
 def test_the_watch_for_waiting_sees_it() -> None:
@@ -264,6 +265,14 @@ KNOBS: list[tuple[str, dict[str, Any]]] = [
     ("dkd", {"non_target_weight": 3.0}),
     ("dkd", {"standardise": True}),
     ("erde", {"distillation_form": "dkd", "target_weight": 3.0, "non_target_weight": 2.0}),
+    ("erde", {"beta": 0.9}),
+    ("erde", {"beta": [0.1, 0.6, 0.2]}),
+    ("erde", {"kl_on_wrong": True}),
+    ("erde", {"ce_on_wrong": False}),
+    ("erde", {"wrong_test": "final"}),
+    ("erde", {"wrong_test": "uncertain", "uncertainty": 0.95}),
+    ("erde", {"entropy_form": "teacher"}),
+    ("erde", {"entropy_exits": "all"}),
     ("phuong", {"soft_share": 0.2}),
     ("byot", {"soft_share": 0.2}),
     ("byot", {"temperature": 1.0}),
@@ -275,14 +284,14 @@ KNOBS: list[tuple[str, dict[str, Any]]] = [
 def test_module_equals_function(name: str, knobs: dict[str, Any]) -> None:
     student, teacher, labels = sample(teacher_exits=2)
     module = build({"name": name, **knobs}, make_settings(pairs=(0, 0, 1))).double()
-    found, expected = module(student, teacher, labels), FUNCTIONS[name](student, teacher, labels, **knobs)
-    assert found.keys() - {"temperature"} == expected.keys()
+    result, expected = module(student, teacher, labels), FUNCTIONS[name](student, teacher, labels, **knobs)
+    assert result.keys() - {"temperature"} == expected.keys()
     for part in expected:
         # The module's buffers start as float32.
-        assert torch.allclose(found[part], expected[part], rtol=1e-6), part
+        assert torch.allclose(result[part], expected[part], rtol=1e-6), part
     if knobs:
         plain = build(name, make_settings(pairs=(0, 0, 1))).double()(student, teacher, labels)["loss"]
-        assert abs(float(found["loss"] - plain)) > 1e-4
+        assert abs(float(result["loss"] - plain)) > 1e-4
 
 
 def test_smoothed_labels_reach_every_cross_entropy() -> None:
@@ -299,8 +308,8 @@ def test_variants_differ() -> None:
     for name, loss in VARIANTS.items():
         module = build(loss)
         for seed in range(2):  # a controller starts where plain distillation is
-            found = call(module, loss, seed)
-            found["loss"].backward()
+            result = call(module, loss, seed)
+            result["loss"].backward()
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter -= 0.1 * parameter.grad

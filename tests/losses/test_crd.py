@@ -71,7 +71,7 @@ def test_an_image_without_negatives_has_a_loss_and_a_gradient() -> None:
     loss = contrastive_loss(positive, negative, torch.zeros(1, 2, dtype=torch.bool), 10)
     assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
     gradients = torch.autograd.grad(loss.sum(), (positive, negative))
-    assert all(bool(one.isfinite().all()) for one in gradients)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def test_with_all_negatives_the_criterion_equals_the_oracle() -> None:
@@ -89,7 +89,7 @@ def test_with_all_negatives_the_criterion_equals_the_oracle() -> None:
         indices = extras["indices"].numpy()
         known[indices] = labels.numpy()
         features = [extras[f"{whose}_features"][-1].double() for whose in ("student", "teacher")]
-        found = module(
+        parts = module(
             student.double(),
             teacher,
             labels,
@@ -98,12 +98,12 @@ def test_with_all_negatives_the_criterion_equals_the_oracle() -> None:
             indices=extras["indices"],
         )
         others = [np.flatnonzero(known != label) for label in labels.numpy()]
-        assert len({len(one) for one in others}) > 1, "images must differ in their number of negatives"
-        expected = oracle.step([one.numpy() for one in features], indices, others)
-        assert float(found["crd"]) == pytest.approx(expected, rel=1e-9)
+        assert len({len(rows) for rows in others}) > 1, "images must differ in their number of negatives"
+        expected = oracle.step([tensor.numpy() for tensor in features], indices, others)
+        assert float(parts["crd"]) == pytest.approx(expected, rel=1e-9)
         ce = oracles.ce_loss(student.double().numpy(), labels.numpy(), [0.5, 1.0, 1.5])
         # On the final exit, whose weight is 1.5.
-        assert float(found["loss"].detach()) == pytest.approx(ce + 0.8 * 1.5 * expected, rel=1e-9)
+        assert float(parts["loss"].detach()) == pytest.approx(ce + 0.8 * 1.5 * expected, rel=1e-9)
     np.testing.assert_allclose(contrast.memories.numpy(), oracle.memories, rtol=1e-9, atol=1e-12)
 
 
@@ -120,7 +120,7 @@ def test_the_loss_falls_when_pairs_align() -> None:
         order = torch.randperm(TRAIN_IMAGES, generator=generator)[:IMAGES]
         seen = images[order]
         other = (images @ mix)[order.flip(0) if shuffled else order]
-        found = module(
+        parts = module(
             student,
             teacher,
             train_labels()[order],
@@ -129,10 +129,10 @@ def test_the_loss_falls_when_pairs_align() -> None:
             indices=order,
         )
         optimizer.zero_grad()
-        found["loss"].backward()
+        parts["loss"].backward()
         if not shuffled:
             optimizer.step()
-        return float(found["crd"])
+        return float(parts["crd"])
 
     losses = [step() for _ in range(150)]
     first, last = np.mean(losses[5:15]), np.mean(losses[-10:])
@@ -152,11 +152,11 @@ def test_the_exits_that_are_compared(exits: str) -> None:
     arguments, extras = batch(0)
     for features in extras["student_features"]:
         features.requires_grad_()
-    found = module(*arguments, **extras)
-    found["loss"].backward()
+    parts = module(*arguments, **extras)
+    parts["loss"].backward()
     reached = [features.grad is not None for features in extras["student_features"]]
     assert reached == ([True] * 3 if exits == "all" else [False, False, True])
-    assert found["crd"].shape == ((EXITS,) if exits == "all" else ())
+    assert parts["crd"].shape == ((EXITS,) if exits == "all" else ())
 
 
 # ---------------------------------------------------------------- negatives
@@ -165,25 +165,25 @@ def test_the_exits_that_are_compared(exits: str) -> None:
 def test_negatives_are_different_images_of_other_classes() -> None:
     known, labels = train_labels(), torch.tensor([0, 1, 4, 4])
     torch.manual_seed(0)
-    found, valid = draw_negatives(known, labels, 20)
-    assert found.shape == (4, 20)
+    result, valid = draw_negatives(known, labels, 20)
+    assert result.shape == (4, 20)
     assert bool(valid.all())
-    for row, label in zip(found, labels, strict=True):
+    for row, label in zip(result, labels, strict=True):
         assert len(set(row.tolist())) == 20
         assert bool((known[row] != label).all())
     # Rows are drawn apart, and again in each step.
-    assert set(found[2].tolist()) != set(found[3].tolist())
+    assert set(result[2].tolist()) != set(result[3].tolist())
     again, _ = draw_negatives(known, labels, 20)
-    assert not torch.equal(found, again)
+    assert not torch.equal(result, again)
     torch.manual_seed(0)
-    assert torch.equal(draw_negatives(known, labels, 20)[0], found)
+    assert torch.equal(draw_negatives(known, labels, 20)[0], result)
 
 
 def test_every_other_image_is_drawn_as_often() -> None:
     known = train_labels()
     torch.manual_seed(0)
-    found, _ = draw_negatives(known, torch.zeros(4000, dtype=torch.long), 8)
-    counts = found.flatten().bincount(minlength=TRAIN_IMAGES).double()
+    result, _ = draw_negatives(known, torch.zeros(4000, dtype=torch.long), 8)
+    counts = result.flatten().bincount(minlength=TRAIN_IMAGES).double()
     assert float(counts[known == 0].sum()) == 0
     # 8 of 32 for each of 4,000 rows: 1,000 each, with a standard deviation of 27.
     assert bool(((counts[known != 0] - 1000).abs() < 5 * 27.4).all())
@@ -191,9 +191,9 @@ def test_every_other_image_is_drawn_as_often() -> None:
 
 def test_in_a_small_set_all_other_images_are_negatives() -> None:
     known = torch.tensor([0, 0, 0, 1, 2, -1])
-    found, valid = draw_negatives(known, torch.tensor([0, 1]), 16384)
-    assert found[0][valid[0]].sort().values.tolist() == [3, 4, 5]
-    assert found[1][valid[1]].sort().values.tolist() == [0, 1, 2, 4, 5]
+    result, valid = draw_negatives(known, torch.tensor([0, 1]), 16384)
+    assert result[0][valid[0]].sort().values.tolist() == [3, 4, 5]
+    assert result[1][valid[1]].sort().values.tolist() == [0, 1, 2, 4, 5]
 
 
 def test_classes_become_known_as_images_are_seen() -> None:
@@ -280,7 +280,7 @@ def halves(name: str, rank: int | None) -> tuple[Any, Any]:
     student = student * torch.tensor([10.0] * 3 + [0.1] * 4).unsqueeze(-1)
     part = slice(0, 6) if rank is None else slice(3 * rank, 3 * rank + 3)
     extras = {
-        key: value[part] if isinstance(value, Tensor) else [one[part] for one in value]
+        key: value[part] if isinstance(value, Tensor) else [tensor[part] for tensor in value]
         for key, value in extras.items()
     }
     arguments = (student[:, part], teacher[:, part], labels[part])
@@ -295,8 +295,8 @@ def work(rank: int, folder: str) -> None:
     for name in STATEFUL:
         module = criterion(name)
         arguments, extras = halves(name, rank)
-        found = module(*arguments, **extras)
-        results[name] = (float(found["loss"]), module.state_dict())
+        parts = module(*arguments, **extras)
+        results[name] = (float(parts["loss"]), module.state_dict())
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

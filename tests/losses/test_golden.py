@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from erde.losses import build_loss, byot_loss, dkd_loss, exit_ensemble_loss, kd_loss
+from erde.losses import build_loss
 from erde.recipe.losses import LOSSES, resolve_loss
 from tests.helpers import oracles
-from tests.helpers.loss_samples import make_settings
+from tests.helpers.loss_samples import byot_loss, dkd_loss, exit_ensemble_loss, kd_loss, make_settings
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,8 +38,8 @@ def logits(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(student, requires_grad=True), torch.tensor(teacher), torch.tensor(labels)
 
 
-def close(found: Any, expected: Any, rtol: float = 1e-9) -> None:
-    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=rtol, atol=1e-12)
+def close(result: Any, expected: Any, rtol: float = 1e-9) -> None:
+    np.testing.assert_allclose(np.asarray(result), np.asarray(expected), rtol=rtol, atol=1e-12)
 
 
 def test_each_file_has_an_origin_and_a_test() -> None:
@@ -58,9 +58,9 @@ def test_goldens_tell_the_methods_apart() -> None:
         for name in ("kd", "dkd", "kd_standardised", "dkd_standardised")
     }
     rows = np.array(list(first.values()))
-    for one in range(4):
-        for other in range(one):
-            assert (np.abs(rows[one] - rows[other]) > 0.05 * np.abs(rows[one])).all()
+    for row in range(4):
+        for other in range(row):
+            assert (np.abs(rows[row] - rows[other]) > 0.05 * np.abs(rows[row])).all()
 
 
 @pytest.mark.parametrize("name", ["kd", "kd_standardised", "dkd", "dkd_standardised"])
@@ -88,14 +88,14 @@ def test_distillation_terms(name: str) -> None:
 
 def test_published_weights_come_from_the_shared_alpha() -> None:
     """The recipes of the papers: what to set for ``0.1 CE + 9 KL`` and ``CE + 1 TCKD + 8 NCKD``."""
-    student, teacher, labels = (one.detach() for one in logits(0))
+    student, teacher, labels = (tensor.detach() for tensor in logits(0))
     ce = oracles.cross_entropy(student.numpy(), labels.numpy()).mean(axis=1)
-    found = kd_loss(student, teacher, labels, alpha=0.9, temperature=2.0, standardise=True, weight=10.0)
+    parts = kd_loss(student, teacher, labels, alpha=0.9, temperature=2.0, standardise=True, weight=10.0)
     close(
-        found["loss"], sum(0.1 * ce + 9 * np.array(golden("kd_standardised")["cases"][0]["value_per_exit"]))
+        parts["loss"], sum(0.1 * ce + 9 * np.array(golden("kd_standardised")["cases"][0]["value_per_exit"]))
     )
-    found = dkd_loss(student, teacher, labels, alpha=0.5, exit_weights=2.0)
-    close(found["loss"], sum(ce + np.array(golden("dkd")["cases"][0]["value_per_exit"])))
+    parts = dkd_loss(student, teacher, labels, alpha=0.5, exit_weights=2.0)
+    close(parts["loss"], sum(ce + np.array(golden("dkd")["cases"][0]["value_per_exit"])))
 
 
 def test_byot() -> None:
@@ -113,11 +113,11 @@ def test_exit_ensemble() -> None:
         student = torch.tensor(3 * generator.normal(size=(EXITS, IMAGES, CLASSES)), requires_grad=True)
         labels = torch.tensor(generator.integers(CLASSES, size=IMAGES))
         features = torch.tensor(np.abs(generator.normal(size=(EXITS, IMAGES, 4))), requires_grad=True)
-        found = exit_ensemble_loss(student, labels, features=features, feature_weight=1.0)
+        parts = exit_ensemble_loss(student, labels, features=features, feature_weight=1.0)
         for part, key in (("ce", "cross_entropy"), ("ensemble", "ensemble"), ("feature", "feature")):
-            close(found[part].sum(), case[key])
-        close(found["loss"].detach(), case["cross_entropy"] + case["ensemble"] + case["feature"])
-        gradients = torch.autograd.grad(found["loss"], (student, features))
+            close(parts[part].sum(), case[key])
+        close(parts["loss"].detach(), case["cross_entropy"] + case["ensemble"] + case["feature"])
+        gradients = torch.autograd.grad(parts["loss"], (student, features))
         close(gradients[0][:, 0], case["gradient_of_image_0_per_exit"])
         close(gradients[1][:, 0], case["gradient_of_features_of_image_0_per_exit"])
 
@@ -133,10 +133,10 @@ def test_phuong_with_its_rising_temperature() -> None:
     for step in steps:
         student = torch.tensor(3 * generator.normal(size=(EXITS, IMAGES, CLASSES)), requires_grad=True)
         labels = torch.tensor(generator.integers(CLASSES, size=IMAGES))
-        found = module(student, None, labels)
-        close(found["temperature"], step["temperature"])
-        close(found["loss"].detach(), step["value"])
-        (gradient,) = torch.autograd.grad(found["loss"], student)
+        parts = module(student, None, labels)
+        close(parts["temperature"], step["temperature"])
+        close(parts["loss"].detach(), step["value"])
+        (gradient,) = torch.autograd.grad(parts["loss"], student)
         close(gradient[:, 0], step["gradient_of_image_0_per_exit"])
 
 

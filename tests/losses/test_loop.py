@@ -84,9 +84,9 @@ def test_killed_and_resumed_is_as_not_killed(
         train(data, loss, tmp_path / "killed")
     monkeypatch.undo()
     torch.rand(5)
-    found, _ = train(data, loss, tmp_path / "killed")
-    assert found.keys() == expected.keys()
-    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+    result, _ = train(data, loss, tmp_path / "killed")
+    assert result.keys() == expected.keys()
+    assert [key for key in result if not torch.equal(result[key], expected[key])] == []
 
 
 @pytest.mark.parametrize("name", OWNED)

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from erde.losses import byot_loss, dkd_loss, erde_loss, exit_ensemble_loss, kd_loss, phuong_loss
 from erde.losses.base import ExitSettings, exit_kl, soft_cross_entropy
 from erde.losses.dkd import decoupled_kl
 from erde.losses.kd import standardise_logits
@@ -25,8 +24,14 @@ from tests.helpers.loss_samples import (
     STUDENT_SHAPES,
     TRAIN_IMAGES,
     build,
+    byot_loss,
+    dkd_loss,
+    erde_loss,
+    exit_ensemble_loss,
     extras_of,
+    kd_loss,
     make_settings,
+    phuong_loss,
     sample,
 )
 from tests.losses.test_losses import as_numpy, assert_parts
@@ -96,7 +101,7 @@ def test_dynamickd_equals_the_oracle(switches: dict[str, Any]) -> None:
     with torch.no_grad():
         log_scale.copy_(torch.randn(log_scale.shape, generator=torch.Generator().manual_seed(3)))
     extras = extras_of({"name": "dynamickd", **switches})
-    found = module(student, teacher, labels, **extras)
+    parts = module(student, teacher, labels, **extras)
     scale = log_scale.detach()
     if switches.get("per_sample"):
         scale = scale[:, extras["indices"]]
@@ -108,7 +113,7 @@ def test_dynamickd_equals_the_oracle(switches: dict[str, Any]) -> None:
         scale=np.exp(scale.numpy()),
     )
     mean = np.exp(scale.numpy()).mean(axis=(1, 2) if switches.get("per_exit") else None)
-    assert_parts(found, {**expected, "controller": mean})
+    assert_parts(parts, {**expected, "controller": mean})
 
 
 @pytest.mark.parametrize("form", ["kl", "dkd"])
@@ -117,14 +122,14 @@ def test_erde_with_a_controller_and_held_out_errors_equals_the_oracle(form: str)
     held_out = sample(9)[1]
     scale = torch.tensor([0.5, 1.5, 2.0], dtype=torch.float64).reshape(3, 1, 1)
     arguments = {"wrong_test": "held_out", "distillation_form": form}
-    found = erde_loss(student, teacher, labels, scale=scale, held_out_logits=held_out, **arguments)
+    parts = erde_loss(student, teacher, labels, scale=scale, held_out_logits=held_out, **arguments)
     expected = oracles.erde_parts(
         *as_numpy(student, teacher, labels),
         scale=scale.numpy(),
         held_out_logits=held_out.numpy(),
         **arguments,
     )
-    assert_parts(found, expected)
+    assert_parts(parts, expected)
 
 
 # ---------------------------------------------------------------- DKD
@@ -144,7 +149,7 @@ def test_dkd_is_kd_where_the_weights_say_so(seed: int, temperature: float, sprea
         student, teacher, labels, temperature=temperature, target_weight=1, non_target_weight=1 - target
     )
     kd = kd_loss(student, teacher, labels, temperature=temperature)
-    gradients = [torch.autograd.grad(one["loss"], student)[0] for one in (dkd, kd)]
+    gradients = [torch.autograd.grad(parts["loss"], student)[0] for parts in (dkd, kd)]
     torch.testing.assert_close(dkd["loss"].detach(), kd["loss"].detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
 
@@ -182,9 +187,9 @@ def test_dkd_warms_up_by_images_seen() -> None:
     plain = build("dkd").double()(student, teacher, labels)
     strengths, losses = [], []
     for _ in range(4):
-        found = module(student, teacher, labels)
-        strengths.append(float(found["strength"]))
-        losses.append(float(found["loss"]))
+        parts = module(student, teacher, labels)
+        strengths.append(float(parts["strength"]))
+        losses.append(float(parts["loss"]))
     # 7 of 40 images a step, half an epoch to go: 7/20, 14/20, then full.
     assert strengths == pytest.approx([0.35, 0.7, 1.0, 1.0])
     assert losses[0] < losses[1] < losses[2]
@@ -196,10 +201,10 @@ def test_dkd_warms_up_by_images_seen() -> None:
 
 def test_standardised_logits_have_mean_0_and_variance_1() -> None:
     student, _, _ = sample()
-    found = standardise_logits(student)
-    torch.testing.assert_close(found.mean(-1), torch.zeros(EXITS, IMAGES, dtype=torch.float64))
+    result = standardise_logits(student)
+    torch.testing.assert_close(result.mean(-1), torch.zeros(EXITS, IMAGES, dtype=torch.float64))
     torch.testing.assert_close(
-        found.var(-1), torch.ones(EXITS, IMAGES, dtype=torch.float64), rtol=1e-5, atol=0
+        result.var(-1), torch.ones(EXITS, IMAGES, dtype=torch.float64), rtol=1e-5, atol=0
     )
 
 
@@ -222,11 +227,13 @@ def test_a_frozen_controller_is_kd() -> None:
     student, teacher, labels = sample()
     student.requires_grad_()
     frozen = build({"name": "dynamickd", "gradient_factor": 0.0}).double()
-    found, expected = frozen(student, teacher, labels), build("kd").double()(student, teacher, labels)
-    gradients = [torch.autograd.grad(one["loss"], student, retain_graph=True)[0] for one in (found, expected)]
-    assert torch.equal(found["loss"], expected["loss"])
+    result, expected = frozen(student, teacher, labels), build("kd").double()(student, teacher, labels)
+    gradients = [
+        torch.autograd.grad(part["loss"], student, retain_graph=True)[0] for part in (result, expected)
+    ]
+    assert torch.equal(result["loss"], expected["loss"])
     assert torch.equal(*gradients)
-    found["loss"].backward()
+    result["loss"].backward()
     assert float(frozen.controller.log_scale.grad.abs().max()) == 0
 
 
@@ -235,8 +242,8 @@ def test_the_gradient_factor_is_one_of_the_controllers_gradient_alone(factor: fl
     student, teacher, labels = sample()
     student.requires_grad_()
     gradients = []
-    for one in (1.0, factor):
-        module = build({"name": "dynamickd", "gradient_factor": one}).double()
+    for gradient_factor in (1.0, factor):
+        module = build({"name": "dynamickd", "gradient_factor": gradient_factor}).double()
         loss = module(student, teacher, labels)["loss"]
         gradients.append(torch.autograd.grad(loss, (student, module.controller.log_scale)))
     torch.testing.assert_close(gradients[1][0], gradients[0][0])
@@ -281,11 +288,11 @@ def test_the_controller_finds_the_factor_that_is_missing() -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2)
     for _ in range(300):
         optimizer.zero_grad()
-        found = module(student, teacher, labels)
-        found["loss"].backward()
+        parts = module(student, teacher, labels)
+        parts["loss"].backward()
         optimizer.step()
-    assert found["controller"].tolist() == pytest.approx([2.0, 1.0, 0.5], rel=1e-3)
-    assert float(found["kl"].max()) < 1e-5
+    assert parts["controller"].tolist() == pytest.approx([2.0, 1.0, 0.5], rel=1e-3)
+    assert float(parts["kl"].max()) < 1e-5
 
 
 def test_the_factor_is_positive_wherever_the_controller_goes() -> None:
@@ -326,10 +333,10 @@ def test_dynamickd_with_a_single_exit() -> None:
     student, teacher, labels = sample()
     settings = ExitSettings(CLASSES, (0.9,), 4.0, (1.0,), (2,))
     module = build({"name": "dynamickd", "per_exit": True}, settings).double()
-    found = module(student[:1], teacher, labels)
+    parts = module(student[:1], teacher, labels)
     expected = oracles.kd_parts(*as_numpy(student[:1], teacher, labels), pairs=[2])
-    assert float(found["loss"].detach()) == pytest.approx(expected["loss"], rel=1e-7)  # alpha is float32
-    assert found["controller"].tolist() == [1.0]
+    assert float(parts["loss"].detach()) == pytest.approx(expected["loss"], rel=1e-7)  # alpha is float32
+    assert parts["controller"].tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -355,8 +362,8 @@ def test_a_controller_per_sample_needs_indices(indices: Tensor | None) -> None:
 def test_erde_with_dkd_and_a_teacher_that_is_always_right_is_dkd() -> None:
     student, teacher, labels = sample()
     teacher[:, torch.arange(IMAGES), labels] += 20
-    found = erde_loss(student, teacher, labels, distillation_form="dkd")["loss"]
-    torch.testing.assert_close(found, dkd_loss(student, teacher, labels)["loss"])
+    value = erde_loss(student, teacher, labels, distillation_form="dkd")["loss"]
+    torch.testing.assert_close(value, dkd_loss(student, teacher, labels)["loss"])
 
 
 def test_held_out_errors_take_the_place_of_the_teachers_own() -> None:
@@ -381,11 +388,11 @@ def test_held_out_errors_take_the_place_of_the_teachers_own() -> None:
 def test_held_out_logits_are_paired_like_the_teachers() -> None:
     student, teacher, labels = sample()
     held_out = sample(9)[1]
-    found = erde_loss(
+    parts = erde_loss(
         student, teacher, labels, wrong_test="held_out", held_out_logits=held_out, pairs=[2, 2, 2]
     )["teacher_wrong"]
-    assert len(set(found.tolist())) == 1
-    assert float(found[0]) == float((held_out[2].argmax(-1) != labels).double().mean())
+    assert len(set(parts.tolist())) == 1
+    assert float(parts[0]) == float((held_out[2].argmax(-1) != labels).double().mean())
 
 
 @pytest.mark.parametrize(
@@ -479,9 +486,9 @@ def test_soft_cross_entropy_is_the_kl_and_the_teachers_entropy() -> None:
 def test_a_network_with_one_exit_learns_from_the_labels_alone(name: str) -> None:
     student, _, labels = sample()
     settings = ExitSettings(CLASSES, (0.9,), 4.0, (1.0,), (), student_shapes=STUDENT_SHAPES[-1:])
-    found = build(name, settings).double()(student[:1], None, labels)
+    parts = build(name, settings).double()(student[:1], None, labels)
     ce = oracles.ce_loss(*as_numpy(student[:1], labels))
-    assert float(found["loss"]) == pytest.approx(ce * (0.5 if name == "phuong" else 1.0))
+    assert float(parts["loss"]) == pytest.approx(ce * (0.5 if name == "phuong" else 1.0))
 
 
 def test_exits_that_agree_have_no_distance() -> None:
@@ -502,10 +509,10 @@ def test_features_come_closer_by_their_adapters(name: str) -> None:
     distances = []
     for _ in range(60):
         optimizer.zero_grad()
-        found = module(student, None, labels, **extras)
-        found["loss"].backward()
+        parts = module(student, None, labels, **extras)
+        parts["loss"].backward()
         optimizer.step()
-        distances.append(float(found["feature"][:-1].sum()))
+        distances.append(float(parts["feature"][:-1].sum()))
     assert distances[-1] < 0.7 * distances[0]
 
 

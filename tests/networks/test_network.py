@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from erde.common.errors import UserError
-from erde.networks.attach import HEADS, ERDEHead, LinearHead, attach_exits
+from erde.networks.attach import attach_exits
 from erde.networks.backbones import Backbone, build_backbone
 from erde.networks.cost import count_parameters, network_cost
+from erde.networks.heads import HEADS, ERDEHead, LinearHead
 from erde.networks.network import EarlyExitNetwork
 from tests.helpers.oracles import hooked_macs
 

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-import json
-
 import numpy as np
 import pytest
 import scipy.special
@@ -186,11 +183,6 @@ def test_a_rule_sees_no_later_exit_and_no_other_image(rule: policy.ExitRule) -> 
     for whole, part in zip((answers, scores), rule.apply(logits[:, some]), strict=True):
         np.testing.assert_allclose(whole[:, some], part, rtol=1e-12)
     assert rule.looks_back == (rule.score in ("patience", "harm") or rule.ensemble != "none")
-
-
-def test_rules_survive_json() -> None:
-    for rule in (policy.PAPER_RULE, policy.ExitRule("harm", 1.0, "none", (HARM,))):
-        assert policy.ExitRule.from_json(json.loads(json.dumps(dataclasses.asdict(rule)))) == rule
 
 
 def test_the_band() -> None:

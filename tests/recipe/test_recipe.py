@@ -93,7 +93,7 @@ def test_partial_differences_merge(recipe: Path) -> None:
         ("student.exits=[group1, group2]", "student.exits", ["group1", "group2"]),
         ("distillation.alpha=[0.1, 0.9]", "distillation.alpha", [0.1, 0.9]),
         ("distillation.alpha=rising", "distillation.alpha", "rising"),
-        ("calibration.max_risks=[0.005, 0.02]", "calibration.max_risks", [0.005, 0.02]),
+        ("calibration.max_risks=[0.005, 0.02]", "calibration.max_risks", (0.005, 0.02)),
         ("teacher.disjoint=true", "teacher.disjoint", True),
         ("name=", "name", "run"),
     ],

@@ -13,7 +13,6 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +255,7 @@ def test_a_deadline_is_passed_on(
     paths, _ = digit_files
     with user_error("no profile at"):
         predict_files(bundle_copy, paths, tmp_path / "some.csv", deadline_ms=10, threads=1)
-    assert not (tmp_path / "some.csv.unfinished").exists()
+    assert not list(tmp_path.glob("*.unfinished"))
     profile = Session(bundle_copy, threads=1).profile(rounds=1)
     profile = profile.model_copy(update={"milliseconds": {1: [1.0] * 3, 8: [2.0] * 3}})
     profile.write(bundle_copy / PROFILE)
@@ -523,26 +522,23 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return read
 
 
-# What a kill may leave behind the last whole batch: of the rows, and of the journal.
-TORN: dict[str, tuple[bytes, bytes]] = {
-    "nothing": (b"", b""),
-    "half a row": (b'{"path": "/some/wh', b""),
-    "whole rows and half a row": (b'{"path": "a"}\n{"path": "b"}\n"c', b""),
-    "a line of the journal": (b'{"path": "a"}\n', b'{"totals": {"imag'),
-    "a journal that is ahead of the rows": (
-        b"",
-        b'{"totals": {"images": 11, "skipped": 0, "exits": [9, 1, 1], "macs": 5, "bytes": 99999}, "skipped": []}\n',
-    ),
-    "a damaged journal": (b"", b'{"totals": 5}\n'),
+# A kill may leave any of these behind the last whole row.
+TORN = {
+    ".jsonl": [b"", b'{"path": "/some/wh', b'{"path": "a", "label": 1, "class"'],
+    ".csv": [b"", b"/some/wh", b"a,1,cat,0.5,0,0.5,12", b'"/two\nlines', b'"/two\r\n'],
 }
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-@pytest.mark.parametrize("torn", TORN)
-@pytest.mark.parametrize("batches", [1, 2, 3])
-def test_resumed_it_is_byte_for_byte_the_same(
+def unfinished_of(out: Path) -> Path:
+    (path,) = out.parent.glob(f"{out.name}.*.unfinished")
+    return path
+
+
+@pytest.mark.parametrize(("suffix", "torn"), [(suffix, torn) for suffix in TORN for torn in TORN[suffix]])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_resumed_no_row_is_lost_and_none_is_there_twice(
     suffix: str,
-    torn: str,
+    torn: bytes,
     batches: int,
     mixed_files: tuple[list[Path], list[str]],
     tiny_bundle: Path,
@@ -550,7 +546,8 @@ def test_resumed_it_is_byte_for_byte_the_same(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    paths, reasons = mixed_files
+    mixed, reasons = mixed_files
+    paths = [*mixed[:3], mixed[1], *mixed[3:]]  # one image is asked for twice
     settings: dict[str, Any] = {"batch_size": 3, "threads": 1, "operating_point": "risk-10"}
     whole, out = tmp_path / f"whole{suffix}", tmp_path / "deep" / f"some{suffix}"
     expected = predict_files(tiny_bundle, paths, whole, **settings)
@@ -558,30 +555,55 @@ def test_resumed_it_is_byte_for_byte_the_same(
     stop_after(batches, monkeypatch)
     with pytest.raises(Stopped):
         predict_files(tiny_bundle, paths, out, **settings)
-    unfinished, journal = out.with_name(f"{out.name}.unfinished"), out.with_name(f"{out.name}.journal")
-    assert entries(out.parent) == [journal.name, unfinished.name]
+    unfinished = unfinished_of(out)
     begun = unfinished.read_bytes()
-    assert whole.read_bytes().startswith(begun)
-    assert whole.read_bytes() != begun
-    for path, more in zip((unfinished, journal), TORN[torn], strict=True):
-        with path.open("ab") as file:
-            file.write(more)
-
-    before = (unfinished.read_bytes(), journal.read_bytes())
-    with user_error(rf"{unfinished} has {3 * batches} images of a command that was stopped: .* --resume"):
+    rows = rows_of(whole)[: begun.count(b"\n") - (suffix == ".csv")]
+    assert 0 < len(rows) < 8
+    with unfinished.open("ab") as file:
+        file.write(torn)
+    with user_error(rf"{unfinished} has {len(rows)} images of a command that was stopped: .* --resume"):
         predict_files(tiny_bundle, paths, out, **settings)
-    assert (unfinished.read_bytes(), journal.read_bytes()) == before
+    assert unfinished.read_bytes() == begun + torn
 
     read = counted(monkeypatch)
     capsys.readouterr()
     summary = predict_files(tiny_bundle, paths, out, resume=True, **settings)
-    assert read == paths[3 * batches :]
+    left = list(paths)
+    for row in rows:
+        left.remove(Path(row["path"]))
+    assert read == left
     assert summary == {**expected, "out": str(out)}
-    assert out.read_bytes() == whole.read_bytes()
+    assert out.read_bytes().startswith(begun)
+    same = [{**row, "probability": 0, "score": 0} for row in rows_of(out)]
+    assert same == [{**row, "probability": 0, "score": 0} for row in rows_of(whole)]
     skipped = out.with_name(f"{out.name}.skipped.txt")
     assert skipped.read_text().splitlines() == reasons
     assert capsys.readouterr().err.splitlines() == [f"skipped: {reason}" for reason in reasons]
     assert entries(out.parent) == [out.name, skipped.name]
+
+
+def test_names_that_csv_quotes_or_guards_are_known_again(
+    digit_files: tuple[list[Path], NDArray[np.uint8]],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = [b"=1.png", b"a\n,b.png", b"c\r.png", b'd".png', b"\xff.png"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(digit_files[0][0].read_bytes())
+    monkeypatch.chdir(folder)
+    paths = [Path(os.fsdecode(name)) for name in names]
+    for suffix in (".csv", ".jsonl"):
+        out = tmp_path / f"some{suffix}"
+        stop_after(len(names) - 1, monkeypatch)
+        with pytest.raises(Stopped):
+            predict_files(tiny_bundle, paths, out, batch_size=1, threads=1)
+        with monkeypatch.context() as patch:
+            read = counted(patch)
+            predict_files(tiny_bundle, paths, out, batch_size=1, threads=1, resume=True)
+        assert read == paths[-1:]
 
 
 def test_rows_are_in_the_file_as_soon_as_their_batch_is_done(
@@ -596,7 +618,7 @@ def test_rows_are_in_the_file_as_soon_as_their_batch_is_done(
     predict = Session.predict
 
     def look(self: Session, *arguments: Any, **keywords: Any) -> Prediction:
-        seen.append((tmp_path / "some.jsonl.unfinished").read_bytes().count(b"\n"))
+        seen.append(unfinished_of(out).read_bytes().count(b"\n"))
         assert out.read_text() == "older answers"
         return predict(self, *arguments, **keywords)
 
@@ -620,35 +642,25 @@ def test_stopped_in_the_first_batch_leaves_nothing_in_the_way(
     # With nothing to continue, --resume starts at the beginning, so that a script may always give it.
     predict_files(tiny_bundle, digit_files[0], out, threads=1, resume=True)
     assert len(rows_of(out)) == 7
-    # A kill leaves what no handler can clean up: files without one whole batch, or a journal alone.
+    # A kill leaves what no handler can clean up: a file without one whole row.
     expected = out.read_bytes()
-    journal = out.with_name("some.csv.journal")
-    for rows, notes in ((b"pa", b""), (b"path,la", b'{"forma'), (None, b'{"format_version": 1}\n{}\n')):
+    stop_after(1, monkeypatch)
+    with pytest.raises(Stopped):
+        predict_files(tiny_bundle, digit_files[0], out, batch_size=2, threads=1)
+    unfinished = unfinished_of(out)
+    for rows in (b"", b"pa", b"path,la"):
         for resume in (False, True):
-            if rows is not None:
-                out.with_name("some.csv.unfinished").write_bytes(rows)
-            journal.write_bytes(notes)
+            unfinished.write_bytes(rows)
             predict_files(tiny_bundle, digit_files[0], out, threads=1, resume=resume)
             assert out.read_bytes() == expected
             assert entries(out.parent) == [out.name]
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"operating_point": "risk-10"}, "with operating_point risk-5, not risk-10"),
-        ({"max_exit": 1}, "with max_exit None, not 1"),
-        ({"max_macs": 1e9}, "with max_macs None, not 1000000000.0"),
-        ({"batch_size": 3}, "with batch_size 2, not 3"),
-        ({"threads": 2}, "with threads 1, not 2"),
-        ({"images": 1}, "for another list of images"),
-        ({"images": -1}, "for another list of images"),
-        ({"bundle": "other"}, "with another bundle"),
-    ],
+    "change", [{"operating_point": "risk-10"}, {"max_exit": 1}, {"max_macs": 1e9}, {"bundle": "other"}]
 )
-def test_what_was_begun_otherwise_is_not_continued(
+def test_rows_of_two_bundles_or_limits_do_not_meet(
     change: dict[str, Any],
-    what: str,
     digit_files: tuple[list[Path], NDArray[np.uint8]],
     tiny_bundle: Path,
     bundle_copy: Path,
@@ -657,16 +669,12 @@ def test_what_was_begun_otherwise_is_not_continued(
 ) -> None:
     paths, _ = digit_files
     out = tmp_path / "some.jsonl"
-    settings: dict[str, Any] = {"batch_size": 2, "threads": 1}
     stop_after(2, monkeypatch)
     with pytest.raises(Stopped):
-        predict_files(tiny_bundle, paths, out, **settings)
-    before = out.with_name("some.jsonl.unfinished").read_bytes()
-    changed: list[Path] = paths
+        predict_files(tiny_bundle, paths, out, batch_size=2, threads=1)
+    unfinished = unfinished_of(out)
+    before = unfinished.read_bytes()
     bundle = tiny_bundle
-    change = dict(change)
-    if "images" in change:
-        changed = {1: [*paths, paths[0]], -1: [*paths[:5], paths[6], paths[5]]}[change.pop("images")]
     if change.pop("bundle", None):
         manifest = json.loads((bundle_copy / "manifest.json").read_text())
         manifest["default_operating_point"] = "risk-10"
@@ -674,12 +682,14 @@ def test_what_was_begun_otherwise_is_not_continued(
         (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
         bundle, change = bundle_copy, {"operating_point": "risk-5"}
     for resume in (True, False):
-        with user_error(f"{out}.unfinished was begun {what}: give what was given then"):
-            predict_files(bundle, changed, out, resume=resume, **{**settings, **change})
-    assert out.with_name("some.jsonl.unfinished").read_bytes() == before
-    # The default point by its name, a copy of the bundle elsewhere: these are the same.
-    predict_files(tiny_bundle, paths, out, resume=True, operating_point="risk-5", **settings)
-    assert len(rows_of(out)) == 7
+        with user_error(f"{unfinished} was begun with another bundle or other options: give what was given"):
+            predict_files(bundle, paths, out, batch_size=2, threads=1, resume=resume, **change)
+    assert unfinished.read_bytes() == before
+    # The default point by its name, another batch size, more images: these may go on.
+    predict_files(
+        tiny_bundle, [*paths, paths[0]], out, resume=True, operating_point="risk-5", batch_size=3, threads=1
+    )
+    assert [row["path"] for row in rows_of(out)] == [str(path) for path in [*paths, paths[0]]]
 
 
 def test_resume_needs_a_file(tmp_path: Path) -> None:
@@ -752,7 +762,7 @@ def test_killed_in_the_middle_and_resumed(
     erde(*command, "--out", str(whole), code=3)
     assert len(rows_of(whole)) == 500
 
-    unfinished, done = out.with_name("some.jsonl.unfinished"), 0
+    done = 0
     generator = random.Random(seed)
     for share in (0.1, 0.4):
         # From here to three tenths on: far from the end, so that a slow moment of ours does not miss it.
@@ -760,7 +770,8 @@ def test_killed_in_the_middle_and_resumed(
         process = erde_process(*command, "--out", str(out))
         try:
             while process.poll() is None:
-                if unfinished.exists() and unfinished.stat().st_size >= size:
+                begun = list(out.parent.glob("*.unfinished"))
+                if begun and begun[0].stat().st_size >= size:
                     os.kill(process.pid, signal.SIGKILL)
                     break
                 time.sleep(0.0005)
@@ -769,14 +780,16 @@ def test_killed_in_the_middle_and_resumed(
             process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not out.exists()
-        assert whole.read_bytes().startswith(b"".join(islice(unfinished.open("rb"), done)))
-        done = unfinished.read_bytes().count(b"\n")
+        content = unfinished_of(out).read_bytes()
+        assert whole.read_bytes().startswith(b"".join(content.splitlines(keepends=True)[:done]))
+        done = content.count(b"\n")
         assert 0 < done < 500
     _, refused = erde(*command[:-1], "--out", str(out), code=2)
     assert "continue it with --resume" in refused
     stdout, stderr = erde(*command, "--out", str(out), code=3)
     assert stdout == f"500 images (2 skipped): {out}\n"
     assert stderr.count("skipped: ") == 2
+    # Batches of one image, so that even the last bits are the same.
     assert out.read_bytes() == whole.read_bytes()
     assert entries(out.parent) == ["some.jsonl", "some.jsonl.skipped.txt"]
 

@@ -7,12 +7,9 @@ the ratio within a round: its median and quartiles over the rounds.
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import platform
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,11 +33,10 @@ Kind = Literal["no-exits", "operating-point", "every-exit", "fixed"]
 # A contender's turn within a round: no longer than this, no more calls than that.
 TURN_SECONDS, TURN_CALLS = 0.25, 64
 WARM_UP = 3
-STARTS, START_SECONDS = 5, 300
 
 
 class Contender(Frozen):
-    """Who was timed: a bundle at one setting, or a plain graph; ``bytes`` is the size of its ONNX files.
+    """A contender in the race: a bundle at one setting, or a plain graph; ``bytes`` is the size of its ONNX files.
 
     ``profiled_threads``: of the ``profile.json`` in the bundle's folder, by which batches are thinned out.
 
@@ -81,34 +77,10 @@ class Measurement(Frozen):
     time_per_macs_saved: float | None
 
 
-class Overhead(Frozen):
-    """Microseconds a stage that ``Session.predict`` takes outside ONNX Runtime's own calls, median, one thread.
-
-    Exits are scored and none is taken. Probabilities, which are computed when asked for, are not in it.
-    """
-
-    bundle: str
-    batch_size: int
-    microseconds_per_stage: float
-
-
-class Start(Frozen):
-    """A fresh process: milliseconds (median, quartiles) from its start to the first answer, and its peak memory.
-
-    The answer is to one image; the memory is that after a batch of ``batch_size``, in MiB.
-    """
-
-    contender: str
-    first_answer_ms: float
-    first_answer_quartiles: tuple[float, float]
-    batch_size: int
-    peak_mib: float | None
-
-
 class Bench(Frozen):
-    """All that ``erde bench`` measured, and on what."""
+    """The measurements of ``erde bench``, and the machine and images they are of."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     bundle: str
     seal: str
     data: str
@@ -118,8 +90,6 @@ class Bench(Frozen):
     reference: str
     contenders: list[Contender]
     measurements: list[Measurement]
-    overheads: list[Overhead]
-    starts: list[Start]
     machine: dict[str, Any]
     load_before: list[float]
     load_after: list[float]
@@ -167,30 +137,24 @@ def bench(
             raise UserError(f"{name} are {', '.join(map(str, numbers)) or 'missing'}, expected 1 or more")
     points = list(dict.fromkeys(points)) if points else None
     before = _load()
-    found = beside(path) if against is None else list(against)
+    rivals = find_rivals(path) if against is None else list(against)
     manifest = bundle.read(path)
-    labels = _labels([path, *found])
+    labels = _labels([path, *rivals])
     entries = _bundle_entries(path, manifest, points, "")
-    for other in found:
-        if other.is_dir():
-            theirs = bundle.read(other)
-            _check_same_task(other, theirs, manifest)
-            known = {one.name for one in theirs.operating_points}
+    for rival in rivals:
+        if rival.is_dir():
+            rival_manifest = bundle.read(rival)
+            _check_same_task(rival, rival_manifest, manifest)
+            names = {point.name for point in rival_manifest.operating_points}
             # A rung that one bundle could certify, another may have left out.
-            common = [one for one in points if one in known] if points else None
-            entries += _bundle_entries(other, theirs, common, f"{labels[other]} ")
+            common = [name for name in points if name in names] if points else None
+            entries += _bundle_entries(rival, rival_manifest, common, f"{labels[rival]} ")
         else:
-            own = other.parent.resolve() == (path.parent / "baselines").resolve()
-            entries.append(_plain_entry(other, manifest, labels[other], own))
-    reference = next(
-        (
-            one.about.name
-            for one in entries
-            if one.about.kind == "no-exits" and one.about.precision == manifest.precision
-        ),
-        "no-exit",
-    )
-    entries.sort(key=lambda one: one.about.name != reference)
+            own = rival.parent.resolve() == (path.parent / "baselines").resolve()
+            entries.append(_plain_entry(rival, manifest, labels[rival], own))
+    graphs = [entry.about for entry in entries if entry.about.kind == "no-exits"]
+    reference = next((graph.name for graph in graphs if graph.precision == manifest.precision), "no-exit")
+    entries.sort(key=lambda entry: entry.about.name != reference)
     measurements = []
     cells = [(count, size) for count in threads for size in batch_sizes]
     with progress.task("bench", len(cells) * rounds) as task:
@@ -201,7 +165,6 @@ def bench(
             )  # fmt: skip
             if task.due():
                 task.update(done, f"{count} threads, {size} images a call")
-    folders = [path, *(one for one in found if one.is_dir())]
     return Bench(
         bundle=str(path),
         seal=bundle.seal_of(manifest),
@@ -210,10 +173,8 @@ def bench(
         rounds=rounds,
         seed=seed,
         reference=reference,
-        contenders=[one.about for one in entries],
+        contenders=[entry.about for entry in entries],
         measurements=measurements,
-        overheads=[_overhead(one, images, size) for one in folders for size in sorted({1, max(batch_sizes)})],
-        starts=_starts(labels, images, max(batch_sizes)),
         machine={
             "platform": platform.platform(),
             "cpu": environment.cpu_model(),
@@ -226,22 +187,24 @@ def bench(
     )
 
 
-def beside(path: Path) -> list[Path]:
-    """What a run folder has beside its bundle that belongs in the race."""
+def find_rivals(path: Path) -> list[Path]:
+    """The bundle in int8 and the plain graphs that a run folder has beside its bundle."""
     quantised = path.parent / f"{path.name}-int8"
     graphs = sorted((path.parent / "baselines").glob("*.onnx"))
     return [*([quantised] if quantised.is_dir() else []), *graphs]
 
 
 def _labels(paths: Sequence[Path]) -> dict[Path, str]:
-    """A name for each path: the shortest tails that tell them all apart."""
-    whole = [one.resolve() for one in paths]
-    for depth in range(1, max(len(one.parts) for one in whole) + 1):
-        names = ["/".join(one.parts[-depth:]) for one in whole]
+    """Name each path by the shortest tail that tells them all apart."""
+    resolved = [path.resolve() for path in paths]
+    for path in paths:
+        if resolved.count(path.resolve()) > 1:
+            raise UserError(f"{path} is given twice: name each bundle and each graph once")
+    for depth in itertools.count(1):
+        names = ["/".join(path.parts[-depth:]) for path in resolved]
         if len(set(names)) == len(names):
-            return dict(zip(paths, names, strict=True))
-    twice = next(one for one in paths if whole.count(one.resolve()) > 1)
-    raise UserError(f"{twice} is given twice: name each bundle and each graph once")
+            break
+    return dict(zip(paths, names, strict=True))
 
 
 def _check_same_task(path: Path, theirs: bundle.Manifest, mine: bundle.Manifest) -> None:
@@ -253,7 +216,7 @@ def _check_same_task(path: Path, theirs: bundle.Manifest, mine: bundle.Manifest)
 
 
 def _load() -> list[float]:
-    return [round(one, 2) for one in os.getloadavg()] if hasattr(os, "getloadavg") else []
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
 # ---------------------------------------------------------------- contenders
@@ -272,7 +235,7 @@ def _bundle_entries(
         return sessions[threads]
 
     def entry(name: str, kind: Kind, point: OperatingPoint | None, setting: dict[str, Any]) -> _Entry:
-        def opened(
+        def open_session(
             threads: int,
         ) -> Callable[[NDArray[np.uint8]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
             predict = session(threads).predict
@@ -293,16 +256,14 @@ def _bundle_entries(
             bytes=size,
             profiled_threads=profile.threads if profile else None,
         )
-        return _Entry(about, opened, None, len(manifest.stages), float(manifest.no_exit_macs))
+        return _Entry(about, open_session, None, len(manifest.stages), float(manifest.no_exit_macs))
 
     known = manifest.operating_points if points is None else [manifest.point(name) for name in points]
-    found = [entry(one.name, "operating-point", one, {"operating_point": one.name}) for one in known]
-    if "no-exit" not in {one.name for one in known}:
-        found.append(
-            entry("no-exit", "operating-point", manifest.point("no-exit"), {"operating_point": "no-exit"})
-        )
+    if "no-exit" not in {point.name for point in known}:
+        known = [*known, manifest.point("no-exit")]
+    timed = [entry(point.name, "operating-point", point, {"operating_point": point.name}) for point in known]
     never = {"thresholds": [np.inf] * (len(manifest.stages) - 1)}
-    return [*found, entry("every exit computed", "every-exit", None, never)]
+    return [*timed, entry("every exit computed", "every-exit", None, never)]
 
 
 def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle: bool) -> _Entry:
@@ -314,7 +275,7 @@ def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle
     # Of files of the run's, others that are called so are arms, in float.
     is_int8 = path.stem == "no-exit-int8" if beside_bundle else path.stem.endswith("int8")
 
-    def opened(threads: int) -> Callable[[NDArray[np.uint8]], None]:
+    def open_graph(threads: int) -> Callable[[NDArray[np.uint8]], None]:
         runner = StageRunner([path], threads)
         if runner.image_shape != shape:
             raise UserError(
@@ -326,7 +287,7 @@ def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle
 
         return call
 
-    opened(1)
+    open_graph(1)
     about = Contender(
         name=name,
         kind="no-exits" if own else "fixed",
@@ -336,7 +297,7 @@ def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle
         certified=False,
         bytes=path.stat().st_size,
     )
-    return _Entry(about, opened, float(manifest.no_exit_macs) if own else None, 1)
+    return _Entry(about, open_graph, float(manifest.no_exit_macs) if own else None, 1)
 
 
 # ---------------------------------------------------------------- the race
@@ -356,7 +317,7 @@ def _race(
     def draw() -> NDArray[np.uint8]:
         return images[generator.integers(0, len(images), size)]
 
-    calls = [one.open(threads) for one in entries]
+    calls = [entry.open(threads) for entry in entries]
     slowest = 0.0
     for call in calls:
         for _ in range(WARM_UP):
@@ -366,13 +327,13 @@ def _race(
         slowest = max(slowest, last)
     turns = int(np.clip(TURN_SECONDS / slowest, 1, TURN_CALLS))
     seconds = np.zeros((rounds, len(entries), turns))
-    macs = [0.0 if one.macs is None else one.macs * rounds * turns * size for one in entries]
-    exits = [np.zeros(one.exits, dtype=np.int64) for one in entries]
+    macs = [(entry.macs or 0.0) * rounds * turns * size for entry in entries]
+    exits = [np.zeros(entry.exits, dtype=np.int64) for entry in entries]
     for turn in range(rounds):
         batches = [draw() for _ in range(turns)]
         for index in generator.permutation(len(entries)):
             call = calls[index]
-            call(batches[0])  # what ran before left its own data in the caches
+            call(batches[0])  # the contender before left its own data in the caches
             for number, batch in enumerate(batches):
                 started = time.perf_counter()
                 answer = call(batch)
@@ -380,7 +341,7 @@ def _race(
                 if answer is not None:
                     macs[index] += float(answer[0].sum())
                     exits[index] += np.bincount(answer[1], minlength=len(exits[index]))
-    names = [one.about.name for one in entries]
+    names = [entry.about.name for entry in entries]
     first = entries[names.index(reference)]
     whole = first.macs if first.macs is not None else first.no_exit_macs
     totals = seconds.sum(axis=2)
@@ -388,12 +349,12 @@ def _race(
     answered = rounds * turns * size
     return [
         _measurement(
-            one, seconds[:, index], shares[:, index], threads, size,
+            entry, seconds[:, index], shares[:, index], threads, size,
             macs[index] / answered / whole if macs[index] else None,
             (exits[index] / answered).tolist() if exits[index].any() else None,
-            one.about.precision == first.about.precision,
+            entry.about.precision == first.about.precision,
         )
-        for index, one in enumerate(entries)
+        for index, entry in enumerate(entries)
     ]  # fmt: skip
 
 
@@ -425,68 +386,3 @@ def _measurement(
         time_share_quartiles=(low, high),
         time_per_macs_saved=(1 - middle) / saved if saved is not None and saved > 0.02 else None,
     )
-
-
-def _overhead(path: Path, images: NDArray[np.uint8], size: int, calls: int = 200) -> Overhead:
-    """Time inside ``predict`` that is not ONNX Runtime's: each call's own graphs are timed within it."""
-    session = Session(path, threads=1)
-    stages = len(session.manifest.stages)
-    never: list[float | None] = [np.inf] * (stages - 1)
-    generator = np.random.default_rng(0)
-    outside = []
-    with session.graphs_timed() as inside:
-        for _ in range(calls if size == 1 else max(10, calls // size)):
-            batch = images[generator.integers(0, len(images), size)]
-            inside.clear()
-            started = time.perf_counter()
-            session.predict(batch, thresholds=never)
-            outside.append(time.perf_counter() - started - sum(inside))
-    return Overhead(
-        bundle=str(path), batch_size=size, microseconds_per_stage=1e6 * float(np.median(outside)) / stages
-    )
-
-
-# ---------------------------------------------------------------- fresh processes
-
-
-def _starts(labels: dict[Path, str], images: NDArray[np.uint8], size: int) -> list[Start]:
-    chosen = [one for one in labels if one.is_dir() or one.stem.startswith("no-exit")]
-    answers: dict[Path, list[tuple[float, float | None]]] = {one: [] for one in chosen}
-    with tempfile.TemporaryDirectory() as temporary:
-        batch = Path(temporary) / "images.npy"
-        np.save(batch, images[np.arange(size) % len(images)])
-        for _ in range(STARTS):
-            for path, seen in answers.items():
-                seen.append(_start(path, batch))
-    starts = []
-    for path, seen in answers.items():
-        low, middle, high = np.percentile([one for one, _ in seen], [25, 50, 75]).tolist()
-        peaks = [peak for _, peak in seen if peak is not None]
-        starts.append(
-            Start(
-                contender=labels[path],
-                first_answer_ms=middle,
-                first_answer_quartiles=(low, high),
-                batch_size=size,
-                peak_mib=float(np.median(peaks)) if peaks else None,
-            )
-        )
-    return starts
-
-
-def _start(path: Path, batch: Path) -> tuple[float, float | None]:
-    code = "import sys; from erde.bench.start import main; main(*sys.argv[1:])"
-    # -P: not the modules of whatever folder this was started in.
-    command = [sys.executable, "-P", "-c", code, str(path), str(batch)]
-    started = time.time()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise UserError(
-            f"a fresh process had no answer from {path} after {START_SECONDS} s: try smaller batches"
-        ) from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"a fresh process could not answer with {path}: {last}")
-    said = json.loads(done.stdout)
-    return 1e3 * (said["answered"] - started), said["peak_mib"]

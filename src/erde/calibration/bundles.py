@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 from erde import bundle
 from erde.bundle.manifest import Manifest
 from erde.bundle.profile import PROFILE
-from erde.calibration.checks import (
-    Request,
-    check_reuse,
-)
+from erde.calibration.checks import Request, check_reuse
 from erde.calibration.logits import calibrate_logits
 from erde.calibration.policy_file import CalibratedPolicy
-from erde.calibration.settings import LADDER, Settings
+from erde.calibration.settings import Settings
 from erde.common.errors import UserError
 from erde.common.files import make_folder
 from erde.common.splits import CertifyLogits, CertifySplit, TuneLogits, TuneSplit
-from erde.policy.points import Guarantee, OperatingPoint
-from erde.policy.rule import Ensemble
+from erde.policy.points import OperatingPoint
+from erde.recipe.validation import validate
 from erde.runtime.session import Session
 
 
@@ -59,41 +56,28 @@ def calibrate(
     path: str | Path,
     data: _TuneAndCertify,
     *,
-    max_risk: float | Sequence[float] = LADDER,
-    confidence: float = 0.9,
-    budgets: Sequence[float] = (),
-    latency_budgets: Sequence[float] = (),
-    guarantee: Guarantee = "risk",
-    score: str = "auto",
-    sharpness: float | None = None,
-    ensemble: Literal["auto"] | Ensemble = "auto",
+    max_risk: float | Sequence[float] | None = None,
     out: str | Path | None = None,
+    **settings: Any,
 ) -> CalibratedPolicy:
     """Calibrate the bundle at ``path`` on ``data.tune`` and ``data.certify``, and seal it anew.
 
     Sealed in place, or into ``out``. ``max_risk`` is one target or several (the first is the default operating
-    point); the reference is the bundle's own final exit. A latency budget needs the bundle's ``profile.json``.
+    point). ``settings``: further ones, such as ``confidence=0.95``, ``budgets=[0.7]``, ``score="margin"``; all are the
+    recipe's, and ``latency_budgets`` in milliseconds, for which the bundle needs a ``profile.json``. The reference is the
+    bundle's own final exit.
     """
-    for what, value in (("max_risk", max_risk), ("budgets", budgets), ("latency_budgets", latency_budgets)):
-        if isinstance(value, str):
-            raise UserError(
-                f"{what} is '{value}': expected {'a number or ' if what == 'max_risk' else ''}a list of numbers, such as "
-                f"{'[2.0]' if what == 'latency_budgets' else '[0.05] for 5 %'}"
-            )
-    settings = Settings(
-        max_risks=(max_risk,) if isinstance(max_risk, int | float) else tuple(max_risk),
-        confidence=confidence,
-        budgets=tuple(budgets),
-        latency_budgets=tuple(latency_budgets),
-        guarantee=guarantee,
-        score=score,
-        sharpness=sharpness,
-        ensemble=ensemble,
-    )
+    if max_risk is not None:
+        settings["max_risks"] = [max_risk] if isinstance(max_risk, int | float | str) else list(max_risk)
+    request = validate(Settings, settings)
+    if request.reference != "final_exit":
+        raise UserError(
+            f"reference is '{request.reference}': a bundle has its own final exit only; calibrate its run instead"
+        )
     target = Path(out or path)
     if target.exists() and not (target / bundle.MANIFEST).is_file():
         raise UserError(f"{target} is there already and is no bundle: give another place for the new one")
-    return calibrate_bundle(Session(path), data, settings, target)
+    return calibrate_bundle(Session(path), data, request, target)
 
 
 def calibrate_bundle(

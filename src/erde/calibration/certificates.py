@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,6 @@ from erde import policy
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, sweep
 from erde.policy.points import Certificate, Guarantee, Reference
 
-GUARANTEES: tuple[Guarantee, ...] = get_args(Guarantee)
 METHODS: dict[Guarantee, str] = {
     "risk": "fixed-sequence test on a path of thresholds, exact binomial bound",
     "net_drop": "fixed-sequence test on a path of thresholds, exact trinomial bound",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,20 +175,35 @@ class Request:
 
         Milliseconds are left out: nothing that is certified depends on them, and a new profile is no second choice.
         """
-        return self._hash(replace(self.cost, exit_milliseconds=None))
+        return self._hash(self._settings(), replace(self.cost, exit_milliseconds=None))
 
     def is_that_of(self, earlier: Calibration) -> bool:
-        """Whether an earlier calibration made the same choices; before, its hash covered milliseconds too."""
-        return earlier.choices in (self.choices(), self._hash(self.cost))
+        """Whether an earlier calibration made the same choices.
 
-    def _hash(self, cost: Cost) -> str:
-        settings = asdict(self.settings)
-        for one in fields(self.settings):
-            # A setting that an earlier version did not have changes no hash while it keeps its default.
-            if one.name not in HASHED_ALWAYS and settings[one.name] == one.default:
-                del settings[one.name]
+        Earlier versions hashed milliseconds too, and whole numbers as they were given: 1 and 1.0 were two choices.
+        """
+        settings = self._settings()
+        as_given = json.loads(json.dumps(settings), parse_float=_whole)
+        costs = (self.cost, replace(self.cost, exit_milliseconds=None))
+        return earlier.choices in [self._hash(some, cost) for some in (settings, as_given) for cost in costs]
+
+    def _settings(self) -> dict[str, Any]:
+        # A setting that an earlier version did not have changes no hash while it keeps its default.
+        defaults = type(self.settings)().model_dump()
+        return {
+            key: value
+            for key, value in self.settings.model_dump().items()
+            if key in HASHED_ALWAYS or value != defaults[key]
+        }
+
+    def _hash(self, settings: dict[str, Any], cost: Cost) -> str:
         value = [settings, asdict(cost), self.tune.fingerprint()]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _whole(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def check_reuse(earlier: Calibration | None, request: Request) -> None:

@@ -17,8 +17,8 @@ from erde.policy.rule import PAPER_RULE, ExitRule
 
 # Scores are compared at these risks, whatever is promised.
 COMPARED_RISKS = (0.005, 0.01, 0.02)
-# A score with more tune images than this on the edge of its thresholds is chosen only for want of another.
-MOST_FRAGILE = 0.001
+# A rule with a larger share of tune images on the edge of its thresholds is chosen only for want of another.
+MOST_FRAGILE = 0.005
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from erde.calibration.checks import Request, check_reuse
 from erde.calibration.few_labels import UNKNOWN, FewLabels, read_label_file, write_label_file
 from erde.calibration.labelled_images import Unlabelled, load_tune_and_certify, load_unlabelled
 from erde.calibration.policy_file import CalibratedPolicy
-from erde.calibration.settings import LADDER, Settings
+from erde.calibration.settings import Settings
 from erde.common import progress
 from erde.common.errors import UserError
 from erde.common.files import check_folder
 from erde.common.splits import Labels
 from erde.policy.points import Precision
+from erde.recipe.validation import validate
 from erde.runtime.session import Session
 
 
@@ -46,22 +47,26 @@ def parse_milliseconds(text: str, option: str) -> float:
     return value
 
 
-def settings_of(
-    *,
-    max_risks: Sequence[str] | None,
-    confidence: str,
-    budgets: Sequence[str] | None,
-    latency_budgets: Sequence[str] | None,
-    **others: Any,
-) -> Settings:
-    """The settings that the command line's words mean."""
-    return Settings(
-        max_risks=tuple(parse_share(one, "--max-risk") for one in max_risks) if max_risks else LADDER,
-        confidence=parse_share(confidence, "--confidence"),
-        budgets=tuple(parse_share(one, "--budget") for one in budgets or ()),
-        latency_budgets=tuple(parse_milliseconds(one, "--latency-budget") for one in latency_budgets or ()),
-        **others,
-    )
+def settings_of(given: dict[str, Any]) -> Settings:
+    """The settings that the command line's words mean, by option; what was not given keeps its default."""
+    parsers = {
+        "max_risks": ("--max-risk", parse_share),
+        "confidence": ("--confidence", parse_share),
+        "budgets": ("--budget", parse_share),
+        "latency_budgets": ("--latency-budget", parse_milliseconds),
+    }
+    values = {}
+    for key, words in given.items():
+        if words is None or words == []:
+            continue
+        if key not in parsers:
+            values[key] = words
+            continue
+        option, parse = parsers[key]
+        values[key] = (
+            parse(words, option) if isinstance(words, str) else [parse(word, option) for word in words]
+        )
+    return validate(Settings, values)
 
 
 def recalibrate_bundle(
@@ -79,7 +84,7 @@ def recalibrate_bundle(
 
 
 # A label costs somebody's time: no ladder of risks unless it is asked for.
-FEW = Settings((0.01,))
+FEW = Settings(max_risks=(0.01,))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PlainSerializer, PlainValidator
 
 from erde import policy
 from erde.common.splits import Logits
@@ -23,6 +24,12 @@ from erde.policy.rule import ExitRule
 GRID_LEVELS = 250
 # Elements of one block of a sweep: threshold vectors x images.
 _BLOCK = 2_000_000
+# An array that policy.json holds as a list.
+Numbers = Annotated[
+    NDArray[np.float64],
+    PlainValidator(lambda value: np.asarray(value, dtype=np.float64)),
+    PlainSerializer(lambda value: value.tolist()),
+]
 
 
 @dataclass(frozen=True)
@@ -132,22 +139,8 @@ class ThresholdPath:
     """Threshold vectors from "no early exit" to "everything leaves first", each cheaper than the last."""
 
     thresholds: tuple[tuple[float | None, ...], ...]
-    risk: NDArray[np.float64]
-    macs: NDArray[np.float64]
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in ``policy.json``."""
-        return {
-            "thresholds": [list(one) for one in self.thresholds],
-            "risk": self.risk.tolist(),
-            "macs": self.macs.tolist(),
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ThresholdPath:
-        """Read what :meth:`to_json` gave."""
-        thresholds = tuple(tuple(one) for one in value["thresholds"])
-        return cls(thresholds, np.asarray(value["risk"]), np.asarray(value["macs"]))
+    risk: Numbers
+    macs: Numbers
 
 
 def search_path(tune: ScoredSplit, cost: Cost) -> ThresholdPath:

@@ -321,12 +321,12 @@ def calibrate(
     )
 
     few = labels is not None or labels_out is not None
-    settings = settings_of(
+    settings = settings_of({
         # A label costs somebody's time: no ladder of risks unless it is asked for.
-        max_risks=max_risk or (["1%"] if few else None),
-        confidence=confidence or "90%", budgets=budget, latency_budgets=latency_budget,
-        guarantee=guarantee or "risk", score=score or "auto", sharpness=sharpness, ensemble=ensemble or "auto",
-    )  # fmt: skip
+        "max_risks": max_risk or (["1%"] if few else None),
+        "confidence": confidence, "budgets": budget, "latency_budgets": latency_budget, "guarantee": guarantee,
+        "score": score, "sharpness": sharpness, "ensemble": ensemble,
+    })  # fmt: skip
     share = parse_share(tune_share or "50%", "--tune-share")
     precision: Precision = "fp32"
     if kind == "bundle":

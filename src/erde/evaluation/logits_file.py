@@ -9,7 +9,6 @@ final exit is right. docs/formats.md has an example.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,7 +182,7 @@ def calibrate_file(
     certify_logits = _as(CertifyLogits, certify)
     cost = opened.cost(len(tune.logits.logits), macs, no_exit_macs)
     if tune.reference_right is not None:
-        settings = dataclasses.replace(settings, reference="given")
+        settings = settings.against_given()
     tune_logits = _as(TuneLogits, tune)
     request = Request(tune_logits, certify_logits, cost, settings, tuple(sources))
     if out.exists():

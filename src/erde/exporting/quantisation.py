@@ -51,7 +51,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to quantise, on tune: accuracy per exit, and the share of images with the label of the float exit."""
+    """A way to quantise, on tune: accuracy per exit, and the share of images with the label of the float exit."""
 
     kept_in_float: tuple[str, ...]
     accuracy: tuple[float, ...]
@@ -60,7 +60,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How stages were quantised, and what it cost on tune: ``kept_in_float`` was taken among ``trials``."""
+    """The way that stages were quantised, and its cost on tune: ``kept_in_float`` was taken among ``trials``."""
 
     kept_in_float: tuple[str, ...]
     range_images: int
@@ -74,19 +74,12 @@ class Quantisation:
     @property
     def taken(self) -> Trial:
         """The trial that was taken."""
-        return next(one for one in self.trials if one.kept_in_float == self.kept_in_float)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Quantisation:
-        """Read what ``dataclasses.asdict`` gave, by way of JSON."""
-        trials = tuple(Trial(**{key: tuple(row) for key, row in one.items()}) for one in value["trials"])
-        lists = {key: tuple(value[key]) for key in ("kept_in_float", "fp32_accuracy")}
-        return cls(**{**value, **lists, "trials": trials})
+        return next(trial for trial in self.trials if trial.kept_in_float == self.kept_in_float)
 
 
 def choose(fp32_accuracy: Sequence[float], trials: Sequence[Trial]) -> Trial | None:
     """The first trial that loses at most ``TOLERANCE`` at any exit; None where there is none yet."""
-    return next((one for one in trials if _loss(fp32_accuracy, one) <= TOLERANCE), None)
+    return next((trial for trial in trials if _loss(fp32_accuracy, trial) <= TOLERANCE), None)
 
 
 def _loss(fp32_accuracy: Sequence[float], trial: Trial) -> float:
@@ -116,7 +109,7 @@ def quantise_stages(
         if taken is not None:
             break
     if taken is None:
-        taken = min(trials, key=lambda one: _loss(fp32_accuracy, one))
+        taken = min(trials, key=lambda trial: _loss(fp32_accuracy, trial))
         written = _quantise_chain(sources, folder, images, taken.kept_in_float)
     return Quantisation(
         kept_in_float=taken.kept_in_float,
@@ -144,7 +137,7 @@ def range_images(train: TrainSplit, seed: int = 0) -> NDArray[np.uint8]:
 def _quantise_chain(
     sources: Sequence[Path], folder: Path, images: NDArray[np.uint8], kept: Sequence[str]
 ) -> list[Path]:
-    """Stage after stage: what calibrates one is what the int8 stages before it give, as it will be in use.
+    """Stage after stage: each is calibrated on the output of the int8 stages before it, as it will be in use.
 
     Ranges of the float stages' feature maps do as well for accuracy. But each stage also takes over the grid of
     the one before, so that a feature map is rounded once and not again on arrival: fewer labels flip.
@@ -179,19 +172,19 @@ def quantise(
     unblock_input(model)
     _give_biases(model)
     means = _input_means(model, x)
-    taken_in = model.graph.input[0].name
+    input_name = model.graph.input[0].name
     # ONNX Runtime asks for its own clean-up first, which the export has done.
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     options: dict[str, Any] = {"OpTypesToExcludeOutputQuantization": ["Gemm"]}
     if input_grid is not None:
         scale, zero_point = input_grid
-        options["TensorQuantOverrides"] = {taken_in: [{"scale": scale, "zero_point": zero_point}]}
+        options["TensorQuantOverrides"] = {input_name: [{"scale": scale, "zero_point": zero_point}]}
     with replacing_file(path) as beside:
         with _quiet():
             quantize_static(
-                copy.deepcopy(model),  # it moves the weights of the one it is given to a file
+                copy.deepcopy(model),  # it moves the weights of its argument to a file
                 beside,
-                _Reader(taken_in, x),
+                _Reader(input_name, x),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=_QUANTISED,
                 per_channel=True,
@@ -254,7 +247,7 @@ def _excluded(model: Any, kept: Sequence[str]) -> list[str]:
 
 def _layers(model: Any) -> list[Any]:
     """Convolutions and linear layers with constant weights, output channels first."""
-    constant = {one.name for one in model.graph.initializer}
+    constant = {tensor.name for tensor in model.graph.initializer}
     return [
         node
         for node in model.graph.node
@@ -264,12 +257,12 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _is_transposed(gemm: Any) -> bool:
-    return any(one.name == "transB" and one.i == 1 for one in gemm.attribute)
+    return any(item.name == "transB" and item.i == 1 for item in gemm.attribute)
 
 
 def _give_biases(model: Any) -> None:
-    """A bias of zeros where a layer has none: what quantisation moves needs a place to be put right."""
-    weights = {one.name: one for one in model.graph.initializer}
+    """Add a bias of zeros where a layer has none: the correction of what quantisation moves needs a place."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in _layers(model):
         if len(node.input) == 2:
             name = f"{node.input[1]}_zero_bias"
@@ -282,9 +275,9 @@ def _input_means(model: Any, x: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
     """Per layer the mean of its float input over ``x`` (and over the map, for a convolution): one per channel."""
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
-    taken_in, given = model.graph.input[0].name, {one.name for one in model.graph.output}
+    input_name, given = model.graph.input[0].name, {output.name for output in model.graph.output}
     inputs = {node.input[0] for node in _layers(model)}
-    names = sorted(inputs - {taken_in})
+    names = sorted(inputs - {input_name})
     for name in names:
         if name not in given:
             tapped.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
@@ -295,10 +288,10 @@ def _input_means(model: Any, x: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
     )
     sums: dict[str, NDArray[np.float64]] = {}
     for batch in _batches(x):
-        found = dict(zip(names, session.run(names, {taken_in: batch}), strict=True))
-        if taken_in in inputs:
-            found[taken_in] = batch
-        for name, value in found.items():
+        values = dict(zip(names, session.run(names, {input_name: batch}), strict=True))
+        if input_name in inputs:
+            values[input_name] = batch
+        for name, value in values.items():
             rows = value.mean(axis=(2, 3), dtype=np.float64) if value.ndim == 4 else value.astype(np.float64)
             sums[name] = sums.get(name, 0) + rows.sum(axis=0)
     return {name: total / len(x) for name, total in sums.items()}
@@ -309,8 +302,8 @@ def _correct_biases(quantised: Any, model: Any, means: dict[str, NDArray[np.floa
 
     Zeros around a map are left out of account.
     """
-    floats = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
-    found = {one.name: one for one in quantised.graph.initializer}
+    floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    constants = {tensor.name: tensor for tensor in quantised.graph.initializer}
     grids = {
         node.output[0]: node.input for node in quantised.graph.node if node.op_type == "DequantizeLinear"
     }
@@ -320,22 +313,22 @@ def _correct_biases(quantised: Any, model: Any, means: dict[str, NDArray[np.floa
         if weight not in grids:
             continue  # kept in float
         exact = floats[before.input[1]].astype(np.float64)
-        steps, scale, _ = (numpy_helper.to_array(found[name]) for name in grids[weight])
+        steps, scale, _ = (numpy_helper.to_array(constants[name]) for name in grids[weight])
         lost = exact - steps * scale.astype(np.float64).reshape(-1, *[1] * (exact.ndim - 1))
         lost = lost.sum(axis=tuple(range(2, lost.ndim)))
         mean = means[before.input[0]]
         groups = len(mean) // lost.shape[1]
         per_output = np.repeat(mean.reshape(groups, -1), len(lost) // groups, axis=0)
         name, bias_scale, _ = grids[bias]
-        moved = (lost * per_output).sum(axis=1) / numpy_helper.to_array(found[bias_scale])
-        corrected = numpy_helper.to_array(found[name]) + np.rint(moved)
-        found[name].CopyFrom(numpy_helper.from_array(corrected.astype(np.int32), name))
+        moved = (lost * per_output).sum(axis=1) / numpy_helper.to_array(constants[bias_scale])
+        corrected = numpy_helper.to_array(constants[name]) + np.rint(moved)
+        constants[name].CopyFrom(numpy_helper.from_array(corrected.astype(np.int32), name))
 
 
 def _grid(path: Path, tensor: str) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """Scale and zero point of ``tensor``; None where it is not quantised."""
     graph = onnx.load(path).graph
-    constants = {one.name: one for one in graph.initializer}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.output[0] == tensor:
             return numpy_helper.to_array(constants[node.input[1]]), numpy_helper.to_array(

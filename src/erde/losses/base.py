@@ -1,4 +1,11 @@
-"""What the losses share: shapes, per-exit parts, and the settings that are the same for every arm."""
+"""The parts that losses are made of, and the settings that are the same for every arm.
+
+A loss is a function of raw logits of the student (Es, B, K) and of its teacher (Et, B, K), labels (B,), the loss's own
+keys (``config``), and the shared settings: the share a of the distillation (``alpha``), the temperature T, the weight w
+of each exit, the teacher's exit of each student exit (``pairs``), and ``label_smoothing`` in the cross-entropy's target.
+It gives ``loss``, a scalar with a graph, and its parts without one, unweighted: scalars or (Es,). Nothing the teacher gives
+carries a gradient. Wrong shapes raise ``ValueError``.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erde.common.errors import UserError
+from erde.recipe.losses import LossConfig
 from erde.recipe.schema import DistillationConfig
 
 PerExit = float | Sequence[float] | Tensor
@@ -21,8 +29,8 @@ PerExit = float | Sequence[float] | Tensor
 class ExitSettings:
     """The shared settings, resolved for one student and its teacher: one number per student exit.
 
-    ``pairs[i]`` is the teacher's exit that teaches student exit i; empty where there is no teacher. The
-    shapes of what the stages give are those of one image, without the batch.
+    ``pairs[i]`` is the teacher's exit that teaches student exit i; empty where there is no teacher. Shapes are those of
+    the stages' outputs for one image, without the batch.
     """
 
     classes: int
@@ -60,52 +68,42 @@ class ExitSettings:
 
 
 class Criterion(nn.Module):
-    """What the criteria share: the settings that hold for every arm of a run, registered once.
+    """A loss with its keys and the shared settings, which every loss function reads from it; each registered once.
 
-    Called with (student logits, teacher logits or None, labels) and its extras by name, it gives ``loss``,
-    with a graph, and its parts, without one: scalars or (E,). It never waits for the device. Parameters are
-    trained with the network's; persistent buffers belong to the checkpoint and are the same on all ranks.
+    Called with (student logits, teacher logits or None, labels) and its extras by name, it gives what its function gives.
+    It never waits for the device. Parameters are trained with the network's; persistent buffers belong to the checkpoint
+    and are the same on all ranks.
     """
 
     alpha: Tensor
     exit_weights: Tensor
 
-    def __init__(self, settings: ExitSettings) -> None:
+    def __init__(self, config: LossConfig, settings: ExitSettings) -> None:
         super().__init__()
+        self.config = config
         self.temperature = settings.temperature
         self.pairs = settings.pairs
         self.label_smoothing = settings.label_smoothing
         self.register_buffer("alpha", torch.tensor(settings.alpha), persistent=False)
         self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
 
-    @property
-    def own(self) -> dict[str, Any]:
-        """The settings of a loss without a teacher, as arguments of its function."""
-        return {"exit_weights": self.exit_weights, "label_smoothing": self.label_smoothing}
 
-    @property
-    def distilling(self) -> dict[str, Any]:
-        """The settings of a loss with a teacher, as arguments of its function."""
-        return {
-            **self.own,
-            "alpha": self.alpha,
-            "temperature": self.temperature,
-            "pairs": self.pairs,
-        }
+# A criterion has the settings on the network's device, where a step need not bring them first.
+Settings = ExitSettings | Criterion
 
 
-def count_train_images(settings: ExitSettings, what: str, least: int = 1) -> int:
-    """How many images the arm trains on; :class:`UserError` if that is under ``least``."""
+def count_train_images(settings: ExitSettings, user: str, least: int = 1) -> int:
+    """Number of images the arm trains on; :class:`UserError` naming ``user``, which needs them, if under ``least``."""
     if settings.train_images < least:
         raise UserError(
-            f"{what} needs at least {least:,} train images, got {settings.train_images:,}: "
+            f"{user} needs at least {least:,} train images, got {settings.train_images:,}: "
             "train on more images, or use another loss"
         )
     return settings.train_images
 
 
 def ranks() -> int:
-    """How many processes train together; 1 without torch.distributed."""
+    """Number of processes that train together; 1 without torch.distributed."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return 1
@@ -114,8 +112,7 @@ def ranks() -> int:
 def gather_ranks(tensor: Tensor) -> Tensor:
     """The rows of all ranks, in rank order and without gradient: (B, ...) -> (ranks * B, ...).
 
-    What a criterion keeps from step to step is updated with these, so that it stays the same on all ranks.
-    Every rank must have as many rows.
+    A criterion updates its state with these, so that it stays the same on all ranks. Every rank must have as many rows.
     """
     number = ranks()
     if number == 1:
@@ -132,7 +129,7 @@ def _resolve_alpha(alpha: float | Sequence[float] | str, shares: Sequence[float]
         return tuple(0.2 + 0.7 * (share - shares[0]) / (1 - shares[0]) for share in shares)
     if isinstance(alpha, int | float):
         return (float(alpha),) * len(shares)
-    return one_per_exit("distillation.alpha", alpha, len(shares))
+    return per_exit_values("distillation.alpha", alpha, len(shares))
 
 
 def _resolve_weights(weights: str | Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
@@ -146,12 +143,12 @@ def _resolve_weights(weights: str | Sequence[float], shares: Sequence[float]) ->
         raw = shares
     else:
         assert not isinstance(weights, str)
-        return one_per_exit("distillation.exit_weights", weights, len(shares))
+        return per_exit_values("distillation.exit_weights", weights, len(shares))
     mean = sum(raw) / len(raw)
     return tuple(value / mean for value in raw)
 
 
-def one_per_exit(key: str, values: Sequence[Any], exits: int) -> tuple[float, ...]:
+def per_exit_values(key: str, values: Sequence[Any], exits: int) -> tuple[float, ...]:
     """``values`` as floats; :class:`UserError` unless there is one for each exit."""
     if len(values) != exits:
         raise UserError(f"{key} has {len(values)} values for {exits} exits: give one number, or one per exit")
@@ -193,20 +190,21 @@ def check_shapes(student_logits: Tensor, teacher_logits: Tensor | None, labels: 
         )
 
 
-def pair_teacher(student_logits: Tensor, teacher_logits: Tensor, pairs: Sequence[int] | None) -> Tensor:
-    """Teacher logits in the student's order and dtype (Es, B, K), detached; without ``pairs`` exit i teaches i."""
-    if pairs is None:
-        pairs = range(len(student_logits))
-        if len(teacher_logits) != len(student_logits):
-            raise ValueError(
-                f"{len(student_logits)} student exits and {len(teacher_logits)} teacher exits: give pairs"
-            )
+def pair_teacher(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, pairs: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Checked logits in float32 or better: the student's, and the teacher's in the student's order, detached.
+
+    (Es, B, K), (Et, B, K), (B,) -> (Es, B, K) twice.
+    """
+    check_shapes(student_logits, teacher_logits, labels)
     if len(pairs) != len(student_logits):
         raise ValueError(
             f"expected a teacher exit for each of {len(student_logits)} student exits, got {tuple(pairs)}"
         )
+    student = at_least_float32(student_logits)
     teacher = torch.stack([teacher_logits[index] for index in pairs])
-    return teacher.detach().to(student_logits.dtype)
+    return student, teacher.detach().to(student.dtype)
 
 
 def per_exit(value: PerExit, logits: Tensor) -> Tensor:
@@ -240,6 +238,13 @@ def exit_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 
     return (1 - label_smoothing) * cross_entropy - label_smoothing * log_probabilities.mean(dim=-1)
 
 
+def hard_loss(student_logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """For losses without a teacher: checked logits in float32 or better (E, B, K), and their mean cross-entropy (E,)."""
+    check_shapes(student_logits, None, labels)
+    student = at_least_float32(student_logits)
+    return student, exit_cross_entropy(student, labels, label_smoothing).mean(dim=1)
+
+
 def exit_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """``KL(softmax(t/T) || softmax(s/T))`` in nats, without T²: (E, B, K) twice -> (E, B)."""
     student = F.log_softmax(student_logits / temperature, dim=-1)
@@ -263,7 +268,7 @@ def exit_entropy(logits: Tensor) -> Tensor:
 
 
 def teacher_wrong(paired_teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """Where the teacher's exit is wrong: (E, B, K), (B,) -> bool (E, B)."""
+    """True where the teacher's exit is wrong: (E, B, K), (B,) -> bool (E, B)."""
     return paired_teacher_logits.argmax(dim=-1) != labels
 
 

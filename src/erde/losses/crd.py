@@ -17,7 +17,7 @@ from erde.losses.base import Criterion, ExitSettings, count_train_images, gather
 from erde.losses.cross_entropy import cross_entropy_loss
 from erde.losses.features import check_number, feature_channels, pool_features
 from erde.losses.kd import kd_loss
-from erde.recipe.losses import CRDConfig
+from erde.recipe.losses import CRDConfig, KDConfig
 
 
 def contrastive_loss(positive: Tensor, negative: Tensor, valid: Tensor, images: int) -> Tensor:
@@ -34,8 +34,8 @@ def contrastive_loss(positive: Tensor, negative: Tensor, valid: Tensor, images: 
     Returns:
         The loss of each image (B,), in nats.
 
-    >>> one = torch.ones(1)
-    >>> round(float(contrastive_loss(one, torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool), 3)), 4)  # 4 ln 2
+    >>> valid = torch.ones(1, 3, dtype=torch.bool)
+    >>> round(float(contrastive_loss(torch.ones(1), torch.ones(1, 3), valid, 3)), 4)  # 4 ln 2
     2.7726
     """
     epsilon = 1e-7
@@ -53,7 +53,7 @@ def draw_negatives(known: Tensor, labels: Tensor, number: int) -> tuple[Tensor, 
     Args:
         known: the class of each train image, -1 where it is not known yet (N,).
         labels: classes of the batch (B,).
-        number: how many at most.
+        number: the most for each image.
 
     Returns:
         Positions in the train split (B, M), and where they count, bool (B, M): an image with fewer than
@@ -62,8 +62,8 @@ def draw_negatives(known: Tensor, labels: Tensor, number: int) -> tuple[Tensor, 
     number = min(number, len(known) - 1)
     order = torch.rand(len(labels), len(known), device=known.device)
     order = order.masked_fill(known == labels.unsqueeze(1), 2.0)
-    found = order.topk(number, dim=1, largest=False)
-    return found.indices, found.values < 1.5
+    drawn = order.topk(number, dim=1, largest=False)
+    return drawn.indices, drawn.values < 1.5
 
 
 class ContrastivePair(nn.Module):
@@ -150,12 +150,12 @@ class ContrastivePair(nn.Module):
     @torch.no_grad()
     def _remember(self, embeddings: Sequence[Tensor], indices: Tensor) -> None:
         """Move the memories of the batch's images, of all ranks, towards the embeddings."""
-        everyone = gather_ranks(indices)
+        all_indices = gather_ranks(indices)
         for memory, embedding in zip(self.memories, embeddings, strict=True):
             new = gather_ranks(embedding).to(memory.dtype)
             momentum = self.config.momentum
-            mixed = momentum * memory[everyone] + (1 - momentum) * new
-            memory.index_copy_(0, everyone, F.normalize(mixed, dim=1))
+            mixed = momentum * memory[all_indices] + (1 - momentum) * new
+            memory.index_copy_(0, all_indices, F.normalize(mixed, dim=1))
 
 
 class CRDLoss(Criterion):
@@ -166,13 +166,14 @@ class CRDLoss(Criterion):
     and of the teacher's stage that is paired with it.
     """
 
+    config: CRDConfig
     classes_seen: Tensor
 
     def __init__(self, config: CRDConfig, settings: ExitSettings) -> None:
-        super().__init__(settings)
+        super().__init__(config, settings)
         images = count_train_images(settings, "the loss 'crd'", least=settings.classes + 1)
         last = len(settings.alpha) - 1
-        self.config = config
+        self.plain_kd = KDConfig()
         self.teacher_exits = len(settings.teacher_shapes)
         self.exits = range(last + 1) if config.exits == "all" else range(last, last + 1)
         paired = [settings.pairs[index] for index in self.exits]
@@ -200,9 +201,14 @@ class CRDLoss(Criterion):
             ValueError: on wrong shapes.
         """
         if self.config.with_kd:
-            parts = kd_loss(student_logits, teacher_logits, labels, **self.distilling)
+            parts = kd_loss(student_logits, teacher_logits, labels, self.plain_kd, self)
         else:
-            parts = cross_entropy_loss(student_logits, labels, **self.own)
+            parts = cross_entropy_loss(
+                student_logits,
+                labels,
+                exit_weights=self.exit_weights,
+                label_smoothing=self.label_smoothing,
+            )
         student_features = check_number(student_features, len(self.alpha))
         teacher_features = check_number(teacher_features, self.teacher_exits)
         if indices.shape != labels.shape:

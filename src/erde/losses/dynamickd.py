@@ -1,6 +1,6 @@
 """DynamicKD (Zhu et al. 2023, arXiv 2305.05233): a learnt factor corrects the entropy of the student's soft output.
 
-The paper's controller is known in outline only; docs/methods/dynamickd.md says what is our own reading.
+The paper's controller is known in outline only; docs/methods/dynamickd.md says which parts are our own reading.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from erde.losses.base import Criterion, ExitSettings, count_train_images
 from erde.losses.kd import kd_loss
-from erde.recipe.losses import ControllerConfig, DynamicKDConfig
+from erde.recipe.losses import ControllerConfig, DynamicKDConfig, KDConfig
 
 
 class EntropyController(nn.Module):
@@ -70,7 +70,8 @@ class DynamicKDLoss(Criterion):
     """
 
     def __init__(self, config: DynamicKDConfig, settings: ExitSettings) -> None:
-        super().__init__(settings)
+        super().__init__(config, settings)
+        self.plain_kd = KDConfig()
         self.controller = EntropyController(config, settings)
 
     def forward(
@@ -83,5 +84,5 @@ class DynamicKDLoss(Criterion):
     ) -> dict[str, Tensor]:
         """The parts of ``kd_loss`` and ``controller``, the mean factor: a scalar, or (E,) with ``per_exit``."""
         scale = self.controller(student_logits, indices)
-        parts = kd_loss(student_logits, teacher_logits, labels, scale=scale, **self.distilling)
+        parts = kd_loss(student_logits, teacher_logits, labels, self.plain_kd, self, scale)
         return {**parts, **self.controller.parts(scale)}

@@ -1,25 +1,27 @@
-"""What the losses do with features: checks, pooling, and adapters between widths."""
+"""Features in losses: checks, pooling, adapters between widths, and the criterion of losses that compare them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from erde.common.errors import UserError
-from erde.losses.base import at_least_float32
+from erde.losses.base import Criterion, ExitSettings, at_least_float32
+from erde.recipe.losses import BYOTConfig, ExitEnsembleConfig
 
 
 def feature_channels(
-    shapes: Sequence[tuple[int, ...]], exits: Sequence[int], whose: str, loss: str
+    shapes: Sequence[tuple[int, ...]], exits: Sequence[int], owner: str, loss: str
 ) -> list[int]:
     """Channels of the features at ``exits``, from the shapes for one image.
 
     Maps are (C, H, W), tokens (N, C), vectors (C,).
 
     Raises:
-        UserError: no features of such a shape at one of the exits; names the loss and whose features.
+        UserError: no features of such a shape at one of the exits; names the loss and the features' owner.
     """
     channels = []
     for index in exits:
@@ -27,7 +29,7 @@ def feature_channels(
         if not 1 <= len(shape) <= 3:
             offered = f"of shape {shape}" if shape else "none"
             raise UserError(
-                f"the loss '{loss}' compares features, and the {whose}'s backbone offers {offered} at exit {index}: "
+                f"the loss '{loss}' compares features, and the {owner}'s backbone offers {offered} at exit {index}: "
                 "expected (C, H, W), (N, C) or (C,); use another backbone or a loss without features"
             )
         channels.append(shape[-1] if len(shape) == 2 else shape[0])
@@ -62,8 +64,8 @@ def check_feature_shape(features: Tensor, logits: Tensor) -> None:
 def check_number(features: Sequence[Tensor] | None, exits: int) -> Sequence[Tensor]:
     """The features; ``ValueError`` unless there are some, of so many exits."""
     if features is None or len(features) != exits:
-        found = "none" if features is None else len(features)
-        raise ValueError(f"expected features of {exits} exits, got {found}")
+        number = "none" if features is None else len(features)
+        raise ValueError(f"expected features of {exits} exits, got {number}")
     return features
 
 
@@ -71,7 +73,7 @@ class Adapters(nn.Module):
     """Brings the pooled features of all exits to the width of the last stage's.
 
     A small bottleneck per earlier exit, C -> C_last/4 -> C_last with a ReLU between; the last stage's
-    features stay what they are. They are for training only and never part of the exported network.
+    features stay as they are. Adapters are for training only and never part of the exported network.
 
     Raises:
         UserError: a stage without features.
@@ -88,12 +90,40 @@ class Adapters(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor] | None) -> Tensor:
-        """What each of E stages gave -> (E, B, C_last).
+        """Features of the E stages -> (E, B, C_last).
 
         Raises:
             ValueError: features of another number of exits, or of other shapes.
         """
         features = check_number(features, len(self.channels))
-        pooled = [pool_features(one, channels) for one, channels in zip(features, self.channels, strict=True)]
-        adapted = [layer(one) for layer, one in zip(self.bottlenecks, pooled[:-1], strict=True)]
+        pooled = [
+            pool_features(stage_features, channels)
+            for stage_features, channels in zip(features, self.channels, strict=True)
+        ]
+        adapted = [layer(vector) for layer, vector in zip(self.bottlenecks, pooled[:-1], strict=True)]
         return torch.stack([*adapted, pooled[-1]])
+
+
+class FeatureCriterion(Criterion):
+    """The criterion of a loss that compares the student's own features, through adapters, where they have a weight."""
+
+    function: ClassVar[Callable[..., dict[str, Tensor]]]
+    config: BYOTConfig | ExitEnsembleConfig
+
+    def __init__(self, config: BYOTConfig | ExitEnsembleConfig, settings: ExitSettings) -> None:
+        super().__init__(config, settings)
+        self.adapters = None
+        if config.feature_weight:
+            self.adapters = Adapters(settings.student_shapes, len(settings.alpha), config.name)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor,
+        *,
+        student_features: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss and its parts; ignores a teacher."""
+        features = None if self.adapters is None else self.adapters(student_features)
+        return self.function(student_logits, labels, self.config, self, features)

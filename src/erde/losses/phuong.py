@@ -8,11 +8,10 @@ from torch import Tensor
 from erde.losses.base import (
     Criterion,
     ExitSettings,
-    PerExit,
+    Settings,
     at_least_float32,
-    check_shapes,
-    exit_cross_entropy,
     gather_ranks,
+    hard_loss,
     silence_last,
     soft_cross_entropy,
     sum_exits,
@@ -23,41 +22,29 @@ from erde.recipe.losses import PhuongConfig
 def phuong_loss(
     student_logits: Tensor,
     labels: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    soft_share: float = 0.5,
-    exit_weights: PerExit = 1.0,
-    label_smoothing: float = 0.0,
+    config: PhuongConfig,
+    settings: Settings,
+    temperature: float | Tensor,
 ) -> dict[str, Tensor]:
     r"""``L = sum_i w_i mean_b [ (1-c) CE(s_ib, y_b) + c [i < E-1] T² S(s_(E-1)b, s_ib) ]``, in nats.
 
-    S is the soft cross-entropy at temperature T, and the last exit's logits inside it are detached.
-
-    Args:
-        student_logits: raw logits (E, B, K).
-        labels: classes (B,).
-        temperature: T.
-        soft_share: c, the paper's C.
-        exit_weights: w, one number or one per exit.
-        label_smoothing: of the cross-entropy's target.
+    S is the soft cross-entropy at ``temperature`` T, and the last exit's logits inside it are detached. c, the paper's C,
+    is ``config.soft_share``.
 
     Returns:
-        ``loss`` (scalar); unweighted parts (E,): ``ce`` and ``soft`` (with T²).
+        ``loss``; parts (E,): ``ce`` and ``soft`` (with T²).
 
-    Raises:
-        ValueError: on wrong shapes.
-
+    >>> from erde.recipe.schema import DistillationConfig
+    >>> settings = ExitSettings.resolve(DistillationConfig(), 4, [1, 2], None)
     >>> logits = torch.zeros(2, 5, 4)  # ln 4 from every term: twice 1/2 for the cross-entropies, 1/2 for S
-    >>> round(float(phuong_loss(logits, torch.zeros(5, dtype=torch.long))["loss"]), 4)
+    >>> parts = phuong_loss(logits, torch.zeros(5, dtype=torch.long), PhuongConfig(), settings, 1.0)
+    >>> round(float(parts["loss"]), 4)
     2.0794
     """
-    check_shapes(student_logits, None, labels)
-    student_logits = at_least_float32(student_logits)
-    ce = exit_cross_entropy(student_logits, labels, label_smoothing).mean(dim=1)
-    teacher = student_logits[-1:].detach()
-    soft = temperature**2 * soft_cross_entropy(student_logits, teacher, temperature).mean(dim=1)
+    student, ce = hard_loss(student_logits, labels, settings.label_smoothing)
+    soft = temperature**2 * soft_cross_entropy(student, student[-1:].detach(), temperature).mean(dim=1)
     soft = silence_last(soft)
-    loss = sum_exits((1 - soft_share) * ce + soft_share * soft, exit_weights)
+    loss = sum_exits((1 - config.soft_share) * ce + config.soft_share * soft, settings.exit_weights)
     return {"loss": loss, "ce": ce.detach(), "soft": soft.detach()}
 
 
@@ -68,22 +55,20 @@ class PhuongLoss(Criterion):
     the mean (of all ranks), T is multiplied by ``growth``.
     """
 
+    config: PhuongConfig
     annealed_temperature: Tensor
 
     def __init__(self, config: PhuongConfig, settings: ExitSettings) -> None:
-        super().__init__(settings)
-        self.config = config
+        super().__init__(config, settings)
         self.register_buffer("annealed_temperature", torch.tensor(config.start_temperature))
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> dict[str, Tensor]:
-        """The loss and its parts; ``temperature`` (scalar) is the one of this step. A teacher is not looked at."""
+        """The loss and its parts; ``temperature`` (scalar) is the one of this step. Ignores a teacher."""
         # A copy: autograd keeps what it divides by, and the buffer changes below.
         temperature = self.annealed_temperature.clone()
-        parts = phuong_loss(
-            student_logits, labels, temperature=temperature, soft_share=self.config.soft_share, **self.own
-        )
+        parts = phuong_loss(student_logits, labels, self.config, self, temperature)
         if self.training:
             with torch.no_grad():
                 surest = (at_least_float32(student_logits[-1]) / temperature).softmax(dim=-1).amax(dim=-1)

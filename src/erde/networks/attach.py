@@ -20,9 +20,7 @@ from erde.networks.heads import (
     AUTO,
     HEADS,
     NATIVE,
-    ERDEHead,
     Features,
-    LinearHead,
     check_head,
     make_head,
     tokens_for,
@@ -30,8 +28,6 @@ from erde.networks.heads import (
 from erde.networks.network import EarlyExitNetwork
 from erde.networks.places import Plan, plan_exits
 from erde.networks.shapes import Handed, InputSize, example_input, mode
-
-__all__ = ["HEADS", "ERDEHead", "EarlyExitNetwork", "LinearHead", "attach_exits"]
 
 # float32 steps in another order differ in the last bits; relative to the largest logit.
 _SAME = 1e-5
@@ -50,17 +46,17 @@ def attach_exits(
 ) -> EarlyExitNetwork:
     """Put exits on a classifier, sharing its weights; its own classifier is the final exit.
 
-    Stage k+1 needs nothing but what stage k hands over. See docs/backbones.md.
+    Stage k+1 needs the output of stage k alone. See docs/backbones.md.
 
     Args:
-        model: what ``erde.build_backbone`` gives, a model of timm's, or any module that takes images (B, C, H, W) and
+        model: a backbone of ``erde.build_backbone``, a model of timm's, or any module that takes images (B, C, H, W) and
             gives logits (B, K).
-        exits: how many in all, the final one included, placed at equal shares of the model's MACs; or the paths of
-            modules for the intermediate ones, such as ``layer1`` or ``blocks.3``: the exit stands behind it. Of a
+        exits: their number, the final exit included, placed at equal shares of the model's MACs; or the paths of modules
+            behind which intermediate exits stand, such as ``layer1`` or ``blocks.3``. Of a
             ``Backbone`` the names of blocks (``group1``: after its last block).
         input_size: (C, H, W) of the images.
-        head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``native`` (what a backbone brings along), or
-            ``auto``, which takes what fits the features.
+        head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``native`` (a backbone's own heads), or ``auto``,
+            which chooses by the features.
         dropout: of those heads, during training.
 
     Raises:
@@ -78,7 +74,7 @@ def attach_exits(
     except UserError:
         raise
     except Exception as error:
-        # The code of any model may run into what the tracing does not foresee.
+        # A model's code may fail in ways that the tracing does not foresee.
         text = str(error).splitlines()[0] if str(error) else "no reason given"
         raise UserError(f"{type(model).__name__} cannot be cut: {type(error).__name__}: {text}") from error
 
@@ -100,10 +96,10 @@ def _check_exits(exits: Any) -> int | list[str]:
 
 def _check_input_size(input_size: Any) -> InputSize:
     sides = list(input_size) if isinstance(input_size, Iterable) and not isinstance(input_size, str) else []
-    whole = all(
+    positive = all(
         isinstance(side, Integral) and not isinstance(side, bool) and int(side) >= 1 for side in sides
     )
-    if len(sides) != 3 or not whole:
+    if len(sides) != 3 or not positive:
         raise UserError(
             f"input_size={input_size!r}: expected (C, H, W), three whole numbers of 1 or more, such as (3, 32, 32)"
         )
@@ -112,7 +108,7 @@ def _check_input_size(input_size: Any) -> InputSize:
 
 
 def _check_kind(model: Any) -> None:
-    """Refuse what is no module in Python, in float32, whose code can be read."""
+    """Raise unless the model is a float32 module whose Python code can be traced."""
     if isinstance(model, type):
         raise UserError(f"{model.__name__} is a class: pass an instance of it")
     if not isinstance(model, nn.Module):
@@ -135,13 +131,12 @@ def _check_kind(model: Any) -> None:
                 f"{where} is quantised ({type(module).__name__}): put exits on the float model; the bundle can be int8 all the "
                 "same (precision='int8')"
             )
-    other = [(path, one.dtype) for path, one in model.named_parameters() if one.dtype != torch.float32]
-    if other:
-        path, dtype = other[0]
-        raise UserError(
-            f"{name} has parameters of {str(dtype).removeprefix('torch.')} ('{path}'), expected float32: call model.float() "
-            "first (training can use bfloat16 all the same)"
-        )
+    for path, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(
+                f"{name} has parameters of {str(parameter.dtype).removeprefix('torch.')} ('{path}'), expected float32: call "
+                "model.float() first (training can use bfloat16 all the same)"
+            )
 
 
 def _attach_to_blocks(
@@ -175,10 +170,12 @@ def _attach_to_blocks(
                 f"the backbone brings no head for an exit at '{names[cut]}': it has them at {', '.join(native)}"
             )
         else:
-            which = _deepest(handed[cut], input_size)
-            looks_at.append(which if isinstance(handed[cut], tuple) else None)
-            shape = tuple(_tensor_at(handed[cut], which).shape[1:])
-            heads.append(_head_for_block(head, shape, input_size, classes, dropout, names[cut]))
+            output = handed[cut]
+            tensors = output if isinstance(output, tuple) else (output,)
+            kinds = [Features.of(tensor.shape[1:], input_size) for tensor in tensors]
+            index = _deepest(kinds)
+            looks_at.append(index if isinstance(output, tuple) else None)
+            heads.append(_head_for_block(head, kinds[index], classes, dropout, names[cut]))
     network = EarlyExitNetwork(
         stages,
         [*heads, backbone.classifier],
@@ -189,25 +186,16 @@ def _attach_to_blocks(
     return network.train(backbone.training)
 
 
-def _head_for_block(
-    head: str, shape: tuple[int, ...], input_size: InputSize, classes: int, dropout: float, name: str
-) -> nn.Module:
-    if len(shape) == 3:
+def _head_for_block(head: str, features: Features, classes: int, dropout: float, name: str) -> nn.Module:
+    if len(features.shape) == 3:
         # Blocks hand over maps, channels first; their own head is the paper's.
-        return HEADS["erde" if head == AUTO else head](shape, classes, dropout)
-    features = Features.of(shape, input_size)
+        return HEADS["erde" if head == AUTO else head](features.shape, classes, dropout)
     return make_head(head, features, range(features.places), classes, dropout, name)
 
 
-def _deepest(handed: Handed, input_size: InputSize) -> int:
-    """Of what is handed over the tensor with most channels; of several the last."""
-    shapes = [tuple(one.shape[1:]) for one in ((handed,) if isinstance(handed, Tensor) else handed)]
-    channels = [Features.of(shape, input_size).channels for shape in shapes]
-    return max(range(len(shapes)), key=lambda index: (channels[index], index))
-
-
-def _tensor_at(handed: Handed, which: int) -> Tensor:
-    return handed if isinstance(handed, Tensor) else handed[which]
+def _deepest(kinds: Sequence[Features]) -> int:
+    """Index of the tensor with the most channels; the last of several."""
+    return max(range(len(kinds)), key=lambda index: (kinds[index].channels, index))
 
 
 def _trace_blocks(
@@ -287,16 +275,16 @@ def _attach_to_trace(
     classifier = build_stage(plan.trace, plan.facts, plan.tail, None)
     last = _channels_last(plan, input_size)
     kinds = [Features.of(shape, input_size, last) for shape in plan.tail.shapes]
-    final = max(kinds, key=lambda one: one.channels)
+    final = max(kinds, key=lambda features: features.channels)
     looked_at = _check_classifier(model, classifier, plan, final)
     heads: list[nn.Module] = []
     looks_at: list[int | None] = []
     for cut, name in zip(plan.cuts, plan.names, strict=True):
         kinds = [Features.of(shape, input_size, last) for shape in cut.shapes]
-        which = max(range(len(kinds)), key=lambda index: (kinds[index].channels, index))
-        looks_at.append(which if cut.tensors > 1 else None)
-        tokens = tokens_for(kinds[which], final, looked_at)
-        heads.append(make_head(head, kinds[which], tokens, classes, dropout, name))
+        index = _deepest(kinds)
+        looks_at.append(index if cut.tensors > 1 else None)
+        tokens = tokens_for(kinds[index], final, looked_at)
+        heads.append(make_head(head, kinds[index], tokens, classes, dropout, name))
     network = EarlyExitNetwork(
         stages, [*heads, classifier], [*plan.names, FINAL], [*looks_at, None], plan.notes
     )
@@ -308,7 +296,7 @@ def _attach_to_trace(
 
 
 def _channels_last(plan: Plan, input_size: InputSize) -> bool:
-    """Whether the model's maps have their channels last, by those whose shape tells: the last one's first.
+    """True if the model's maps have their channels last, by the last map whose shape tells.
 
     With as many channels as pixels a side the shape does not tell.
     """
@@ -354,7 +342,7 @@ def _check_model(model: nn.Module, input_size: InputSize) -> int:
 
 
 def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final: Features) -> range:
-    """The tokens that the model's own classifier looks at; a :class:`UserError` where it looks at nothing."""
+    """The tokens that the model's own classifier reads; :class:`UserError` where no gradient reaches its features."""
     name = type(model).__name__
     if not any(plan.facts.macs[plan.tail.place + 1 :]):
         raise UserError(f"{name} ends without a classifier behind its features: build it with one")
@@ -366,20 +354,24 @@ def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final
 
     features = [drawn(torch.empty(2, *shape)).to(parameter).requires_grad_() for shape in plan.tail.shapes]
     # Classifiers often start at zero, which lets no gradient through either.
-    weights = {key: one.detach() + 0.02 * drawn(one) for key, one in classifier.named_parameters()}
+    weights = {key: weight.detach() + 0.02 * drawn(weight) for key, weight in classifier.named_parameters()}
     with mode(classifier, False), torch.enable_grad():
         handed = features[0] if len(features) == 1 else tuple(features)
         logits = torch.func.functional_call(classifier, weights, (handed,))
         loss = (logits * drawn(logits)).sum()
-    found = torch.autograd.grad(loss, features, allow_unused=True) if loss.requires_grad else [None]
-    if any(one is None or not bool(one.abs().sum() > 0) for one in found):
+    gradients = torch.autograd.grad(loss, features, allow_unused=True) if loss.requires_grad else [None]
+    if any(gradient is None or not bool(gradient.abs().sum() > 0) for gradient in gradients):
         raise UserError(
             f"{name}'s classifier is detached from its features: no gradient passes (detach() or no_grad() in between), so its "
             "features could not be trained"
         )
     if final.kind != "tokens":
         return range(1)
-    widest = next(one for one in found if one is not None and tuple(one.shape[1:]) == final.shape)
+    widest = next(
+        gradient
+        for gradient in gradients
+        if gradient is not None and tuple(gradient.shape[1:]) == final.shape
+    )
     places = (
         widest.reshape(2, final.places, final.channels).abs().sum(dim=(0, 2)).nonzero().flatten().tolist()
     )
@@ -387,7 +379,7 @@ def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final
 
 
 def _check_same(model: nn.Module, network: EarlyExitNetwork, input_size: InputSize) -> None:
-    """Hold the final exit against the model, for several sizes of the batch."""
+    """Raise unless the final exit gives the model's logits, at several batch sizes."""
     for batch in _COMPARED_BATCHES:
         images = _probe(model, input_size, batch)
         with mode(model, False), mode(network, False), torch.no_grad():
@@ -403,13 +395,13 @@ def _check_same(model: nn.Module, network: EarlyExitNetwork, input_size: InputSi
 
 
 def _check_same_gradients(model: nn.Module, network: EarlyExitNetwork, input_size: InputSize) -> None:
-    """Refuse a model that holds parameters from learning by no_grad() in its forward, which a cut would lose."""
+    """Raise if the model's forward keeps parameters from learning by no_grad(), which a cut would lose."""
     images = _probe(model, input_size, 1)
     with mode(model, False), mode(network, False), torch.enable_grad():
         reached, reached_by_network = _reached(model(images)), _reached(network.forward_final(images))
     with mode(model, True):
-        pass  # some keep what they computed in evaluation, with its graph, until they are in training
-    held = [name for name, one in model.named_parameters() if one in reached_by_network - reached]
+        pass  # some models keep values of evaluation, with their graph, until they are in training
+    held = [name for name, weight in model.named_parameters() if weight in reached_by_network - reached]
     if held:
         raise UserError(
             f"{type(model).__name__} keeps '{held[0]}'{f' and {len(held) - 1} more' if held[1:] else ''} from learning by "

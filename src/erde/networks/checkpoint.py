@@ -31,9 +31,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
         if tensor.numel() and tensor.data_ptr() in seen:
             contiguous[name] = tensor.clone()
         seen.add(tensor.data_ptr())
-    # In the order given: what is written again after a resume must be the same to the byte.
+    # In the order given: a file written again after a resume must be the same to the byte.
     metadata = {"erde": json.dumps({"format_version": FORMAT_VERSION, **state})}
-    # Not safetensors' own save_file: a full disk is an OSError here, and a kill leaves only what is swept.
+    # Not safetensors' own save_file: a full disk is an OSError here, and a kill leaves only a partial file, which is swept.
     with replacing_file(path) as beside:
         beside.write_bytes(serialize(contiguous, metadata=metadata))
 
@@ -68,10 +68,9 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that stand under ``prefix``, without it."""
-    return {
-        name.removeprefix(f"{prefix}."): one for name, one in tensors.items() if name.startswith(f"{prefix}.")
-    }
+    """The tensors under ``prefix``, by their names without it."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -86,22 +85,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` took."""
+    """Restore the state that :func:`optimizer_tensors` gave."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
-    # Plain SGD keeps none; of the others a training without it would go on, to other numbers.
-    keeps = isinstance(optimizer, torch.optim.AdamW) or any(
-        one.get("momentum") for one in optimizer.param_groups
+    # Plain SGD has none; with any other, training without it would go on to other numbers.
+    has_state = isinstance(optimizer, torch.optim.AdamW) or any(
+        group.get("momentum") for group in optimizer.param_groups
     )
-    if keeps and not state:
+    if has_state and not state:
         raise UserError(
             "the checkpoint has nothing of the optimiser: it was changed, or is of another training; remove it to start anew"
         )
-    whole = optimizer.state_dict()
-    whole["state"] = state
-    optimizer.load_state_dict(whole)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:

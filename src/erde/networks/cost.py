@@ -1,4 +1,4 @@
-"""MACs and parameters, heads included: what an image pays when it leaves at an exit.
+"""MACs and parameters, heads included: the price of an image that leaves at an exit.
 
 MACs are counted by running the network once, on one image of zeros, with the formulas of torch's own
 :mod:`torch.utils.flop_counter`, for every convolution and matrix product that is computed, functional ones and fused
@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-if TYPE_CHECKING:
-    from erde.networks.network import EarlyExitNetwork
+from erde.networks.network import EarlyExitNetwork
 from erde.networks.shapes import Handed, InputSize, example_input, mode
 
 
@@ -41,13 +40,15 @@ def count_parameters(*modules: nn.Module) -> int:
 
 def count_macs(module: Callable[[Any], Any], x: Handed) -> tuple[int, Any]:
     """MACs of ``module(x)`` for the whole batch, and its output."""
-    return _count(lambda: module(x))
+    with torch.no_grad(), MacCounter() as counter:
+        output = module(x)
+    return counter.macs, output
 
 
 class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the MACs of what is computed while it is on, by torch's own formulas for convolutions and products.
+    """Counts the MACs of all that is computed while it is on, by torch's own formulas for convolutions and products.
 
-    Fused encoder layers, which torch's formulas do not know, are kept apart meanwhile.
+    Fused encoder layers, which torch's formulas do not know, are switched off meanwhile.
     """
 
     def __init__(self) -> None:
@@ -86,15 +87,9 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _attention_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Of ``softmax(Q K^T) V`` for (B, heads, N, D): the two products. torch's formulas lack the CPU's fused kernel."""
+    """Both products of ``softmax(Q K^T) V``, for (B, heads, N, D). torch's formulas lack the CPU's fused kernel."""
     batch, heads, queries, width = query.shape
     return batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
-
-
-def _count(call: Callable[[], Any]) -> tuple[int, Any]:
-    with torch.no_grad(), MacCounter() as counter:
-        output = call()
-    return counter.macs, output
 
 
 def head_macs(network: EarlyExitNetwork, input_size: InputSize) -> tuple[int, ...]:

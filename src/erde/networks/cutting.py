@@ -1,7 +1,7 @@
-"""Where a traced model can be cut, and the stretches between cuts as modules that share its weights.
+"""Cuts through a traced model, and the stretches between cuts as modules that share its weights.
 
-A cut stands after a step of the graph. What flows through it are the values that later steps need, apart from what
-depends on no image (parameters, position tables: computed again) and from sizes (read off what flows through).
+A cut stands after a step of the graph. Through it flow the values that later steps need, but for constants that depend
+on no image (parameters, position tables: computed again) and sizes (read off the tensors that flow).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from erde.networks.tracing import BATCHES, Trace, example_batches, run_node, wit
 
 # More tensors than these are no place for an exit.
 MOST_TENSORS = 4
-# Of what flows: images, or computed from them; sizes; nothing of either.
+# Kinds of values: images, or computed from them; sizes; independent of both.
 _DATA, _SIZE, _CONSTANT = "data", "size", "constant"
 
 
 class StepError(Exception):
-    """A step of a traced model fails, though the model itself does not: its code asked what it was given."""
+    """A step of a traced model fails, though the model itself does not: its code looks at the type of its input."""
 
     def __init__(self, node: fx.Node, cause: Exception) -> None:
         super().__init__(str(cause))
@@ -38,9 +38,9 @@ class StepError(Exception):
 
 @dataclass
 class Facts:
-    """What running a graph once for each of ``BATCHES`` tells about its nodes, in order.
+    """Facts about a graph's nodes, in order, from a run for each of ``BATCHES``.
 
-    ``values``: per node what it gives for each batch size; ``kinds``; ``macs`` of one image; ``changed_by``: nodes whose
+    ``values``: per node its output for each batch size; ``kinds``; ``macs`` of a single image; ``changed_by``: nodes whose
     tensors a later step writes over -> the places of those steps.
     """
 
@@ -59,22 +59,22 @@ class Facts:
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut after the node at ``place``: which nodes' values flow through it, and the shapes of their tensors."""
+    """A cut after the node at ``place``: the nodes whose values flow through it, and the shapes of their tensors."""
 
     place: int
     live: tuple[fx.Node, ...]
     shapes: tuple[tuple[int, ...], ...]  # of each tensor, without the batch
-    folds: tuple[int, ...]  # so many rows of each tensor belong to one image; they are handed over as an axis
+    folds: tuple[int, ...]  # rows of each tensor per image; handed over as an axis
     share: float  # of the model's MACs before it
 
     @property
     def tensors(self) -> int:
-        """How many tensors flow through."""
+        """Number of tensors that flow through."""
         return len(self.shapes)
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [one for one in pytree.tree_leaves(value) if isinstance(one, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -94,7 +94,7 @@ def gather_facts(trace: Trace, input_size: Sequence[int]) -> Facts:
     except StepError as error:
         if not isinstance(error.cause, DataDependentOutputException | DynamicOutputShapeException):
             raise
-        # A module that stays whole may decide by values, which fake tensors have not.
+        # A module that stays whole may decide by values, which fake tensors do not have.
         return _gather(trace, input_size, torch.no_grad())
 
 
@@ -110,11 +110,11 @@ def _gather(trace: Trace, input_size: Sequence[int], context: AbstractContextMan
     kinds: dict[fx.Node, str] = {}
     for node in nodes:
         kinds[node] = _kind(node, kinds, values)
-    first, second = macs
-    per_image = [two - one for one, two in zip(first, second, strict=True)]
-    once = [one - BATCHES[0] * each for one, each in zip(first, per_image, strict=True)]
-    found = [each + fixed for each, fixed in zip(per_image, once, strict=True)]
-    return Facts(nodes, {node: tuple(both) for node, both in values.items()}, kinds, found, changed_by)
+    # From batches of 2 and 3 images to a single image: the constant part stays.
+    macs_of_image = [2 * of_two - of_three for of_two, of_three in zip(*macs, strict=True)]
+    return Facts(
+        nodes, {node: tuple(both) for node, both in values.items()}, kinds, macs_of_image, changed_by
+    )
 
 
 def _run(
@@ -141,13 +141,13 @@ def _run(
                 raise StepError(node, error) from error
         macs.append(counter.macs)
         for earlier, before in versions.items():
-            now = [one._version for one in _tensors(current[earlier])]
+            now = [tensor._version for tensor in _tensors(current[earlier])]
             if now != before:
                 versions[earlier] = now
                 if index not in changed_by.setdefault(earlier, []):
                     changed_by[earlier].append(index)
         if node.op != "get_attr":
-            versions[node] = [one._version for one in _tensors(current[node])]
+            versions[node] = [tensor._version for tensor in _tensors(current[node])]
     for node in nodes:
         values[node].append(current[node])
     return macs
@@ -166,7 +166,7 @@ def _kind(node: fx.Node, kinds: dict[fx.Node, str], values: dict[fx.Node, list[A
         return _DATA
     if node.op == "get_attr":
         return _CONSTANT
-    sources = {kinds[one] for one in node.all_input_nodes}
+    sources = {kinds[source] for source in node.all_input_nodes}
     if not _tensors(values[node][0]):
         return _SIZE if sources - {_CONSTANT} else _CONSTANT
     if _DATA in sources or _is_random(node):
@@ -188,69 +188,69 @@ def find_cuts(facts: Facts) -> list[Cut]:
         if node.op in ("placeholder", "get_attr"):
             continue
         live = tuple(
-            one
-            for one in facts.nodes[: place + 1]
-            if facts.kinds[one] == _DATA and last_use.get(one, -1) > place
+            earlier
+            for earlier in facts.nodes[: place + 1]
+            if facts.kinds[earlier] == _DATA and last_use.get(earlier, -1) > place
         )
         if not live or live in seen:
             continue
         seen.add(live)
-        found = _clean_shapes(live, facts)
-        if found is not None:
-            cuts.append(Cut(place, live, *found, facts.macs_until[place] / max(1, facts.total_macs)))
+        clean = _clean_shapes(live, facts)
+        if clean is not None:
+            cuts.append(Cut(place, live, *clean, facts.macs_until[place] / max(1, facts.total_macs)))
     return cuts
 
 
 def _sources(node: fx.Node, facts: Facts) -> set[fx.Node]:
-    """Values that ``node`` needs: its own inputs, and through what is computed again."""
-    found: set[fx.Node] = set()
+    """Values that ``node`` needs: its own inputs, and the inputs of constants that are computed again."""
+    sources: set[fx.Node] = set()
     waiting = list(node.all_input_nodes)
     while waiting:
-        one = waiting.pop()
-        if one in found:
+        source = waiting.pop()
+        if source in sources:
             continue
-        found.add(one)
-        if facts.kinds[one] != _DATA and _tensors(facts.values[one][0]):
-            waiting += one.all_input_nodes
-    return found
+        sources.add(source)
+        if facts.kinds[source] != _DATA and _tensors(facts.values[source][0]):
+            waiting += source.all_input_nodes
+    return sources
 
 
 def _clean_shapes(
     live: Sequence[fx.Node], facts: Facts
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] | None:
-    """Shapes and folds of what flows; None where it is not numbers for each image, or too many tensors."""
+    """Shapes and folds of the tensors that flow; None where they are not numbers for each image, or too many."""
     shapes, folds = [], []
     for node in live:
-        for one, other in zip(*(_tensors(value) for value in facts.values[node]), strict=True):
-            if one.ndim < 2 or one.shape[1:] != other.shape[1:] or not one.dtype.is_floating_point:
+        for smaller, larger in zip(*(_tensors(value) for value in facts.values[node]), strict=True):
+            if smaller.ndim < 2 or smaller.shape[1:] != larger.shape[1:] or not smaller.is_floating_point():
                 return None
-            fold = one.shape[0] // BATCHES[0]
-            if (one.shape[0], other.shape[0]) != tuple(fold * batch for batch in BATCHES) or fold == 0:
+            fold = smaller.shape[0] // BATCHES[0]
+            if (smaller.shape[0], larger.shape[0]) != tuple(fold * batch for batch in BATCHES) or fold == 0:
                 return None
-            shapes.append((*([fold] if fold > 1 else []), *one.shape[1:]))
+            shapes.append((*([fold] if fold > 1 else []), *smaller.shape[1:]))
             folds.append(fold)
     return (tuple(shapes), tuple(folds)) if 1 <= len(shapes) <= MOST_TENSORS else None
 
 
 def _needed(facts: Facts, wanted: Sequence[fx.Node], places: range) -> set[fx.Node]:
-    """Of the nodes at ``places`` those that ``wanted`` comes from, and those that write over what is needed."""
-    found = set(wanted)
+    """The nodes at ``places`` that ``wanted`` is computed from, and those that write over a needed value."""
+    needed = set(wanted)
     changing = {place for places_of in facts.changed_by.values() for place in places_of}
     for place in reversed(places):
         node = facts.nodes[place]
-        if node in found or place in changing:
-            found.add(node)
-            found.update(node.all_input_nodes)
-    return found
+        if node in needed or place in changing:
+            needed.add(node)
+            needed.update(node.all_input_nodes)
+    return needed
 
 
 class _StageBuilder:
-    """One stretch of the graph as a graph of its own, which takes what flows in and gives what flows out."""
+    """A stretch of the graph as a graph of its own, from the values that flow in to those that flow out."""
 
     def __init__(self, model: nn.Module, facts: Facts, start: Cut | None, end: Cut | None) -> None:
         self.model, self.facts, self.start, self.end = model, facts, start, end
         self.graph = fx.Graph()
-        self.found: dict[fx.Node, Any] = {}
+        self.copies: dict[fx.Node, Any] = {}
         self.carrier: fx.Node | None = None
 
     def build(self) -> fx.Graph:
@@ -261,8 +261,8 @@ class _StageBuilder:
         needed = _needed(self.facts, wanted, range(first, last))
         for place in range(first, last):
             node = self.facts.nodes[place]
-            if node in needed and node not in self.found and node.op not in ("placeholder", "get_attr"):
-                self.found[node] = self._copy(node)
+            if node in needed and node not in self.copies and node.op not in ("placeholder", "get_attr"):
+                self.copies[node] = self._copy(node)
         self.graph.output(self._give_out())
         return self.graph
 
@@ -271,33 +271,33 @@ class _StageBuilder:
         self.carrier = x
         if self.start is None:
             # fx gives the model's own placeholder a place of its own.
-            self.found[next(one for one in self.facts.nodes if one.op == "placeholder")] = x
+            self.copies[next(node for node in self.facts.nodes if node.op == "placeholder")] = x
             return
         count = itertools.count()
         single = self.start.tensors == 1
         for node in self.start.live:
-            # Heads and losses keep what is handed over: a step that writes over it gets a copy.
+            # Heads and losses keep the stage's input: a step that writes over it gets a copy.
             copied = any(place >= first for place in self.facts.changed_by.get(node, ()))
 
             def take(value: Any, copied: bool = copied) -> Any:
                 if not isinstance(value, Tensor):
                     return value
                 index = next(count)
-                one = x if single else self.graph.call_function(_item, (x, index))
+                taken = x if single else self.graph.call_function(_item, (x, index))
                 if index == 0:
-                    self.carrier = one
+                    self.carrier = taken
                 if self.start is not None and self.start.folds[index] > 1:
-                    one = self.graph.call_method("flatten", (one, 0, 1))
-                return self.graph.call_method("clone", (one,)) if copied else one
+                    taken = self.graph.call_method("flatten", (taken, 0, 1))
+                return self.graph.call_method("clone", (taken,)) if copied else taken
 
-            self.found[node] = pytree.tree_map(take, self.facts.values[node][0])
+            self.copies[node] = pytree.tree_map(take, self.facts.values[node][0])
 
     def _give_out(self) -> Any:
         if self.end is None:
             return fx.node.map_arg(self.facts.nodes[-1].args[0], self._fetch)
         given: list[fx.Node] = []
         for node in self.end.live:
-            value, own = self.facts.values[node][0], self.found[node]
+            value, own = self.facts.values[node][0], self.copies[node]
             for path, leaf in pytree.tree_leaves_with_path(value):
                 if isinstance(leaf, Tensor):
                     given.append(self._fold(self._pick(own, path), leaf.shape, self.end.folds[len(given)]))
@@ -315,27 +315,27 @@ class _StageBuilder:
         return own
 
     def _fetch(self, node: fx.Node) -> Any:
-        if node in self.found:
-            return self.found[node]
+        if node in self.copies:
+            return self.copies[node]
         values = self.facts.values[node]
         if node.op != "get_attr" and not _tensors(values[0]):
             return pytree.tree_map(self._size, values[0], values[1])
         assert self.facts.kinds[node] != _DATA, node
-        self.found[node] = self._copy(node)
-        return self.found[node]
+        self.copies[node] = self._copy(node)
+        return self.copies[node]
 
-    def _size(self, one: Any, other: Any) -> Any:
-        """A size: itself, or so many times the batch."""
-        if one == other or not isinstance(one, int):
-            return one
-        if isinstance(one, bool) or one * BATCHES[1] != other * BATCHES[0]:
+    def _size(self, smaller: Any, larger: Any) -> Any:
+        """A size, from its values for both batches: constant, or a multiple of the batch."""
+        if smaller == larger or not isinstance(smaller, int):
+            return smaller
+        if isinstance(smaller, bool) or smaller * BATCHES[1] != larger * BATCHES[0]:
             raise UserError(
-                f"{type(self.model).__name__} cannot be cut: a number that a later step needs ({one} for {BATCHES[0]} images, "
-                f"{other} for {BATCHES[1]}) depends on the number of images in the batch; an image's answer may not depend on "
-                "how many come with it"
+                f"{type(self.model).__name__} cannot be cut: a number that a later step needs "
+                f"({smaller} for {BATCHES[0]} images, {larger} for {BATCHES[1]}) depends on the number of "
+                "images in the batch; an image's answer may not depend on how many come with it"
             )
         batch = self.graph.call_method("size", (self.carrier, 0))
-        times = one // BATCHES[0]
+        times = smaller // BATCHES[0]
         return batch if times == 1 else self.graph.call_function(_times, (batch, times))
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -368,7 +368,7 @@ def build_stage(trace: Trace, facts: Facts, start: Cut | None, end: Cut | None) 
 
 
 def _keep_persistence(stage: nn.Module, model: nn.Module) -> None:
-    """What the model's state dict leaves out is left out of the stage's."""
+    """Leave out of the stage's state dict the buffers that the model's leaves out."""
     kept = set(model.state_dict())
     for path, module in stage.named_modules():
         for name in module._buffers:

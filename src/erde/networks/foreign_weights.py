@@ -23,13 +23,13 @@ from erde.common.splits import Split
 from erde.networks import checkpoint
 from erde.networks.network import EarlyExitNetwork
 
-# What training scripts and wrappers put before every name.
+# Training scripts and wrappers put these before every name.
 PREFIXES = ("module.", "_orig_mod.", "network.", "backbone.", "model.", "net.")
 # Names of ResNets in most public code, and ours.
 _RESNET = (
     (r"^conv1\.", "stem.conv."),
     (r"^bn1\.", "stem.norm."),
-    (r"^layer(\d+)\.(\d+)\.", lambda found: f"group{found[1]}_block{int(found[2]) + 1}."),
+    (r"^layer(\d+)\.(\d+)\.", lambda match: f"group{match[1]}_block{int(match[2]) + 1}."),
     (r"(?<=\.)bn(\d)\.", r"norm\1."),
     (r"(?<=\.)downsample\.", "shortcut."),
     (r"^fc\.", "linear."),
@@ -38,10 +38,10 @@ _RESNET = (
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What a file's tensors were for a network: names of the network, and of the file.
+    """A file's tensors compared with a network's.
 
-    ``matched`` has (name in the network, name in the file) of every tensor that was taken; ``missing`` what the
-    network has beside, left as it was (counters of batch norm only); ``unexpected`` what the file has beside.
+    ``matched`` has (name in the network, name in the file) of every tensor that was loaded; ``missing`` the network's
+    other tensors, left as they were (counters of batch norm only); ``unexpected`` the file's other tensors.
     """
 
     file: str
@@ -52,9 +52,9 @@ class WeightsReport:
 
     def line(self) -> str:
         """One line for a reader."""
-        beside = f", {len(self.missing)} counters missing" if self.missing else ""
-        more = f", {len(self.unexpected)} left over ('{self.unexpected[0]}', ...)" if self.unexpected else ""
-        return f"{self.file}: {len(self.matched)} tensors matched by {self.match}{beside}{more}"
+        missing = f", {len(self.missing)} counters missing" if self.missing else ""
+        rest = f", {len(self.unexpected)} left over ('{self.unexpected[0]}', ...)" if self.unexpected else ""
+        return f"{self.file}: {len(self.matched)} tensors matched by {self.match}{missing}{rest}"
 
     def as_json(self) -> dict[str, Any]:
         """For the run folder."""
@@ -89,13 +89,13 @@ def load_teacher_weights(
         checkpoint.check_finite(path, given, tensors[given])
     # A network that was half replaced would be worse than none: all is checked first.
     network.load_state_dict({**own, **{name: tensors[given] for name, given in pairs.items()}})
-    taken = set(pairs.values())
+    loaded = set(pairs.values())
     return WeightsReport(
         str(path),
         match,
         sorted(pairs.items()),
         sorted(name for name in own if name not in pairs),
-        sorted(name for name in tensors if name not in taken),
+        sorted(name for name in tensors if name not in loaded),
     )
 
 
@@ -137,12 +137,12 @@ def _by_name(network: EarlyExitNetwork, tensors: dict[str, Tensor], path: Path) 
     pairs, missing = {}, []
     for name in network.state_dict():
         plain = re.sub(r"^stages\.\d+\.", "", name).removeprefix(last)
-        found = given.get(name, given.get(plain))
-        if found is not None:
-            pairs[name] = found
+        match = given.get(name, given.get(plain))
+        if match is not None:
+            pairs[name] = match
         elif not name.endswith("num_batches_tracked"):
             missing.append(name)
-    if not any(tensors[found].ndim for found in pairs.values()):
+    if not any(tensors[match].ndim for match in pairs.values()):
         raise UserError(
             f"{path} is of another network: no name of its {len(tensors)} tensors matches, it has "
             f"'{next(iter(tensors), '')}', ..., the network '{next(iter(network.state_dict()))}', ...; "
@@ -159,11 +159,9 @@ def _by_name(network: EarlyExitNetwork, tensors: dict[str, Tensor], path: Path) 
 
 
 def _without_prefixes(name: str) -> str:
-    while True:
-        prefix = next((one for one in PREFIXES if name.startswith(one)), None)
-        if prefix is None:
-            return name
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
+    return name
 
 
 def _renamed(name: str) -> str:
@@ -187,7 +185,7 @@ def _by_order(network: EarlyExitNetwork, tensors: dict[str, Tensor], path: Path)
 
 
 class Renormalise(nn.Module):
-    """Images normalised for the data as the teacher wants them: ``(x std + mean - mean_t) / std_t``, per channel."""
+    """Images from the data's normalisation to the teacher's: ``(x std + mean - mean_t) / std_t``, per channel."""
 
     scale: Tensor
     shift: Tensor
@@ -246,7 +244,7 @@ def adapt_teacher(
 ) -> EarlyExitNetwork:
     """Let ``network`` take images normalised by ``mean`` and ``std``, and give logits in the order of ``classes``.
 
-    What it was trained with is ``teacher_mean``, ``teacher_std`` and ``teacher_classes``; None is the data's own.
+    It was trained with ``teacher_mean``, ``teacher_std`` and ``teacher_classes``; None stands for the data's own.
     Changes the network in place; the names and values in its state dict stay, where stages are ``nn.Sequential``.
 
     Raises:
@@ -260,15 +258,15 @@ def adapt_teacher(
                 raise UserError(f"teacher.{key} has {len(values)} values for {len(mean)} channels")
         if (tuple(teacher_mean), tuple(teacher_std)) != (tuple(mean), tuple(std)):
             renormalise = Renormalise(mean, std, teacher_mean, teacher_std)
-            network.stages[0] = _joined(network.stages[0], "renormalise", renormalise, first=True)
+            network.stages[0] = _join(network.stages[0], "renormalise", renormalise, first=True)
     if teacher_classes is not None and list(teacher_classes) != list(classes):
         order = _class_order(classes, teacher_classes)
         for index, head in enumerate(network.heads):
-            network.heads[index] = _joined(head, "reorder", ReorderClasses(order), first=False)
+            network.heads[index] = _join(head, "reorder", ReorderClasses(order), first=False)
     return network
 
 
-def _joined(module: nn.Module, name: str, other: nn.Module, *, first: bool) -> nn.Module:
+def _join(module: nn.Module, name: str, other: nn.Module, *, first: bool) -> nn.Module:
     # Within a plain Sequential the children keep their names, and checkpoints their keys.
     plain = type(module).forward is nn.Sequential.forward
     children = list(module.named_children()) if plain else [("inner", module)]
@@ -282,10 +280,10 @@ def _class_order(classes: Sequence[str], teacher_classes: Sequence[str]) -> list
     lacking = [name for name in classes if name not in teacher_classes]
     others = [name for name in teacher_classes if name not in classes]
     if lacking or others:
-        said = [f"does not have '{lacking[0]}'"] if lacking else []
-        said += [f"has '{others[0]}', which is none of the data's"] if others else []
+        reasons = [f"does not have '{lacking[0]}'"] if lacking else []
+        reasons += [f"has '{others[0]}', which is none of the data's"] if others else []
         raise UserError(
-            f"teacher.classes {' and '.join(said)}: a teacher must have the {len(classes)} classes of the data, "
+            f"teacher.classes {' and '.join(reasons)}: a teacher must have the {len(classes)} classes of the data, "
             f"in any order ({', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''})"
         )
     return [teacher_classes.index(name) for name in classes]
@@ -294,10 +292,10 @@ def _class_order(classes: Sequence[str], teacher_classes: Sequence[str]) -> list
 def measure_accuracy(
     network: EarlyExitNetwork, split: Split, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> list[float]:
-    """The share of ``split`` that each exit gets right."""
+    """Accuracy of each exit on ``split``, a share."""
     was_training = network.training
     network.to(device).eval()
-    shift, scale = (torch.tensor(list(one), device=device) for one in (mean, std))
+    shift, scale = (torch.tensor(list(values), device=device) for values in (mean, std))
     right, start = torch.zeros(len(network.heads)), 0
     with torch.no_grad():
         for images in split.batches(256):
@@ -306,4 +304,4 @@ def measure_accuracy(
             right += (answers == torch.from_numpy(split.labels[start : start + len(images)])).sum(dim=1)
             start += len(images)
     network.train(was_training)
-    return [float(one) / len(split) for one in right]
+    return [float(count) / len(split) for count in right]

@@ -1,4 +1,4 @@
-"""Exit heads, and which of them fits what an exit looks at: a map, a sequence of tokens, or a vector."""
+"""Exit heads, and the choice of a head for an exit's features: a map, a sequence of tokens, or a vector."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_INPUTS = 4096
 _EARLY_SIDE = 8
 # A linear layer's inputs are scaled down as if it had at most so many; see fix_scale.
 _SCALED_INPUTS = 256
-# What a ConvHead's reduction gives: pixels a side at most, and channels.
+# After a ConvHead's reduction: pixels a side at most, and channels.
 _REDUCED_SIDE = 4
 _NARROWEST, _WIDEST = 64, 256
 Norm = TypeVar("Norm", nn.BatchNorm2d, nn.LayerNorm)
@@ -27,7 +27,7 @@ Norm = TypeVar("Norm", nn.BatchNorm2d, nn.LayerNorm)
 def fix_scale(norm: Norm, inputs: int = 1) -> Norm:
     """Fix a norm's scale at ``min(1, sqrt(256 / inputs))`` and its shift at 0; they are not trained.
 
-    ``inputs`` is how many numbers the linear layer behind it reads. The curvature of the loss in that layer's weights
+    ``inputs`` is the number of inputs of the linear layer behind it. The curvature of the loss in that layer's weights
     grows with the sum of their squares, thousands on an early map, and at a usual learning rate every step overshoots.
     A norm that is trained then flees to where its ReLU is never on: the head dies. With the fixed scale the step fits
     the layer, and without a shift about half of all places stay on. See LOG.md, 2026-11-24.
@@ -40,7 +40,7 @@ def fix_scale(norm: Norm, inputs: int = 1) -> Norm:
 
 
 def reset_head(head: nn.Module) -> None:
-    """Give a head new weights, by torch's random numbers, as it had them when it was made."""
+    """Give a head new random weights, drawn as when it was made."""
     for module in head.modules():
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
@@ -164,7 +164,7 @@ class ChannelsFirst(nn.Module):
     """(B, H, W, C) to (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the class says."""
+        """(B, H, W, C) to (B, C, H, W)."""
         return x.permute(0, 3, 1, 2)
 
 
@@ -173,14 +173,14 @@ HEADS: dict[str, Callable[[Sequence[int], int, float], nn.Module]] = {
     "linear": LinearHead,
     "conv": ConvHead,
 }
-# With NATIVE the heads that a backbone brings along; with AUTO these, or what fits the shape.
+# NATIVE: the heads that a backbone brings along; AUTO: those, or a head that fits the shape.
 AUTO, NATIVE = "auto", "native"
 HEAD_NAMES = (AUTO, *HEADS, NATIVE)
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an exit looks at, of one image.
+    """The features that an exit's head reads, of a single image.
 
     ``kind``: a map (C, H, W) in either layout, tokens (N, C), or a vector (C,). ``shape`` is the tensor's own, without
     the batch; ``flattened`` says that several of its axes number the tokens.
@@ -212,7 +212,7 @@ class Features:
 
     @property
     def channels(self) -> int:
-        """How many numbers describe a place."""
+        """Numbers per pixel or token."""
         return self.shape[-1] if self.channels_last else self.shape[0]
 
     @property
@@ -235,7 +235,7 @@ def _alike(height: int, width: int, image_height: int, image_width: int) -> bool
 
 
 def check_head(name: str) -> None:
-    """Refuse a head that there is not."""
+    """Raise if the head's name is unknown."""
     if name not in HEAD_NAMES:
         raise UserError(f"unknown exit head '{name}'{nearest(name, HEAD_NAMES)}")
 
@@ -243,7 +243,7 @@ def check_head(name: str) -> None:
 def make_head(
     name: str, features: Features, tokens: range, classes: int, dropout: float, exit_name: str
 ) -> nn.Module:
-    """A head for ``features`` at the exit ``exit_name``; ``tokens`` are those that the model itself would look at."""
+    """A head for ``features`` at the exit ``exit_name``; of a sequence it reads ``tokens``."""
     if features.kind == "map":
         head = HEADS[choose_map_head(features) if name == AUTO else name](
             features.map_shape, classes, dropout
@@ -276,9 +276,9 @@ def _in_front(name: str, module: nn.Module, head: nn.Module) -> nn.Module:
 
 
 def tokens_for(features: Features, final: Features, looked_at: range) -> range:
-    """Which tokens an early head reads, from those that the model's own classifier looks at (``looked_at``).
+    """The tokens that an early head reads, from those that the model's own classifier reads (``looked_at``).
 
-    The same ones where the sequence is as long as the last one; a class token in front also where a square of patches
+    The same tokens where the sequence is as long as the last; a class token in front also where a square of patches
     follows it; else all of them.
     """
     count = features.places

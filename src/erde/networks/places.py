@@ -1,4 +1,4 @@
-"""Where exits stand in a traced model: by name, or at equal shares of its MACs."""
+"""Places of exits in a traced model: by name, or at equal shares of its MACs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from erde.common.errors import UserError, nearest
 from erde.networks.cutting import Cut, Facts, StepError, find_cuts, gather_facts
-from erde.networks.tracing import Opener, Trace
+from erde.networks.tracing import Opener, Trace, enclosing_modules
 
 # An exit may stand this far, in shares of the MACs, from where it was wanted.
 NEAR = 0.1
@@ -23,10 +23,10 @@ _NO_BLOCK = 99
 
 @dataclass(frozen=True)
 class Plan:
-    """A traced model with the cuts for its exits in order, ``tail`` being the one before its own classifier.
+    """A traced model with the cuts for its exits in order, and ``tail``, the cut before its own classifier.
 
-    ``notes`` say where an exit stands elsewhere than was asked for; ``distance`` is how far the worst exit stands from
-    where it was wanted, in shares of the MACs.
+    ``notes`` name the exits that stand elsewhere than was asked for; ``distance`` is the largest distance of an exit from
+    its wanted place, in shares of the MACs.
     """
 
     trace: Trace
@@ -121,7 +121,7 @@ def _hints(known: set[str], name: str) -> set[str]:
 
 
 def _worth_opening(trace: Trace, facts: Facts, exits: int | Sequence[str]) -> list[str]:
-    found = []
+    paths = []
     for node, macs in zip(facts.nodes, facts.macs, strict=True):
         if node.op != "call_module":
             continue
@@ -133,8 +133,8 @@ def _worth_opening(trace: Trace, facts: Facts, exits: int | Sequence[str]) -> li
         # The classifier's features may stand inside the last module that holds everything.
         wanted = wanted or macs * 2 > facts.total_macs or type(module) is nn.Sequential
         if wanted:
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 class _Map:
@@ -147,11 +147,9 @@ class _Map:
         self.paths: dict[fx.Node, list[str]] = {}
         for path, node in self.trace.ends.items():
             self.paths.setdefault(node, []).append(path)
-        everything = find_cuts(facts)
-        self.tail = self._find_tail(everything)
-        self.cuts = [
-            cut for cut in everything if cut.place < self.tail.place and 0 < cut.share < self.tail.share
-        ]
+        cuts = find_cuts(facts)
+        self.tail = self._find_tail(cuts)
+        self.cuts = [cut for cut in cuts if cut.place < self.tail.place and 0 < cut.share < self.tail.share]
 
     def _find_tail(self, cuts: Sequence[Cut]) -> Cut:
         """The last cut with maps or tokens of several places; else with any map or token; else before the last layer."""
@@ -167,15 +165,14 @@ class _Map:
         wide = [cut for cut in spatial if _several_places(cut.shapes[0])]
         if wide and spatial[-1].share - wide[-1].share <= _LITTLE:
             return self._as_a_map(wide)
-        for found in (spatial, single):
-            if found:
-                return self._as_a_map(found)
-        # Two streams, each with a classifier: all of them are what the last exit looks at.
+        if spatial or single:
+            return self._as_a_map(spatial or single)
+        # Two streams, each with a classifier: the last exit looks at all of them.
         streams = [cut for cut in before_last if all(len(shape) >= 2 for shape in cut.shapes)]
         return (streams or before_last)[-1]
 
     def _as_a_map(self, cuts: Sequence[Cut]) -> Cut:
-        """Of ``cuts`` behind the same layers as the last: the last one before axes are joined, or values dropped."""
+        """Among ``cuts`` behind the same layers as the last: the last before axes are joined, or values dropped."""
         group = [cut for cut in cuts if cut.share == cuts[-1].share]
         kept = [cut for cut in group if not self._drops(cut.live[0])] or group
         rank = max(len(cut.shapes[0]) for cut in kept)
@@ -193,18 +190,17 @@ class _Map:
         node = cut.live[0]
         if cut.tensors > 1:
             # The module that was done last.
-            done = (one for one in reversed(self.facts.nodes[: cut.place + 1]) if one in self.paths)
-            node = next(done, self.facts.nodes[cut.place])
+            until_cut = reversed(self.facts.nodes[: cut.place + 1])
+            node = next((done for done in until_cut if done in self.paths), self.facts.nodes[cut.place])
         if node in self.paths:
             return min(self.paths[node], key=lambda path: (path.count("."), len(path)))
-        stack = [str(one[0]) for one in (node.meta.get("nn_module_stack") or {}).values()]
-        scope = stack[-1].removeprefix("model").removeprefix(".") if stack else ""
+        scope = next(reversed(enclosing_modules(node)), "")
         return f"{scope}.{node.name}" if scope else node.name
 
     def at_names(self, names: Sequence[str]) -> list[Cut]:
         """The cuts for ``names``, in order, each once."""
-        found = {cut.place: cut for cut in (self._at_name(name) for name in names)}
-        return [found[place] for place in sorted(found)]
+        cuts = {cut.place: cut for cut in map(self._at_name, names)}
+        return [cuts[place] for place in sorted(cuts)]
 
     def _at_name(self, name: str) -> Cut:
         node, why = self._end_of(name)
@@ -243,7 +239,7 @@ class _Map:
                 f"flow through: {where}"
             )
         if chosen not in exact or why is not None:
-            # At most NEAR, which a better tracer is tried for too.
+            # At most NEAR, beyond which a better tracer is tried too.
             self.distances.append(max(abs(chosen.share - share), NEAR * 1.01 if why is not None else 0.0))
             self.notes.append(
                 f"no exit can stand at '{name}', at {share:.1%} of the MACs: {reason}; it stands at "
@@ -252,7 +248,7 @@ class _Map:
         return chosen
 
     def _end_of(self, name: str) -> tuple[fx.Node | None, str | None]:
-        """The node with what the module ``name`` gives; or of the nearest around it that was traced, and why."""
+        """The node with the output of the module ``name``; or of the nearest around it that was traced, and why."""
         if name in self.trace.ends:
             return self.trace.ends[name], None
         # A list is never called itself: its last member is meant.
@@ -275,14 +271,14 @@ class _Map:
     # ------------------------------------------------------------ shares
 
     def at_shares(self, exits: int) -> list[Cut]:
-        """The cuts nearest to equal shares of the MACs; several tensors flow only where one has no place nearby."""
+        """The cuts nearest to equal shares of the MACs; several tensors flow only where no cut of a single tensor is near."""
         like_tail = [cut for cut in self.cuts if len(cut.shapes[0]) >= min(2, len(self.tail.shapes[0]))]
         single = self._representatives([cut for cut in like_tail if cut.tensors == 1])
         several = self._representatives([cut for cut in like_tail if cut.tensors > 1])
         places = {cut.share: cut for cut in single}
         for number in range(1, exits):
             share = number / exits
-            if min((abs(one - share) for one in places), default=1.0) > 0.4 / exits:
+            if min((abs(known - share) for known in places), default=1.0) > 0.4 / exits:
                 near = (cut for cut in several if abs(cut.share - share) <= 0.5 / exits)
                 places |= {cut.share: cut for cut in near if cut.share not in places}
         if len(places) < exits - 1:
@@ -299,7 +295,7 @@ class _Map:
             share = number / exits
             free = [cut for cut in ordered if not chosen or cut.place > chosen[-1].place]
             free = free[: len(free) - (exits - 1 - number)]
-            # Where a block ends rather than amid one, unless that is far.
+            # At the end of a block rather than inside it, unless that is far.
             ends = [
                 cut for cut in free if self._ends_block(cut) and abs(cut.share - share) <= _BLOCK_END / exits
             ]
@@ -323,7 +319,7 @@ class _Map:
         return self._preference(cut)[1] < _NO_BLOCK
 
     def _representatives(self, cuts: Sequence[Cut]) -> list[Cut]:
-        """One cut of those between the same layers: where a block ends, the outermost; else the last, after activations."""
+        """A single cut between the same layers: at the end of the outermost block; else the last, after activations."""
         groups: dict[int, list[Cut]] = {}
         for cut in cuts:
             groups.setdefault(self.facts.macs_until[cut.place], []).append(cut)
@@ -340,5 +336,5 @@ class _Map:
 
 
 def _several_places(shape: Sequence[int]) -> bool:
-    # Of a map in either layout, or of tokens: more than one number beside the channels.
+    # A map in either layout, or tokens: more than one number beside the channels.
     return sorted(shape)[-2] > 1 if len(shape) == 2 else sorted(shape)[1] > 1

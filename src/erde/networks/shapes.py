@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
-
-
 InputSize = tuple[int, int, int]
-# What a stage hands to the next.
+# The output of a stage, the input of the next.
 Handed = Tensor | tuple[Tensor, ...]
 
 

@@ -27,7 +27,7 @@ from erde.networks.shapes import mode
 BATCHES = (2, 3)
 # A decision that looks at the batch must also be the same for these: code asks for 1, rarely for other sizes.
 _OTHER_BATCHES = (1, 5, 33)
-# Of the wrapper that is traced: it keeps the defaults of the model's own arguments.
+# The name of the model in the wrapper that is traced, which keeps the defaults of the model's own arguments.
 _ROOT = "model"
 # They take sizes and devices only, so that fx does not see them being called.
 _FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn", "meshgrid")
@@ -36,7 +36,7 @@ BY_BATCH = "its control flow depends on the number of images in the batch"
 
 
 class _TracingError(Exception):
-    """What could not be traced, where, and whose code it is."""
+    """An error in tracing, with the path of the module in whose code it happened."""
 
     def __init__(self, cause: BaseException, path: str | None) -> None:
         super().__init__(str(cause))
@@ -48,7 +48,7 @@ class _TracingError(Exception):
 class Trace:
     """The steps of a model. Targets are the model's own paths.
 
-    ``ends``: a module's path -> the node with what the module gave (of its last call).
+    ``ends``: a module's path -> the node with the output of its last call.
     """
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Trace:
     constants: dict[str, Any] = field(default_factory=dict)  # tensors that the model's code made on the way
 
     def lookup(self, path: str) -> Any:
-        """What a target of the graph stands for."""
+        """The module or tensor that a target of the graph names."""
         return self.constants[path] if path in self.constants else attribute(self.model, path)
 
 
@@ -76,7 +76,7 @@ def choose(training: bool, in_training: Any, in_evaluation: Any) -> Any:
 
 
 class _Tracer(fx.Tracer):
-    """Opens the modules in ``opened`` and no other; remembers what each module gave, and where tracing failed."""
+    """Opens the modules in ``opened`` and no other; remembers each module's output, and where tracing failed."""
 
     def __init__(self, opened: Collection[str]) -> None:
         super().__init__()
@@ -91,18 +91,18 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """As in fx, with notes."""
+        """As in fx; notes the output, or the failure."""
         path = None
         try:
             path = self.path_of_module(m)
-            given = super().call_module(m, forward, args, kwargs)
+            output = super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed_in is None and path is not None:
                 self.failed_in = path
             raise
-        if isinstance(given, fx.Proxy):
-            self.ends[path] = given.node
-        return given
+        if isinstance(output, fx.Proxy):
+            self.ends[path] = output.node
+        return output
 
 
 class _ValueProxy(fx.Proxy):
@@ -129,7 +129,7 @@ class _ValueProxy(fx.Proxy):
 
 
 class _ValueTracer(_Tracer):
-    """For code that looks at the sizes of what it computes: carries values for two batch sizes along."""
+    """For code that looks at sizes: carries values for two batch sizes along."""
 
     def __init__(self, opened: Collection[str], wrapper: nn.Module, inputs: Sequence[Tensor]) -> None:
         super().__init__(opened)
@@ -144,10 +144,10 @@ class _ValueTracer(_Tracer):
         return _ValueProxy(node, self)
 
     def create_node(
-        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **others: Any
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **keywords: Any
     ) -> fx.Node:
-        """As in fx; what the step gives is computed besides."""
-        node = super().create_node(kind, target, args, kwargs, *rest, **others)
+        """As in fx; computes the step's values too."""
+        node = super().create_node(kind, target, args, kwargs, *rest, **keywords)
         if kind == "placeholder":
             self.values[node] = tuple(self.inputs)
         elif kind != "output":
@@ -155,8 +155,8 @@ class _ValueTracer(_Tracer):
             try:
                 with torch.no_grad():
                     self.values[node] = tuple(
-                        run_node(node, self._lookup, partial(self._value, which))
-                        for which in range(len(self.inputs))
+                        run_node(node, self._lookup, partial(self._value, index))
+                        for index in range(len(self.inputs))
                     )
             finally:
                 self.computes = False
@@ -165,30 +165,30 @@ class _ValueTracer(_Tracer):
         return node
 
     def _follows_batch(self, node: fx.Node) -> bool:
-        """Whether ``node`` is a size, or the answer to a question about one, that the batch may change."""
+        """True if ``node`` is a size, or the answer to a question about a size, that the batch may change."""
         values = self.values[node]
         if not all(_is_size(value) for value in values):
             return False
         if any(value != values[0] for value in values):
             return True
-        # Of a shape (B, C, H, W) only the batch's own entry follows the batch.
+        # In a shape (B, C, H, W) only the batch's own entry follows the batch.
         return node.target is not operator.getitem and any(
             source in self.from_batch for source in node.all_input_nodes
         )
 
-    # fx looks at every module's call and attributes while it traces; what is computed is none of its business.
+    # fx watches every module's call and attributes while it traces; the computing of values must pass it by.
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """As in fx, but for what is computed."""
+        """As in fx, but not while values are computed."""
         return forward(*args, **kwargs) if self.computes else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """As in fx, but for what is computed."""
+        """As in fx, but not while values are computed."""
         return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def _value(self, which: int, node: fx.Node) -> Any:
-        return self.values[node][which]
+    def _value(self, index: int, node: fx.Node) -> Any:
+        return self.values[node][index]
 
     def _lookup(self, path: str) -> Any:
         return attribute(self.wrapper, path)
@@ -209,14 +209,14 @@ class _ValueTracer(_Tracer):
         return values[0]
 
     def length(self, node: fx.Node) -> int:
-        """``len`` of what ``node`` gives: a tuple's, or a tensor's where that is not the batch."""
+        """``len`` of the value of ``node``: a tuple's, or a tensor's where that is not the batch."""
         lengths = {len(value) for value in self.values[node]}
         if len(lengths) > 1:
             raise fx.proxy.TraceError(f"{BY_BATCH} (len(x) of a batch: x.shape[0] can be traced)")
         return lengths.pop()
 
     def _value_for(self, batch: int, wanted: fx.Node, otherwise: Any) -> Any:
-        """What ``wanted`` gives for another batch size, by running all steps so far; ``otherwise`` where that fails."""
+        """The value of ``wanted`` for another batch size, by running all steps so far; ``otherwise`` where that fails."""
         values = self.other_values[batch]
         self.computes = True
         try:
@@ -249,9 +249,9 @@ def _is_size(value: Any) -> bool:
 
 
 def run_node(node: fx.Node, lookup: Callable[[str], Any], fetch: Callable[[fx.Node], Any]) -> Any:
-    """Compute one step of a graph; ``lookup`` knows its targets, ``fetch`` what the steps before gave."""
-    args = [fill(one, fetch) for one in node.args]
-    kwargs = {key: fill(one, fetch) for key, one in node.kwargs.items()}
+    """Compute a step of a graph; ``lookup`` knows its targets, ``fetch`` the values of the steps before."""
+    args = [fill(argument, fetch) for argument in node.args]
+    kwargs = {key: fill(argument, fetch) for key, argument in node.kwargs.items()}
     target: Any = node.target
     if node.op == "get_attr":
         return lookup(target)
@@ -263,26 +263,23 @@ def run_node(node: fx.Node, lookup: Callable[[str], Any], fetch: Callable[[fx.No
 
 
 def fill(argument: Any, fetch: Callable[[fx.Node], Any]) -> Any:
-    """A node's argument with values for nodes, in lists of its own: a module may write to those it is given."""
+    """A node's argument with values for nodes, in lists of its own: a module may write to its arguments."""
     if isinstance(argument, fx.Node):
-        return pytree.tree_map(lambda one: one, fetch(argument))
+        return pytree.tree_map(lambda leaf: leaf, fetch(argument))
     if isinstance(argument, slice):
-        return slice(*(fill(one, fetch) for one in (argument.start, argument.stop, argument.step)))
+        return slice(*(fill(part, fetch) for part in (argument.start, argument.stop, argument.step)))
     if isinstance(argument, dict):
-        return {key: fill(one, fetch) for key, one in argument.items()}
+        return {key: fill(item, fetch) for key, item in argument.items()}
     if isinstance(argument, list):
-        return [fill(one, fetch) for one in argument]
+        return [fill(item, fetch) for item in argument]
     if type(argument) is tuple:
-        return tuple(fill(one, fetch) for one in argument)
+        return tuple(fill(item, fetch) for item in argument)
     return argument
 
 
 def attribute(owner: nn.Module, path: str) -> Any:
-    """What stands under a dotted path."""
-    value: Any = owner
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+    """The attribute under a dotted path."""
+    return operator.attrgetter(path)(owner)
 
 
 def example_batches(model: nn.Module, input_size: Sequence[int]) -> list[Tensor]:
@@ -297,14 +294,14 @@ def example_batches(model: nn.Module, input_size: Sequence[int]) -> list[Tensor]
 def without_computing(model: nn.Module) -> Iterator[None]:
     """Tensors have shapes only meanwhile, so that nothing is computed and no statistic of ``model`` learns."""
     # Counters are an exception of fake tensors': single integers are computed all the same.
-    counters = [(one, one.clone()) for one in model.buffers() if one.ndim == 0]
+    counters = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.ndim == 0]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             yield
     finally:
         with torch.no_grad():
-            for one, before in counters:
-                one.copy_(before)
+            for buffer, before in counters:
+                buffer.copy_(before)
 
 
 @contextlib.contextmanager
@@ -313,10 +310,9 @@ def _seen_factories(tracer: fx.Tracer) -> Iterator[None]:
 
     def seen(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, fx.Proxy)]
-            if not found:
-                return original(*args, **kwargs)
-            return tracer.create_proxy("call_function", original, args, kwargs)
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", original, args, kwargs)
+            return original(*args, **kwargs)
 
         return call
 
@@ -330,7 +326,7 @@ def _seen_factories(tracer: fx.Tracer) -> Iterator[None]:
 
 
 def _trace_once(model: nn.Module, opened: Collection[str], inputs: Sequence[Tensor] | None) -> Trace:
-    """One pass of fx; with ``inputs`` sizes of what is computed may decide."""
+    """A pass of fx; with ``inputs`` the sizes of computed tensors may decide."""
     wrapper = _Wrapper(model)
     wrapper.training = model.training
     paths = {_ROOT, *(f"{_ROOT}.{path}" for path in opened)}
@@ -356,19 +352,22 @@ def _trace_once(model: nn.Module, opened: Collection[str], inputs: Sequence[Tens
 def _merge_modes(training: Trace, evaluation: Trace) -> str | None:
     """Let constants that depend on the mode follow it, in ``evaluation``; the step that differs where that fails."""
     first, second = list(training.graph.nodes), list(evaluation.graph.nodes)
-    changes: list[tuple[fx.Node, Any, Any]] = []
-    for one, other in zip(first, second, strict=False):
-        if (one.op, one.name) != (other.op, other.name) or not _same_target(one.target, other.target):
-            return str(other.name)
-        flat_one, flat_other = _flat(one), _flat(other)
-        if len(flat_one) != len(flat_other):
-            return str(other.name)
-        for left, right in zip(flat_one, flat_other, strict=True):
+    changes: list[fx.Node] = []
+    for trained, evaluated in zip(first, second, strict=False):
+        name = str(evaluated.name)
+        if (trained.op, trained.name) != (evaluated.op, name) or not _same_target(
+            trained.target, evaluated.target
+        ):
+            return name
+        lefts, rights = _flat(trained), _flat(evaluated)
+        if len(lefts) != len(rights):
+            return name
+        for left, right in zip(lefts, rights, strict=True):
             if isinstance(left, fx.Node) and isinstance(right, fx.Node):
                 if left.name != right.name:
-                    return str(other.name)
+                    return name
             elif left is not right and left != right:
-                changes.append((other, left, right))
+                changes.append(evaluated)
     if len(first) != len(second):
         return str((first if len(first) > len(second) else second)[min(len(first), len(second)) - 1].name)
     if changes:
@@ -376,37 +375,35 @@ def _merge_modes(training: Trace, evaluation: Trace) -> str | None:
     return None
 
 
-def _given(trace: Trace) -> str | None:
-    """The type of what a model gives, where it is no tensor as far as the trace tells."""
-    given = next(node for node in trace.graph.nodes if node.op == "output").args[0]
-    if not isinstance(given, fx.Node):
-        return type(given).__name__
+def _output_type(trace: Trace) -> str | None:
+    """The type of a model's output, where it is no tensor as far as the trace tells."""
+    output = next(node for node in trace.graph.nodes if node.op == "output").args[0]
+    if not isinstance(output, fx.Node):
+        return type(output).__name__
     # A named tuple is made by a step of its own.
-    return given.target.__name__ if isinstance(given.target, type) else None
+    return output.target.__name__ if isinstance(output.target, type) else None
 
 
 def _same_target(left: Any, right: Any) -> bool:
-    if left == right:
-        return True
-    return str(left).startswith("_tensor_constant") and str(right).startswith("_tensor_constant")
+    return left == right or all(str(target).startswith("_tensor_constant") for target in (left, right))
 
 
 def _flat(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_aggregate((node.args, node.kwargs), lambda one: found.append(one))
-    return found
+    leaves: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves
 
 
-def _follow_mode(evaluation: Trace, training: Trace, changes: list[tuple[fx.Node, Any, Any]]) -> str | None:
+def _follow_mode(evaluation: Trace, training: Trace, changes: Sequence[fx.Node]) -> str | None:
     graph = evaluation.graph
-    others = {one.name: one for one in training.graph.nodes}
-    for node in {id(one): one for one, _, _ in changes}.values():
-        other = others[node.name]
+    in_training = {node.name: node for node in training.graph.nodes}
+    for node in dict.fromkeys(changes):
+        trained = in_training[node.name]
         with graph.inserting_before(node):
             flag = graph.create_node("get_attr", "training")
             try:
-                node.args = _merge_values(graph, flag, other.args, node.args)
-                node.kwargs = _merge_values(graph, flag, other.kwargs, node.kwargs)
+                node.args = _merge_values(graph, flag, trained.args, node.args)
+                node.kwargs = _merge_values(graph, flag, trained.kwargs, node.kwargs)
             except ValueError:
                 return str(node.name)
     return None
@@ -422,7 +419,7 @@ def _merge_values(graph: fx.Graph, flag: fx.Node, training: Any, evaluation: Any
     if isinstance(evaluation, dict):
         if training.keys() != evaluation.keys():
             raise ValueError
-        return {key: _merge_values(graph, flag, training[key], one) for key, one in evaluation.items()}
+        return {key: _merge_values(graph, flag, training[key], value) for key, value in evaluation.items()}
     if training is evaluation or training == evaluation:
         return evaluation
     if isinstance(evaluation, slice) or type(training) is not type(evaluation):
@@ -431,7 +428,7 @@ def _merge_values(graph: fx.Graph, flag: fx.Node, training: Any, evaluation: Any
 
 
 class Opener:
-    """Traces a model, opening modules on demand; what cannot be opened stays whole."""
+    """Traces a model, opening modules on demand; modules that cannot be opened stay whole."""
 
     def __init__(self, model: nn.Module, input_size: Sequence[int], uses_values: bool = False) -> None:
         """``uses_values``: let sizes and types decide from the start, not in the model's own forward alone: slower."""
@@ -442,7 +439,7 @@ class Opener:
         self.trace = self._trace()
 
     def may_open(self, path: str) -> bool:
-        """Whether there is anything inside that a cut could reach."""
+        """True if a cut could reach something inside the module."""
         module = self.model.get_submodule(path)
         if path in self.opened or type(module) in self.refused or not any(True for _ in module.children()):
             return False
@@ -453,7 +450,7 @@ class Opener:
         return not type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)
 
     def why_whole(self, path: str) -> str:
-        """Why the module stays whole: `` (TYPE): REASON``."""
+        """The reason that the module stays whole: `` (TYPE): REASON``."""
         module = self.model.get_submodule(path)
         name = type(module).__name__
         if type(module) in self.refused:
@@ -476,16 +473,16 @@ class Opener:
         return True
 
     def open(self, paths: Collection[str]) -> bool:
-        """Trace with ``paths`` opened too, as far as that goes; whether anything was."""
+        """Trace with ``paths`` opened too, as far as that goes; True if anything was opened."""
         wanted = {path for path in paths if self.may_open(path)}
         if not wanted:
             return False
         before = set(self.opened)
         self.opened |= wanted
-        found = self._trace()
+        trace = self._trace()
         if self.opened == before:
             return False
-        self.trace = found
+        self.trace = trace
         return True
 
     def _trace(self) -> Trace:
@@ -495,7 +492,7 @@ class Opener:
             }
             try:
                 with mode(self.model, False):
-                    found = self._attempt()
+                    evaluation = self._attempt()
                 with mode(self.model, True):
                     training = self._attempt()
             except _TracingError as error:
@@ -505,14 +502,14 @@ class Opener:
                     error.cause, advice=False
                 ).removeprefix(" ")
                 continue
-            differs = _merge_modes(training, found)
+            differs = _merge_modes(training, evaluation)
             if differs is None:
-                return found
-            culprit = self._innermost(found, training, differs)
-            given = _given(training)
-            if culprit is None and given is not None:
+                return evaluation
+            culprit = self._innermost(evaluation, training, differs)
+            output = _output_type(training)
+            if culprit is None and output is not None:
                 raise UserError(
-                    f"{type(self.model).__name__} gives a {given} in training and logits in evaluation: build it without "
+                    f"{type(self.model).__name__} gives a {output} in training and logits in evaluation: build it without "
                     "auxiliary classifiers (such as aux_logits=False), or wrap it"
                 )
             if culprit is None:
@@ -535,24 +532,25 @@ class Opener:
         with without_computing(self.model):
             return _trace_once(self.model, self.opened, example_batches(self.model, self.input_size))
 
-    def _innermost(self, found: Trace, training: Trace, name: str) -> str | None:
+    def _innermost(self, evaluation: Trace, training: Trace, name: str) -> str | None:
         """The opened module in whose own code the step ``name`` stands; None for the model itself."""
-        for trace in (found, training):
+        for trace in (evaluation, training):
             for node in trace.graph.nodes:
                 if node.name == name:
-                    stack = [str(one[0]) for one in (node.meta.get("nn_module_stack") or {}).values()]
-                    inside = [
-                        path.removeprefix(f"{_ROOT}.")
-                        for path in stack
-                        if path.removeprefix(f"{_ROOT}.") in self.opened
-                    ]
+                    inside = [path for path in enclosing_modules(node) if path in self.opened]
                     if inside:
                         return inside[-1]
         return None
 
 
+def enclosing_modules(node: fx.Node) -> list[str]:
+    """Paths of the modules in whose code a step stands, the innermost last; "" is the model itself."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [str(entry[0]).removeprefix(_ROOT).removeprefix(".") for entry in stack]
+
+
 def _explain(model: nn.Module, error: BaseException) -> str:
-    """One line: which operation cannot be traced, where it stands, and what to do."""
+    """A line: the operation that cannot be traced, its place, and the remedy."""
     return f"{type(model).__name__} cannot be cut{explain_failure(error)}"
 
 
@@ -565,12 +563,12 @@ def explain_failure(error: BaseException, advice: bool = True) -> str:
     ]
     where = f" at {Path(own[-1].filename).name}:{own[-1].lineno}, `{own[-1].line}`" if own else ""
     text = _first_line(error)
-    what_to_do = "put that step into a module of its own, which stays whole"
+    advised = "put that step into a module of its own, which stays whole"
     if text.startswith(BY_BATCH):
-        what_to_do = "an image's answer may not depend on how many come with it"
+        advised = "an image's answer may not depend on how many come with it"
     elif isinstance(error, fx.proxy.TraceError) or "symbolically traced" in text:
         text = BY_VALUE
-    return f"{where}: {text}; {what_to_do}" if advice else f"{where}: {text}"
+    return f"{where}: {text}; {advised}" if advice else f"{where}: {text}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -178,17 +178,6 @@ class ExitRule:
     ensemble: Ensemble = "none"
     harm: tuple[HarmParameters, ...] | None = None
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ExitRule:
-        """Read what ``dataclasses.asdict`` gave, possibly by way of JSON."""
-        harm = value["harm"]
-        if harm is not None:
-            harm = tuple(
-                HarmParameters(one["bias"], tuple(one["weights"]), tuple(one["class_weights"]))
-                for one in harm
-            )
-        return cls(value["score"], value["sharpness"], value["ensemble"], harm)
-
     def in_words(self) -> str:
         """Such as "margin at sharpness 0.5"."""
         words = f"{self.score} at sharpness {self.sharpness:g}" if self.score in OWN_SCORES else self.score

@@ -13,20 +13,17 @@ from erde.common.yaml_reader import shorten
 from erde.recipe.types import Count, NotNegative, Positive, Share, SmallShare
 from erde.recipe.validation import validate
 
-# What a loss may ask for beyond logits and labels; the loop gives it by these names.
+# A loss may ask for these beyond logits and labels; the loop gives them by these names.
 Extra = Literal["student_features", "teacher_features", "indices", "held_out_logits"]
-WrongTest = Literal["exit", "final", "uncertain", "held_out"]
-DistillationForm = Literal["kl", "dkd"]
 EntropyForm = Literal["negentropy", "uniform_kl", "teacher"]
-EntropyExits = Literal["intermediate", "all"]
 
 
 class LossConfig(Frozen):
     """A loss and its own keys.
 
-    ``extras`` names what the loss needs beyond logits and labels: ``student_features`` and ``teacher_features``, what
-    each stage gave, lists of (B, ...); ``indices``, positions in the train split (B,); ``held_out_logits`` (Et, B, K),
-    of a teacher that was not trained on the image.
+    ``extras`` names further inputs of the loss: ``student_features`` and ``teacher_features``, the stages' outputs, lists
+    of (B, ...); ``indices``, positions in the train split (B,); ``held_out_logits`` (Et, B, K), of a teacher that was not
+    trained on the image.
     """
 
     summary: ClassVar[str] = ""
@@ -36,8 +33,19 @@ class LossConfig(Frozen):
 
     @property
     def extras(self) -> tuple[Extra, ...]:
-        """What the loss needs beyond logits and labels."""
+        """Inputs beyond logits and labels."""
         return ()
+
+
+class OwnTeacherConfig(LossConfig):
+    """All its keys are its own: alpha, temperature and pairing of ``distillation`` play no part."""
+
+    needs_teacher = False
+
+    @property
+    def extras(self) -> tuple[Extra, ...]:
+        """The student's features, if they weigh anything."""
+        return ("student_features",) if getattr(self, "feature_weight", 0) else ()
 
 
 class CrossEntropyConfig(LossConfig):
@@ -62,7 +70,7 @@ class KDConfig(LossConfig):
 
 
 class ControllerConfig(Frozen):
-    """An entropy controller: what has a number of its own, and how fast it moves."""
+    """An entropy controller: the numbers it has, and how fast they move."""
 
     per_exit: bool = Field(False, description="one number for each exit")
     per_class: bool = Field(False, description="one number for each class's logit")
@@ -82,17 +90,31 @@ class ERDEConfig(LossConfig):
     summary = "KD, with entropy at intermediate exits where the teacher is wrong"
 
     name: Literal["erde"] = "erde"
-    beta: NotNegative | list[NotNegative] = 0.2
-    kl_on_wrong: bool = False
-    ce_on_wrong: bool = True
-    wrong_test: WrongTest = "exit"
-    uncertainty: Annotated[float, Field(ge=0, le=1)] = 0.5
-    entropy_form: EntropyForm = "negentropy"
-    entropy_exits: EntropyExits = "intermediate"
-    distillation_form: DistillationForm = "kl"
-    target_weight: NotNegative = 1.0
-    non_target_weight: NotNegative = 8.0
-    controller: ControllerConfig | None = None
+    beta: NotNegative | list[NotNegative] = Field(0.2, description="of the entropy term; a list: per exit")
+    kl_on_wrong: bool = Field(
+        False, description="keep the KL on teacher-wrong images, beside the entropy term"
+    )
+    ce_on_wrong: bool = Field(
+        True, description="keep the cross-entropy of intermediate exits on teacher-wrong images"
+    )
+    wrong_test: Literal["exit", "final", "uncertain", "held_out"] = Field(
+        "exit",
+        description="the teacher is wrong by its paired exit; by its final exit; by its paired exit being wrong or its "
+        "largest probability under `uncertainty`; by the paired exit of a teacher that did not see the image",
+    )
+    uncertainty: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="see wrong_test")
+    entropy_form: EntropyForm = Field("negentropy", description="see erde.losses.erde.entropy_penalty")
+    entropy_exits: Literal["intermediate", "all"] = Field(
+        "intermediate", description="all: the final exit's entropy too"
+    )
+    distillation_form: Literal["kl", "dkd"] = Field(
+        "kl", description="dkd: target_weight TCKD + non_target_weight NCKD in place of the KL"
+    )
+    target_weight: NotNegative = Field(1.0, description="see distillation_form")
+    non_target_weight: NotNegative = Field(8.0, description="see distillation_form")
+    controller: ControllerConfig | None = Field(
+        None, description="learns a factor of the student's logits in the KL"
+    )
 
     @property
     def extras(self) -> tuple[Extra, ...]:
@@ -110,7 +132,7 @@ class DynamicKDConfig(LossConfig, ControllerConfig):
 
     @property
     def extras(self) -> tuple[Extra, ...]:
-        """What the controller needs."""
+        """Indices, if the controller asks for them."""
         return _indices(self)
 
 
@@ -146,11 +168,10 @@ class CRDConfig(LossConfig):
         return ("student_features", "teacher_features", "indices")
 
 
-class PhuongConfig(LossConfig):
-    """All its keys are its own: alpha, temperature and pairing of ``distillation`` play no part."""
+class PhuongConfig(OwnTeacherConfig):
+    """The keys of :mod:`erde.losses.phuong`."""
 
     summary = "the network's last exit teaches the earlier ones, at a rising temperature"
-    needs_teacher = False
 
     name: Literal["phuong"] = "phuong"
     soft_share: Share = Field(
@@ -163,37 +184,25 @@ class PhuongConfig(LossConfig):
     )
 
 
-class BYOTConfig(LossConfig):
-    """All its keys are its own: alpha, temperature and pairing of ``distillation`` play no part."""
+class BYOTConfig(OwnTeacherConfig):
+    """The keys of :mod:`erde.losses.byot`."""
 
     summary = "the network's deepest exit teaches the shallow ones, at a fixed temperature"
-    needs_teacher = False
 
     name: Literal["byot"] = "byot"
     soft_share: Share = Field(0.3, description="of the soft cross-entropy against the hard one")
     temperature: Positive = 3.0
     feature_weight: NotNegative = Field(0.0, description="of the distance to the deepest stage's features")
 
-    @property
-    def extras(self) -> tuple[Extra, ...]:
-        """The student's features, if they weigh anything."""
-        return ("student_features",) if self.feature_weight else ()
 
-
-class ExitEnsembleConfig(LossConfig):
-    """All its keys are its own: alpha, temperature and pairing of ``distillation`` play no part."""
+class ExitEnsembleConfig(OwnTeacherConfig):
+    """The keys of :mod:`erde.losses.exit_ensemble`."""
 
     summary = "the mean logits of all exits teach each of them"
-    needs_teacher = False
 
     name: Literal["exit_ensemble"] = "exit_ensemble"
     weight: NotNegative = Field(1.0, description="of the distance to the mean logits")
     feature_weight: NotNegative = Field(0.0, description="of the distance to the mean features")
-
-    @property
-    def extras(self) -> tuple[Extra, ...]:
-        """The student's features, if they weigh anything."""
-        return ("student_features",) if self.feature_weight else ()
 
 
 LOSSES: dict[str, type[LossConfig]] = {

@@ -6,14 +6,15 @@ Unknown keys and wrong types are errors that name the key, the nearest valid one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from erde.common.errors import UserError, nearest
 from erde.common.model import Frozen
-from erde.policy.rule import SCORES
+from erde.policy.points import Guarantee, Reference
+from erde.policy.rule import SCORES, Ensemble
 from erde.recipe.backbones import check_backbone_name
 from erde.recipe.losses import AnyLoss, CrossEntropyConfig, LossConfig
 from erde.recipe.types import (
@@ -284,31 +285,61 @@ class ExportConfig(Frozen):
 
 
 class CalibrationConfig(Frozen):
-    """Thresholds: what is promised, and against what."""
+    """Thresholds: what is promised, against what, and which exit rules are tried.
 
-    max_risks: Annotated[list[OpenShare], Field(min_length=1)] = Field(
-        [0.01, 0.0025, 0.005, 0.02, 0.03, 0.05],
-        description="certified operating points; the first is the default one",
+    The one definition of these settings: recipes, the command line and ``erde.calibrate`` all fill it in.
+    """
+
+    max_risks: Annotated[tuple[OpenShare, ...], Field(min_length=1)] = Field(
+        (0.01, 0.0025, 0.005, 0.02, 0.03, 0.05),
+        description="certified operating points; the first is the default one, and the score is chosen for it",
     )
-    confidence: OpenShare = 0.9
-    budgets: list[OpenShare] = Field([], description="MAC budgets, shares of the network without exits")
+    confidence: OpenShare = Field(0.9, description="of the certificates and of what is said of budgets")
+    budgets: tuple[OpenShare, ...] = Field(
+        (), description="MAC budgets, shares of the network without exits; met on tune, not certified"
+    )
     reference: Literal["final_exit", "no_exit_network", "teacher"] = "final_exit"
-    guarantee: Literal["risk", "net_drop", "expected_risk"] = Field(
+    guarantee: Guarantee = Field(
         "risk",
         description="net_drop: of the accuracy, images won count too; expected_risk: conformal, without a confidence",
     )
     score: str = Field("auto", description="auto: what saves most MACs at the first of max_risks, on tune")
-    sharpness: Positive | None = Field(None, description="None: chosen on tune, like the score")
-    ensemble: Literal["auto", "none", "arithmetic", "geometric"] = Field(
-        "auto", description="of the exits so far; auto: all kinds with score auto, none with a named score"
+    sharpness: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
+        None, description="None: chosen on tune, like the score"
     )
+    ensemble: Literal["auto"] | Ensemble = Field("auto", description="of the exits so far; auto: none")
+
+    @field_validator("score")
+    @classmethod
+    def _known(cls, score: str) -> str:
+        if score not in ("auto", *SCORES):
+            raise ValueError(f"unknown score '{score}'{nearest(score, ['auto', *SCORES])}")
+        return score
+
+    @field_validator("max_risks", "budgets")
+    @classmethod
+    def _each_once(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        # Compared as operating points are named.
+        if len({f"{100 * value:g}" for value in values}) != len(values):
+            raise ValueError(f"each of {info.field_name} once, got {list(values)}")
+        return values
 
     @model_validator(mode="after")
-    def _each_once(self) -> CalibrationConfig:
-        for key, values in (("max_risks", self.max_risks), ("budgets", self.budgets)):
-            if len(set(values)) != len(values):
-                raise ValueError(f"each of {key} once")
+    def _go_together(self) -> Self:
+        if self.score in ("energy", "patience", "harm") and self.ensemble not in ("auto", "none"):
+            why = "reads raw logits" if self.score == "energy" else "looks at earlier exits by itself"
+            raise ValueError(f"the score '{self.score}' {why}: it has no {self.ensemble} ensemble")
+        check_guarantee(self.guarantee, self.reference)
         return self
+
+
+def check_guarantee(guarantee: Guarantee, reference: Reference) -> None:
+    """:class:`UserError` for a guarantee that does not hold against ``reference``."""
+    if guarantee == "expected_risk" and reference != "final_exit":
+        raise UserError(
+            f"the guarantee 'expected_risk' needs the reference 'final_exit', got '{reference}': against any other even a "
+            "network without early exits may lose images; ask for 'risk'"
+        )
 
 
 def _is_plain(student: Any, arm: Any) -> bool:
@@ -408,9 +439,6 @@ class Config(Frozen):
                 check_backbone_name(network.backbone)
             except UserError as error:
                 raise UserError(f"{where}.backbone: {error}") from error
-        score = self.calibration.score
-        if score not in ("auto", *SCORES):
-            raise UserError(f"calibration.score: unknown score '{score}'{nearest(score, ['auto', *SCORES])}")
         for where, network, train in (
             ("teacher", self.teacher, self._teacher_train),
             *((f"arm '{arm}'", student, self.train) for arm, student in self._students.items()),

@@ -22,17 +22,7 @@ from erde.runs.folder import REPORT, Run
 
 def calibrate(run: Run) -> None:
     """Fit every arm's policy on tune and certify it on certify."""
-    config = run.config.calibration
-    settings = Settings(
-        max_risks=tuple(config.max_risks),
-        confidence=config.confidence,
-        budgets=tuple(config.budgets),
-        reference=config.reference,
-        guarantee=config.guarantee,
-        score=config.score,
-        sharpness=config.sharpness,
-        ensemble=config.ensemble,
-    )
+    settings = Settings(**dict(run.config.calibration))
     tune_right, certify_right, _ = reference_right(run.config, run.folder)
     for arm in run.config.measured_arms:
         run_folder.check_stages(run.folder, arm, run.stage_files(arm))

@@ -17,7 +17,7 @@ from erde.evaluation import evidence, run_folder
 from erde.evaluation.comparison import compare_arms
 from erde.evaluation.evidence import ArmInput
 from erde.evaluation.results import Agreement, Arm, DataInfo, Quantised, Results, RuntimeAgreement, SplitInfo
-from erde.exporting.onnx_files import build_manifest
+from erde.exporting.api import build_manifest
 from erde.report.run_page import write_report
 from erde.runs.agreement import check_runtime, check_torch
 from erde.runs.arms import measure_arm

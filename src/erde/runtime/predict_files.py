@@ -1,22 +1,23 @@
 """``erde predict``: image files through a bundle, to CSV or JSON lines. No torch.
 
-Rows grow in ``<out>.unfinished``. Beside it ``<out>.journal`` has a line for every batch whose rows are there, so
-that a command that was killed can go on behind the last whole batch: the batch, not the row, is what is
-computed at once, and in other batches the last bits of the numbers would differ.
+Rows grow in ``<out>.<options>.unfinished``, which becomes ``<out>`` at the end. ``--resume`` reads the rows that are there
+and skips their images.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import io
 import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,22 +25,22 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from erde.bundle.profile import PROFILE
-from erde.bundle.sealing import file_hash, seal_of
+from erde.bundle.sealing import seal_of
 from erde.common import progress
 from erde.common.errors import UserError, printable
-from erde.common.files import Lock, explain_full_disk, make_folder, replacing_file
+from erde.common.files import Lock, explain_full_disk, make_folder
 from erde.common.images import SUFFIXES, load_image
 from erde.runtime.prediction import Prediction
 from erde.runtime.session import Session
 
-# What a cell begins with that spreadsheets compute (OWASP, "CSV Injection").
+# Spreadsheets compute a cell that begins with one of these (OWASP, "CSV Injection").
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 COLUMNS = ("path", "label", "class", "probability", "exit", "score", "macs")
+Row = dict[str, Any]
 
 
 def find_images(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as given, and the images below folders, sorted; the names of one folder are held at a time."""
+    """Yield files as given, and the images below folders, sorted; one folder's names are held at a time."""
     for path in paths:
         if path.is_dir():
             inside = images_below(path)
@@ -56,22 +57,22 @@ def find_images(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def images_below(folder: Path) -> Iterator[Path]:
-    """Image files at any depth, in the order of their paths; links to folders are not followed."""
+    """Yield image files at any depth in the order of their paths; links to folders are not followed."""
     try:
-        with os.scandir(folder) as found:
+        with os.scandir(folder) as entries:
             names = sorted(
-                (one.name, deeper)
-                for one in found
-                if (deeper := one.is_dir(follow_symlinks=False))
-                or os.path.splitext(one.name)[1].lower() in SUFFIXES
+                (entry.name, is_folder)
+                for entry in entries
+                if (is_folder := entry.is_dir(follow_symlinks=False))
+                or os.path.splitext(entry.name)[1].lower() in SUFFIXES
             )
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be read: {error.strerror}") from error
-    for name, deeper in names:
+    for name, is_folder in names:
         path = folder / name
-        if deeper:
+        if is_folder:
             yield from images_below(path)
-        else:  # a dangling link or a pipe too: what cannot be read is said
+        else:  # dangling links and pipes too: they are named as skipped
             yield path
 
 
@@ -90,51 +91,39 @@ def predict_files(
 ) -> dict[str, Any]:
     """Answer every image that can be read; rows go to ``out`` (.csv or .jsonl) or as JSON lines to stdout.
 
-    Images that cannot be read have no row. They are listed on stderr at the end, and in ``<out>.skipped.txt``.
-    ``resume`` goes on where an earlier call with the same bundle, images and settings was stopped, if there
-    was one; the file is then the same, byte for byte, as without the stop.
+    Images that cannot be read have no row. They are named on stderr, and in ``<out>.skipped.txt``. ``resume`` goes on
+    where an earlier call was stopped, if there was one: images that have a row are not answered again.
 
     Returns a summary: images answered, images skipped, exit rates, mean MACs.
 
     Raises:
-        UserError: nothing to read or nothing readable, an output that cannot be, a begun output of something
-            else, and what :class:`Session` and its ``predict`` raise.
+        UserError: nothing to read or nothing readable, an output that cannot be written, an output begun with another
+            bundle or other limits, and whatever :class:`Session` and its ``predict`` raise.
     """
     _check_out(out, resume)
     session = Session(bundle, threads=threads)
     limits: dict[str, Any] = {"max_exit": max_exit, "max_macs": max_macs, "deadline_ms": deadline_ms}
     point = session.manifest.point(operating_point).name
-    count, list_hash = _hash_of(find_images(images))
-    profile = bundle / PROFILE
-    identity = {
-        "format_version": 1,
-        "bundle_seal": seal_of(session.manifest),
-        "operating_point": point,
-        **limits,
-        # It decides about deadlines, and about images that are carried along, whose MACs are written.
-        "profile": file_hash(profile) if profile.is_file() else None,
-        "batch_size": batch_size,
-        "threads": threads,
-        "images": list_hash,
-    }
+    count = sum(1 for _ in find_images(images))
+    options = json.dumps([seal_of(session.manifest), point, limits])
+    tally = _Tally([0] * len(session.manifest.stages))
     with (
-        _sink(out, identity, len(session.manifest.stages), resume) as sink,
-        progress.task("predict", count, sink.totals.images) as task,
+        _open_output(out, options, tally, resume) as output,
+        progress.task("predict", count, tally.answered) as task,
     ):
-        waiting = islice(find_images(images), sink.totals.images, None)
-        while some := list(islice(waiting, batch_size)):
-            paths, batch, reasons = _load(some, session.manifest.input_shape)
-            answer = session.predict(batch, operating_point=point, **limits) if paths else None
-            rows = [] if answer is None else list(_rows(paths, answer, session.classes))
-            sink.add(rows, reasons)
+        waiting = (path for path in find_images(images) if not output.has(path))
+        while paths := list(islice(waiting, batch_size)):
+            readable, batch, reasons = _load(paths, session.manifest.input_shape)
+            answer = session.predict(batch, operating_point=point, **limits) if readable else None
+            output.add([] if answer is None else list(_rows(readable, answer, session.classes)), reasons)
             if task.due():
-                task.update(sink.totals.images)
-    totals = sink.totals
+                task.update(tally.answered + tally.skipped)
+        output.name_skipped()
     return {
-        "images": totals.answered,
-        "skipped": totals.skipped,
-        "exit_rates": [exits / totals.answered for exits in totals.exits],
-        "mean_macs": totals.macs / totals.answered,
+        "images": tally.answered,
+        "skipped": tally.skipped,
+        "exit_rates": [exits / tally.answered for exits in tally.exits],
+        "mean_macs": tally.macs / tally.answered,
         "out": str(out) if out else None,
     }
 
@@ -150,37 +139,28 @@ def _check_out(out: Path | None, resume: bool) -> None:
         raise UserError(f"--out is {out}, which is a folder: expected the name of a file")
 
 
-def _hash_of(paths: Iterable[Path]) -> tuple[int, str]:
-    """How many paths there are, and a hash of them in their order."""
-    found, count = hashlib.sha256(), 0
-    for path in paths:
-        found.update(os.fsencode(path) + b"\0")
-        count += 1
-    return count, found.hexdigest()
-
-
 def _load(
     paths: Sequence[Path], shape: tuple[int, int, int]
 ) -> tuple[list[Path], NDArray[np.uint8], list[str]]:
-    """The files of ``paths`` that can be read, what is in them (N, H, W, C), and what is wrong with the others."""
+    """Decode the readable files of ``paths`` into (N, H, W, C); a reason for each of the others."""
     readable, arrays, reasons = [], [np.empty((0, *shape), dtype=np.uint8)], []
     for path in paths:
         try:
             arrays.append(load_image(path, shape)[None])
             readable.append(path)
         except UserError as error:
-            reasons.append(_line(str(error)))
-        except Exception as error:  # a decoder may raise anything; one bad file must not end hours of work
-            reasons.append(_line(f"{path} cannot be decoded: {type(error).__name__}: {error}"))
+            reasons.append(_without_controls(str(error)))
+        except Exception as error:  # a decoder may raise anything; a bad file must not end hours of work
+            reasons.append(_without_controls(f"{path} cannot be decoded: {type(error).__name__}: {error}"))
     return readable, np.concatenate(arrays), reasons
 
 
-def _line(text: str) -> str:
-    """``text`` without control characters: a file's name may hold any. Bytes that are no UTF-8 stay as they are."""
-    return "".join(one if "\udc80" <= one <= "\udcff" else printable(one) for one in text)
+def _without_controls(text: str) -> str:
+    """Escape control characters, which a file's name may hold; bytes that are no UTF-8 stay as they are."""
+    return "".join(letter if "\udc80" <= letter <= "\udcff" else printable(letter) for letter in text)
 
 
-def _rows(paths: Sequence[Path], answer: Prediction, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _rows(paths: Sequence[Path], answer: Prediction, classes: Sequence[str]) -> Iterator[Row]:
     for index, path in enumerate(paths):
         label = int(answer.labels[index])
         values = (
@@ -199,97 +179,95 @@ def _rows(paths: Sequence[Path], answer: Prediction, classes: Sequence[str]) -> 
 
 
 @dataclass
-class _Totals:
-    """What is done so far: ``images`` of the list, ``skipped`` of them, and ``bytes`` of rows written."""
+class _Tally:
+    """Counts so far: images per exit, MACs, and images that cannot be read."""
 
-    images: int
-    skipped: int
     exits: list[int]
-    macs: int
-    bytes: int = 0
+    macs: int = 0
+    skipped: int = 0
 
     @property
     def answered(self) -> int:
-        return self.images - self.skipped
+        return sum(self.exits)
+
+    def add(self, row: Row) -> None:
+        self.exits[int(row["exit"])] += 1
+        self.macs += int(row["macs"])
 
 
-class _Sink:
-    """Takes rows batch by batch, and notes each batch in the journal once its rows are written.
+@dataclass
+class _Output:
+    """Takes rows and reasons batch by batch; ``done`` counts the paths of rows that are there already."""
 
-    ``write`` writes the text of rows and returns where the output then ends, in bytes.
-    """
+    write_rows: Callable[[list[Row]], object]
+    reasons: BinaryIO
+    tally: _Tally
+    suffix: str = ".jsonl"
+    done: Counter[str] = field(default_factory=Counter)
 
-    def __init__(
-        self, write: Callable[[list[dict[str, Any]]], int], journal: BinaryIO, totals: _Totals
-    ) -> None:
-        self._write, self._journal, self.totals = write, journal, totals
+    def has(self, path: Path) -> bool:
+        """Whether this image has a row; each row stands for one mention of the path."""
+        name = _cell(str(path), "./") if self.suffix == ".csv" else str(path)
+        there = self.done[name] > 0
+        if there:
+            self.done[name] -= 1
+        return there
 
-    def add(self, rows: list[dict[str, Any]], reasons: list[str]) -> None:
-        """The rows of one batch, and why its other images have none."""
-        totals = self.totals
-        totals.images += len(rows) + len(reasons)
-        totals.skipped += len(reasons)
-        totals.macs += sum(row["macs"] for row in rows)
+    def add(self, rows: list[Row], reasons: list[str]) -> None:
+        """Write the rows of one batch, and why its other images have none."""
+        self.write_rows(rows)
         for row in rows:
-            totals.exits[row["exit"]] += 1
-        totals.bytes = self._write(rows)
-        self._journal.write(_json_line({"totals": asdict(totals), "skipped": reasons}).encode())
-        self._journal.flush()
+            self.tally.add(row)
+        self.tally.skipped += len(reasons)
+        self.reasons.writelines(f"{reason}\n".encode("utf-8", "surrogateescape") for reason in reasons)
 
-    def reasons(self) -> Iterator[str]:
-        """What was wrong with each image that was skipped, in order."""
-        self._journal.seek(0)
-        for line in self._journal:
-            yield from json.loads(line).get("skipped", ())
-
-    def finish(self) -> None:
-        """List what was skipped; :class:`UserError` where that was everything."""
-        if not self.totals.answered:
-            reason = next(self.reasons())
-            others = f" ({self.totals.skipped:,} in all)" if self.totals.skipped > 1 else ""
-            raise UserError(f"no image can be read{others}: {reason}")
-        for reason in self.reasons():
-            progress.say(f"skipped: {printable(reason)}")
+    def name_skipped(self) -> None:
+        """Name the images without a row on stderr; :class:`UserError` where that is all of them."""
+        self.reasons.seek(0)
+        lines = (line.decode("utf-8", "surrogateescape").rstrip("\n") for line in self.reasons)
+        if not self.tally.answered:
+            others = f" ({self.tally.skipped:,} in all)" if self.tally.skipped > 1 else ""
+            raise UserError(f"no image can be read{others}: {next(lines)}")
+        for line in lines:
+            progress.say(f"skipped: {printable(line)}")
 
 
 @contextmanager
-def _sink(out: Path | None, identity: dict[str, Any], exits: int, resume: bool) -> Iterator[_Sink]:
-    """Where rows go: the terminal, or a file that appears as ``out`` when the block ends well."""
-    none = _Totals(0, 0, [0] * exits, 0)
+def _open_output(out: Path | None, options: str, tally: _Tally, resume: bool) -> Iterator[_Output]:
+    """The terminal, or a file that appears as ``out`` when the block ends well."""
     if out is None:
-        with tempfile.TemporaryFile() as noted:
-            sink = _Sink(_write_to_terminal, noted, none)
-            yield sink
-            sink.finish()
+        with tempfile.TemporaryFile() as reasons:
+            yield _Output(_print_rows, reasons, tally)
         return
     make_folder(out.parent)
     with Lock(_beside(out, "lock"), str(out)):
-        yield from _file_sink(out, identity, none, resume)
+        yield from _write_file(out, options, tally, resume)
 
 
-def _file_sink(out: Path, identity: dict[str, Any], none: _Totals, resume: bool) -> Iterator[_Sink]:
-    unfinished, journal = _beside(out, "unfinished"), _beside(out, "journal")
-    begun = _read_journal(journal, identity, unfinished) if unfinished.exists() else None
-    if begun is not None and not resume:
-        raise UserError(
-            f"{unfinished} has {begun[0].images:,} images of a command that was stopped: continue it with --resume, "
-            "or delete the file to start anew"
-        )
-    totals, end = begun or (none, 0)
+def _write_file(out: Path, options: str, tally: _Tally, resume: bool) -> Iterator[_Output]:
+    # The name holds a hash of the options: rows of two bundles must not meet in a file.
+    unfinished = _beside(out, f"{hashlib.sha256(options.encode()).hexdigest()[:8]}.unfinished")
+    skipped = _beside(out, "skipped.txt")
+    for begun in out.parent.glob(f"{glob.escape(out.name)}.*.unfinished"):
+        if begun != unfinished:
+            raise UserError(
+                f"{begun} was begun with another bundle or other options: give what was given then and --resume, or delete "
+                "the file to start anew"
+            )
     try:
-        with journal.open("ab+") as notes, unfinished.open("ab+") as rows:
-            notes.truncate(end)
-            rows.truncate(totals.bytes)
-            if begun is None:
-                notes.write(_json_line(identity).encode())
-                rows.write(_heading(out))
-                notes.flush()
-                rows.flush()
-            sink = _Sink(_file_writer(rows, out.suffix), notes, totals)
-            yield sink
-            sink.finish()
+        with unfinished.open("ab+") as rows, skipped.open("wb+") as reasons:
+            done, end = _read_rows(rows, out.suffix, tally)
+            if done and not resume:
+                raise UserError(
+                    f"{unfinished} has {tally.answered:,} images of a command that was stopped: continue it with --resume, "
+                    "or delete the file to start anew"
+                )
+            rows.truncate(end)
+            if out.suffix == ".csv" and not end:
+                rows.write((",".join(COLUMNS) + "\r\n").encode())
+            yield _Output(_row_writer(rows, out.suffix), reasons, tally, out.suffix, done)
+            rows.flush()
             os.fsync(rows.fileno())
-            _write_skipped(_beside(out, "skipped.txt"), sink)
         os.replace(unfinished, out)
     except PermissionError as error:
         raise UserError(f"{out} cannot be written: permission denied; choose another place") from error
@@ -298,107 +276,71 @@ def _file_sink(out: Path, identity: dict[str, Any], none: _Totals, resume: bool)
         raise
     finally:
         # What was begun is kept for --resume, unless it holds nothing.
-        if not totals.answered or not unfinished.exists():
+        if not tally.answered:
             unfinished.unlink(missing_ok=True)
-            journal.unlink(missing_ok=True)
+        if not (tally.answered and tally.skipped):
+            skipped.unlink(missing_ok=True)
 
 
 def _beside(out: Path, ending: str) -> Path:
     return out.with_name(f"{out.name}.{ending}")
 
 
-def _read_journal(path: Path, identity: dict[str, Any], unfinished: Path) -> tuple[_Totals, int] | None:
-    """The last batch whose rows are all there, and where its line ends; None if there is no such batch.
+def _read_rows(file: BinaryIO, suffix: str, tally: _Tally) -> tuple[Counter[str], int]:
+    """Count the whole rows of ``file`` into ``tally``; their paths, and where the last of them ends.
 
-    :class:`UserError` if the journal is of something else.
+    A kill may have torn the last row, anywhere.
     """
-    found: tuple[_Totals, int] | None = None
-    size = unfinished.stat().st_size
-    for number, (value, end) in enumerate(_journal_lines(path)):
-        if number == 0:
-            _check_identity(value, identity, unfinished)
-            continue
-        try:
-            totals = _Totals(**value["totals"])
-        except (TypeError, KeyError):
-            break
-        if totals.bytes > size:
-            break
-        found = totals, end
-    return found
+    done: Counter[str] = Counter()
+    end = position = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal position
+        file.seek(0)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            position += len(line)
+            yield line.decode("utf-8", "surrogateescape")
+
+    table: Iterable[Any] = csv.reader(lines()) if suffix == ".csv" else map(json.loads, lines())
+    for cells in table:
+        if suffix == ".csv":
+            if len(cells) != len(COLUMNS):
+                break  # torn within a quoted name that holds a line break
+            if end == 0:
+                end = position  # the heading
+                continue
+            cells = dict(zip(COLUMNS, cells, strict=True))
+        tally.add(cells)
+        done[cells["path"]] += 1
+        end = position
+    return done, end
 
 
-def _journal_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Objects of a journal and where their lines end; a torn or damaged line ends it."""
-    end = 0
-    if path.is_file():
-        with path.open("rb") as file:
-            for line in file:
-                end += len(line)
-                try:
-                    value = json.loads(line)
-                except ValueError:
-                    return
-                if not line.endswith(b"\n") or not isinstance(value, dict):
-                    return
-                yield value, end
-
-
-def _check_identity(begun: dict[str, Any], now: dict[str, Any], unfinished: Path) -> None:
-    for key, value in now.items():
-        if begun.get(key) != value:
-            what = {
-                "format_version": "by another version of erde",
-                "bundle_seal": "with another bundle",
-                "profile": f"with another {PROFILE}",
-                "images": "for another list of images",
-            }.get(key, f"with {key} {begun.get(key)}, not {value}")
-            raise UserError(
-                f"{unfinished} was begun {what}: give what was given then and --resume, or delete the file to start anew"
-            )
-
-
-def _write_skipped(path: Path, sink: _Sink) -> None:
-    """One line per image that was skipped; no file where there is none, nor one of an earlier command."""
-    if not sink.totals.skipped:
-        path.unlink(missing_ok=True)
-        return
-    with replacing_file(path) as beside, beside.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(f"{reason}\n" for reason in sink.reasons())
-
-
-def _json_line(value: dict[str, Any]) -> str:
-    return json.dumps(value) + "\n"
-
-
-def _write_to_terminal(rows: list[dict[str, Any]]) -> int:
-    sys.stdout.writelines(map(_json_line, rows))
+def _print_rows(rows: list[Row]) -> None:
+    sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
     sys.stdout.flush()
-    return 0
 
 
-def _heading(out: Path) -> bytes:
-    return (",".join(COLUMNS) + "\r\n").encode() if out.suffix == ".csv" else b""
+def _cell(text: str, prefix: str) -> str:
+    """``text`` as no spreadsheet takes it for a formula; file and class names are anybody's."""
+    return f"{prefix}{text}" if text.startswith(FORMULA) else text
 
 
-def _for_spreadsheets(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose text no spreadsheet takes for a formula; file and class names are anybody's."""
-    path, name = row["path"], row["class"]
-    # "./" leaves the path what it is.
-    safe_path = f"./{path}" if path.startswith(FORMULA) else path
-    return {**row, "path": safe_path, "class": f"'{name}" if name.startswith(FORMULA) else name}
-
-
-def _file_writer(file: BinaryIO, suffix: str) -> Callable[[list[dict[str, Any]]], int]:
-    def write(rows: list[dict[str, Any]]) -> int:
+def _row_writer(file: BinaryIO, suffix: str) -> Callable[[list[Row]], object]:
+    def write(rows: list[Row]) -> None:
         text = io.StringIO(newline="")
         if suffix == ".csv":
-            csv.DictWriter(text, COLUMNS).writerows(map(_for_spreadsheets, rows))
+            # "./" leaves the path what it is.
+            safe = (
+                {**row, "path": _cell(row["path"], "./"), "class": _cell(row["class"], "'")} for row in rows
+            )
+            csv.DictWriter(text, COLUMNS).writerows(safe)
         else:
-            text.writelines(map(_json_line, rows))
+            text.writelines(json.dumps(row) + "\n" for row in rows)
         # A file's name need not be UTF-8: its bytes go through as they are.
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
         file.flush()
-        return file.seek(0, os.SEEK_END)
 
     return write

@@ -6,7 +6,6 @@ import itertools
 import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +157,6 @@ class Session:
         stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
         profile = Profile.at_hand(self.folder / PROFILE, stages, exits)
         return profile if profile is not None and profile.threads == self._threads else None
-
-    def graphs_timed(self) -> AbstractContextManager[list[float]]:
-        """While it lasts, the list takes the seconds of every call of ONNX Runtime; for measurements of one thread."""
-        return self._stages.timed()
 
     def _time_stages(self, images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
         """For a batch that stays whole to the end: seconds of each stage with its decision, and of taking one

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,31 +131,6 @@ class StageRunner:
                 rows.append(logits)
             parts.append(np.stack(rows))
         return np.concatenate(parts, axis=1)
-
-    @contextlib.contextmanager
-    def timed(self) -> Iterator[list[float]]:
-        """While it lasts, the list takes the seconds of every call of ONNX Runtime."""
-        seconds: list[float] = []
-
-        def watched(call: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*arguments: Any) -> Any:
-                started = time.perf_counter()
-                found = call(*arguments)
-                seconds.append(time.perf_counter() - started)
-                return found
-
-            return run
-
-        for session in self._sessions:
-            session.run, session.run_with_iobinding = (
-                watched(session.run),
-                watched(session.run_with_iobinding),
-            )
-        try:
-            yield seconds
-        finally:
-            for session in self._sessions:
-                del session.run, session.run_with_iobinding
 
     def _slots(self) -> list[_Slot | None]:
         slots: list[_Slot | None] | None = getattr(self._local, "slots", None)

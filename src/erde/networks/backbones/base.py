@@ -1,4 +1,4 @@
-"""What a backbone is to erde: named blocks in a row, and a classifier."""
+"""A backbone: named blocks in a row, and a classifier."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """Blocks that follow one another, and the classifier that turns the last feature map into logits.
 
-    Block names ending in ``_<something>`` form groups by what stands before the underscore. An exit may
+    Block names ending in ``_<something>`` form groups by the part before the underscore. An exit may
     stand after any block from ``first_exit_block`` on.
 
     A family that was designed with exits brings its heads along: ``native_heads`` maps names of blocks to
-    modules that turn what the block hands over into logits (B, K). Blocks hand over one tensor (B, C, H, W),
+    modules that turn the block's output into logits (B, K). Blocks hand over one tensor (B, C, H, W),
     or a tuple of them, which the next block, the native head and the classifier then take as it is.
     """
 
@@ -57,11 +57,13 @@ class ConvolutionNormRelu(nn.Sequential):
         super().__init__(OrderedDict(conv=convolution, norm=nn.BatchNorm2d(channels), relu=nn.ReLU()))
 
 
-def pooled_classifier(channels: int, classes: int) -> nn.Sequential:
-    """Global average pool and one linear layer: (B, C, H, W) to (B, K)."""
-    return nn.Sequential(
-        OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, classes))
-    )
+def pooled_classifier(channels: int, classes: int, *, activate: bool = False) -> nn.Sequential:
+    """Global average pool and a linear layer: (B, C, H, W) to (B, K); ``activate`` with batch norm and ReLU before them."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if activate:
+        layers.update(norm=nn.BatchNorm2d(channels), relu=nn.ReLU())
+    layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels, classes))
+    return nn.Sequential(layers)
 
 
 def initialise_linear(module: nn.Module) -> None:

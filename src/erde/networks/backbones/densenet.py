@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from erde.networks.backbones.base import Backbone, initialise_convolutions
+from erde.networks.backbones.base import Backbone, initialise_convolutions, pooled_classifier
 
 
 class DenseLayer(nn.Module):
@@ -58,17 +58,8 @@ def densenet_bc(depth: int, growth: int, classes: int, channels: int = 3) -> Bac
         if group < 3:
             blocks[f"transition{group}"] = _transition(width, width // 2)
             width //= 2
-    linear = nn.Linear(width, classes)
-    classifier = nn.Sequential(
-        OrderedDict(
-            norm=nn.BatchNorm2d(width),
-            relu=nn.ReLU(),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            linear=linear,
-        )
-    )
+    classifier = pooled_classifier(width, classes, activate=True)
     backbone = Backbone(blocks, classifier)
     initialise_convolutions(backbone)
-    nn.init.zeros_(linear.bias)
+    nn.init.zeros_(classifier.get_parameter("linear.bias"))
     return backbone

@@ -1,6 +1,6 @@
 """MSDNet (Huang et al. 2017, arXiv 1703.09844) for 32x32 images: a network that was designed with exits.
 
-Each layer keeps feature maps at three scales, joins to each what it gets from the finer scale and from its
+Each layer keeps feature maps at three scales, joins to each new features from the finer scale and from its
 own, and hands on all of it, so that coarse features, which exits need, are there from the start. A third of
 the way and two thirds of the way the finest scale that is left is dropped and the rest halved (section 4,
 "network reduction"). Numbers as in the authors' code (github.com/gaohuang/MSDNet and
@@ -65,8 +65,8 @@ def _bottleneck(channels_in: int, channels: int, factor: int, stride: int) -> nn
 class MultiScaleLayer(nn.Module):
     """One column of the network. ``width`` channels come in at factor 1, ``width + 6`` go out.
 
-    Takes the scales from ``first_in`` on and hands over those from ``first_out`` on, each with what came in at
-    that scale, what was made of the finer scale (if that came in), and what was made of its own.
+    Takes the scales from ``first_in`` on and hands over those from ``first_out`` on, each with its input at that
+    scale, the features made from the finer scale (if that came in), and those made from its own.
     """
 
     def __init__(self, width: int, first_in: int, first_out: int) -> None:
@@ -105,7 +105,7 @@ class Transition(nn.Module):
 
     def forward(self, scales: Scales) -> Scales:
         """Scales to as many scales of the same sizes."""
-        return tuple(one(x) for one, x in zip(self.scales, scales, strict=True))
+        return tuple(convolution(x) for convolution, x in zip(self.scales, scales, strict=True))
 
 
 class ScaleHead(nn.Module):
@@ -122,7 +122,7 @@ class ScaleHead(nn.Module):
         self.classifier = pooled_classifier(HEAD_CHANNELS, classes)
 
     def forward(self, scales: Scales) -> Tensor:
-        """Scales to logits (B, K); only the last, coarsest one is looked at."""
+        """Scales to logits (B, K); reads the last, coarsest alone."""
         logits: Tensor = self.classifier(self.conv2(self.conv1(scales[-1])))
         return logits
 
@@ -130,8 +130,8 @@ class ScaleHead(nn.Module):
 def cifar_msdnet(steps: Sequence[int], classes: int, channels: int = 3) -> Backbone:
     """An MSDNet with an exit after each block; ``steps`` are the layers of the blocks.
 
-    Blocks ``block1`` and on; all but the last have a native head, the last has the classifier. What a block
-    hands over is a tuple of scales from fine to coarse, (B, C * factor, H / factor, W / factor): three in the
+    Blocks ``block1`` and on; all but the last have a native head, the last has the classifier. A block
+    hands over a tuple of scales from fine to coarse, (B, C * factor, H / factor, W / factor): three in the
     first third of the layers, then two, in the last third one (still a tuple), the coarsest always among them.
     """
     layers = sum(steps)

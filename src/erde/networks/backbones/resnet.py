@@ -12,7 +12,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional
 
-from erde.networks.backbones.base import Backbone, initialise_convolutions
+from erde.networks.backbones.base import Backbone, initialise_convolutions, pooled_classifier
 
 
 class PaddedShortcut(nn.Module):
@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W')."""
-        # In place: no layer before needs what the sum or the norm gave.
+        # In place: no layer before needs the outputs of the sum and the norm.
         out = functional.relu(self.norm1(self.conv1(x)), inplace=True)
         return functional.relu(self.norm2(self.conv2(out)) + self.shortcut(x), inplace=True)
 
@@ -78,11 +78,6 @@ def cifar_resnet(
             stride = 2 if group > 1 and number == 1 else 1
             blocks[f"group{group}_block{number}"] = BasicBlock(channels_in, width, stride, padded_shortcut)
             channels_in = width
-    classifier = nn.Sequential(
-        OrderedDict(
-            pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), linear=nn.Linear(channels_in, classes)
-        )
-    )
-    backbone = Backbone(blocks, classifier)
+    backbone = Backbone(blocks, pooled_classifier(channels_in, classes))
     initialise_convolutions(backbone)
     return backbone

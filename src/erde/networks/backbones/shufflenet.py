@@ -29,7 +29,7 @@ class GroupedUnit(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int, groups: int) -> None:
         super().__init__()
         self.stride = stride
-        # What the pooled input does not fill of the channels is left to the convolutions.
+        # The convolutions give the channels that the pooled input does not fill.
         own = channels - channels_in if stride == 2 else channels
         # The stem's channels are too few to be grouped (section 3.2 of the paper).
         self.groups = 1 if channels_in == STEM else groups

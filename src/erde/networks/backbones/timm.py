@@ -21,7 +21,7 @@ def import_timm() -> Any:
     """The ``timm`` package, also where torchvision's compiled operators are missing.
 
     Raises:
-        ImportError, RuntimeError: whatever else keeps it from being imported, as it is.
+        ImportError, RuntimeError: any other failure of the import, as it is.
     """
     try:
         import timm
@@ -41,18 +41,18 @@ def _declare_operators() -> None:
     fragment: Any = library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name in _MISSING:
         fragment.define(name + _SCHEMA)
-    _declared.append(fragment)  # what is declared goes with the object
+    _declared.append(fragment)  # the declarations live as long as the object
 
 
 def check_name(name: str) -> None:
-    """Refuse ``timm/<name>`` where timm has no such model; nearest names are offered."""
+    """Raise where timm has no model of the name ``timm/<name>``; offers the nearest names."""
     timm = import_timm()
     wanted = name.removeprefix(TIMM)
     if timm.is_model(wanted.split(".")[0]):
         return
     matches = difflib.get_close_matches(wanted, timm.list_models(), n=3, cutoff=0.5)
     if matches:
-        hint = f" (did you mean {' or '.join(repr(TIMM + one) for one in matches)}?)"
+        hint = f" (did you mean {' or '.join(repr(TIMM + match) for match in matches)}?)"
     else:
         hint = " (timm.list_models() names them)"
     raise UserError(f"unknown backbone '{name}'{hint}")
@@ -84,20 +84,20 @@ def timm_model(
         raise
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = (
+        reason = (
             "timm's weights for it cannot be had here: pretrained=false starts from random ones"
             if pretrained
             else (
                 f"timm cannot build it for {classes} classes, {channels} channels and images of {image_size}"
             )
         )
-        raise UserError(f"backbone '{name}': {what} ({text})") from error
+        raise UserError(f"backbone '{name}': {reason} ({text})") from error
     return model
 
 
 def _create(timm: Any, name: str, arguments: dict[str, Any], image_size: tuple[int, int] | None) -> nn.Module:
     if image_size is not None:
-        # Only models that are built for one size take this argument; the others say so by a TypeError.
+        # Only models built for a fixed size take this argument; the others raise a TypeError.
         try:
             model: nn.Module = timm.create_model(name, img_size=image_size, **arguments)
         except TypeError as error:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from erde.networks.backbones.base import Backbone, initialise_convolutions
+from erde.networks.backbones.base import Backbone, initialise_convolutions, pooled_classifier
 
 
 class PreActivationBlock(nn.Module):
@@ -42,15 +42,6 @@ def wide_resnet(depth: int, width: int, classes: int, channels: int = 3) -> Back
             stride = 2 if group > 1 and number == 1 else 1
             blocks[f"group{group}_block{number}"] = PreActivationBlock(channels_in, channels_out, stride)
             channels_in = channels_out
-    classifier = nn.Sequential(
-        OrderedDict(
-            norm=nn.BatchNorm2d(channels_in),
-            relu=nn.ReLU(),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(channels_in, classes),
-        )
-    )
-    backbone = Backbone(blocks, classifier)
+    backbone = Backbone(blocks, pooled_classifier(channels_in, classes, activate=True))
     initialise_convolutions(backbone)
     return backbone
