@@ -665,16 +665,20 @@ def test_a_browser_draws_every_figure(tmp_path: Path, results: Results, evidence
 
 
 @needs_browser
-def test_a_link_opens_a_folded_section_and_its_figure_gets_the_whole_width(
+def test_a_link_opens_a_folded_section_whose_figure_has_the_whole_width(
     tmp_path: Path, results: Results
 ) -> None:
-    read = (
+    act = (
         "const place = document.getElementById('plot-reliability'), root = document.documentElement;"
-        "root.dataset.open = place.closest('details').open;"
-        "root.dataset.columns = new Set(Object.keys(place.layout).filter((key) => key.startsWith('xaxis'))"
+        "const columns = () => new Set(Object.keys(place.layout).filter((key) => key.startsWith('xaxis'))"
         ".map((key) => place.layout[key].domain[0])).size;"
+        "root.dataset.before = place.closest('details').open + ' ' + columns();"
+        "document.querySelector('nav a[href=\\'#reliability\\']').click();"
+        "until(() => place.closest('details').open && columns() === 3, () => {"
+        "  root.dataset.open = place.closest('details').open; root.dataset.columns = columns(); });"
     )
-    root = root_of(browse(tmp_path, render(results), fragment="#reliability", then=read))
+    root = root_of(browse(tmp_path, render(results), then=act))
+    assert 'data-before="false' in root
     assert 'data-open="true"' in root
     assert 'data-columns="3"' in root
 

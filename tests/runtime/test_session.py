@@ -673,7 +673,7 @@ def test_the_runtime_loads_nothing_heavy(tiny_bundle: Path) -> None:
     command = [sys.executable, "-c", code, str(tiny_bundle)]
     loaded = set(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert {"erde", "numpy", "onnxruntime", "pydantic"} <= loaded
-    heavy = {"torch", "torchvision", "timm", "scipy", "sklearn", "plotly", "matplotlib", "pandas"}
+    heavy = {"torch", "torchvision", "timm", "scipy", "sklearn", "plotly", "jinja2", "matplotlib", "pandas"}
     heavy |= {"datasets", "pyarrow", "onnx", "onnxscript", "safetensors", "typer", "yaml"}
     assert not loaded & heavy
 

@@ -106,7 +106,7 @@ const erde = (function () {
   }
   dark.addEventListener("change", drawAll);
 
-  // A folded part has no width: its figures are drawn again when it opens, which a link into it does too.
+  // Chromium opens a folded part for a link into it and knows its width before; other browsers need both done for them.
   document.querySelectorAll("details.section").forEach((part) => part.addEventListener("toggle", () => {
     if (part.open) part.querySelectorAll("[id^=plot-]").forEach((place) => draw(place.id.slice("plot-".length)));
   }));
