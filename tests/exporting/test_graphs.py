@@ -45,13 +45,13 @@ def test_blocking_changes_no_number_and_can_be_undone(stages: Path, tmp_path: Pa
     assert not any(BLOCKED in (*node.input, *node.output) for node in plain.graph.node)
     onnx.checker.check_model(plain)
     x = np.random.default_rng(0).normal(size=(3, 16, 32, 32)).astype(np.float32)
-    found = []
+    result = []
     for name, model in (("blocked", blocked), ("plain", plain)):
         onnx.save(model, tmp_path / f"{name}.onnx")
         session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        found.append(session.run(None, {FEATURES_IN: x}))
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+        result.append(session.run(None, {FEATURES_IN: x}))
+    for part, other in zip(*result, strict=True):
+        np.testing.assert_allclose(part, other, atol=1e-5)
     again = copy.deepcopy(plain)
     block_input(again)
     assert again.SerializeToString(deterministic=True) == blocked.SerializeToString(deterministic=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def test_every_exit_agrees_with_torch(kind: str, batch: int, request: pytest.Fix
     assert x is None
     if batch:
         # The exits can be told apart, or the comparison would say little.
-        assert all(np.abs(one - two).max() > 0.1 for one, two in itertools.pairwise(expected))
+        assert all(np.abs(first - second).max() > 0.1 for first, second in itertools.pairwise(expected))
 
 
 def test_preprocessing_is_that_of_the_training_batches(
@@ -142,7 +143,7 @@ def test_names_types_and_shapes_of_the_stages(
     for index, path in enumerate(exported.paths(folder)):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (x,) = session.get_inputs()
-        outputs = {one.name: one for one in session.get_outputs()}
+        outputs = {value.name: value for value in session.get_outputs()}
         if index == 0:
             assert (x.name, x.type, x.shape) == ("images", "tensor(uint8)", ["batch", *shape])
         else:
@@ -180,7 +181,7 @@ def test_a_file_tells_nothing_of_the_machine(
         assert not model.doc_string
         assert not model.graph.doc_string
         assert all(not node.metadata_props and not node.doc_string for node in model.graph.node)
-        assert all(one.data_location == onnx.TensorProto.DEFAULT for one in model.graph.initializer)
+        assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in model.graph.initializer)
 
 
 def test_the_graphs_hold_nothing_that_could_be_done_before(
@@ -209,8 +210,8 @@ def test_the_graphs_hold_nothing_that_could_be_done_before(
             "Gemm",
         }
         assert operations <= known, operations - known
-        used = {name for node in graph.node for name in node.input} | {one.name for one in graph.output}
-        assert all(one.name in used for one in graph.initializer)
+        used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+        assert all(tensor.name in used for tensor in graph.initializer)
         assert set(made_by) <= used
         # One image is one row: its own size is nowhere computed.
         assert sum(node.op_type == "Reshape" for node in graph.node) == 1
@@ -230,8 +231,8 @@ def test_the_opset_is_the_one_asked_for(
     for opset, folder in ((18, gray[2]), (20, single[1])):
         assert ExportedStages.read(folder).opset == opset
         for path in folder.glob("*.onnx"):
-            found = {one.domain: one.version for one in onnx.load(path).opset_import}
-            assert found == {"": opset}
+            result = {opset.domain: opset.version for opset in onnx.load(path).opset_import}
+            assert result == {"": opset}
 
 
 def test_one_exit_is_one_stage(single: tuple[EarlyExitNetwork, Path]) -> None:
@@ -250,14 +251,14 @@ def test_export_plain_is_the_final_exit(
     export_plain(network, exported.input_shape, exported.mean, exported.std, path)
     assert entries(path.parent) == ["no-exit.onnx"]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    assert [(one.name, one.shape) for one in session.get_inputs()] == [("images", ["batch", 8, 8, 1])]
-    assert [one.name for one in session.get_outputs()] == ["logits"]
+    assert [(value.name, value.shape) for value in session.get_inputs()] == [("images", ["batch", 8, 8, 1])]
+    assert [value.name for value in session.get_outputs()] == ["logits"]
     for batch in (0, 1, 7):
         images = noise(batch, exported.input_shape)
         expected = torch_logits(network, images, exported.mean, exported.std)[-1]
         np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, rtol=1e-4, atol=1e-4)
     # No intermediate head came along.
-    weights = sum(int(np.prod(one.dims)) for one in onnx.load(path).graph.initializer)
+    weights = sum(int(np.prod(tensor.dims)) for tensor in onnx.load(path).graph.initializer)
     assert weights < network_cost(network, (1, 8, 8)).no_exit_parameters * 1.02
 
 
@@ -272,6 +273,37 @@ def test_exported_stages_come_back(kind: str, request: pytest.FixtureRequest) ->
     height, width, channels = exported.input_shape
     assert exported.cost == network_cost(network, (channels, height, width))
     assert exported.paths(folder) == [folder / name for name in exported.files]
+
+
+@pytest.mark.parametrize(
+    ("change", "readable"),
+    [
+        ({"quantisation": None, "of_a_later_version": 1}, True),
+        ({"files": 3}, False),
+        ({"cost": {"macs": [1]}}, False),
+        ({"input_shape": [8, 8]}, False),
+        ({"quantisation": {"kept_in_float": []}}, False),
+    ],
+    ids=str,
+)
+def test_stages_of_other_versions_and_damaged_ones(
+    gray: tuple[EarlyExitNetwork, ExportedStages, Path],
+    tmp_path: Path,
+    change: dict[str, Any],
+    readable: bool,
+) -> None:
+    _, exported, folder = gray
+    value = json.loads((folder / "stages.json").read_text())
+    # The first versions wrote no such key.
+    del value["quantisation"]
+    (tmp_path / "stages.json").write_text(json.dumps({**value, **change}))
+    if readable:
+        assert ExportedStages.read(tmp_path) == exported
+        (tmp_path / "stages.json").write_text(json.dumps(value))
+        assert ExportedStages.read(tmp_path) == exported
+    else:
+        with user_error(r"stages\.json is damaged: remove the folder .* and run erde export again"):
+            ExportedStages.read(tmp_path)
 
 
 def use_graph(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +515,7 @@ def test_a_bundle_in_int8(digits: DataSplits, tmp_path: Path) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "1 channel (int8, logits in float; the first convolution" in card
     weights = onnx.load(folder / "stage_0.onnx").graph.initializer
-    assert sum(one.data_type == onnx.TensorProto.INT8 and len(one.dims) == 4 for one in weights) == 8
+    assert sum(weight.data_type == onnx.TensorProto.INT8 and len(weight.dims) == 4 for weight in weights) == 8
     # The sample holds on the machine that wrote it, and would on one that rounds a tie the other way.
     logits = erde.runtime.Session(folder).all_logits(digits.test.images)
     assert manifest.reference_sample.tolerance > 1e-3 * float(np.abs(logits).max())

@@ -53,7 +53,7 @@ def runner(folder: Path) -> StageRunner:
 
 
 def constants(path: Path) -> dict[str, NDArray[Any]]:
-    return {one.name: numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
 
 
 def computed_in(path: Path) -> list[str]:
@@ -113,8 +113,8 @@ def convolve(x: NDArray[Any], weight: NDArray[Any], groups: int = 1) -> NDArray[
 
 def features(path: Path, x: NDArray[Any]) -> NDArray[Any]:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found: NDArray[Any] = session.run(["features"], {"features_in": x})[0]
-    return found
+    result: NDArray[Any] = session.run(["features"], {"features_in": x})[0]
+    return result
 
 
 def test_a_convolution_is_what_integers_give_by_hand(tmp_path: Path) -> None:
@@ -139,13 +139,13 @@ def test_a_convolution_is_what_integers_give_by_hand(tmp_path: Path) -> None:
     grid = exact.max() / 255
     expected = np.clip(np.rint(sums * (scale * weight_scale)[:, None, None] / grid), 0, 255) * grid
 
-    found = features(tmp_path / "int8.onnx", x)
+    result = features(tmp_path / "int8.onnx", x)
     # A tie may be rounded the other way where float32 is a last bit off.
-    difference = np.abs(found - expected) / grid
+    difference = np.abs(result - expected) / grid
     assert difference.max() < 1.01
     assert (difference < 0.01).mean() > 0.999
     # And it is no float in disguise.
-    assert np.abs(found - exact).max() > grid / 4
+    assert np.abs(result - exact).max() > grid / 4
     assert computed_in(tmp_path / "int8.onnx").count("QLinearConv") == 1
 
 
@@ -179,9 +179,9 @@ def test_biases_take_up_what_rounding_weights_loses_on_average(
 
 def test_logits_are_not_put_on_a_grid(int8: Path, digits: DataSplits) -> None:
     logits = runner(int8).all_logits(digits.tune.images)
-    for one in logits:
+    for rows in logits:
         # On 256 values, 3,000 logits would collide.
-        assert len(np.unique(one)) > 1500
+        assert len(np.unique(rows)) > 1500
 
 
 def test_nothing_is_said_to_the_user(
@@ -197,13 +197,13 @@ def test_nothing_is_said_to_the_user(
 
 
 def test_int8_answers_like_float_on_digits(floats: Path, int8: Path, digits: DataSplits) -> None:
-    expected, found = (runner(folder).all_logits(digits.test.images) for folder in (floats, int8))
-    assert (found.argmax(axis=-1) == digits.test.labels).mean(axis=1) == pytest.approx(
+    expected, result = (runner(folder).all_logits(digits.test.images) for folder in (floats, int8))
+    assert (result.argmax(axis=-1) == digits.test.labels).mean(axis=1) == pytest.approx(
         (expected.argmax(axis=-1) == digits.test.labels).mean(axis=1), abs=0.02
     )
-    assert ((found.argmax(axis=-1) == expected.argmax(axis=-1)).mean(axis=1) >= 0.985).all()
+    assert ((result.argmax(axis=-1) == expected.argmax(axis=-1)).mean(axis=1) >= 0.985).all()
     # Different all the same: not the float stages under another name.
-    assert np.abs(found - expected).max() > 0.01
+    assert np.abs(result - expected).max() > 0.01
 
 
 def test_weights_in_the_file_are_int8_per_channel_and_no_sum_overflows(floats: Path, int8: Path) -> None:
@@ -216,13 +216,13 @@ def test_weights_in_the_file_are_int8_per_channel_and_no_sum_overflows(floats: P
         layers = layers[1:] if name == "stage_0.onnx" else layers
         for layer in layers:
             source = dequantised[layer.input[1]]
-            weight, scale, zero = (held[one] for one in source.input)
+            weight, scale, zero = (held[name] for name in source.input)
             before = exact[source.input[0].removesuffix("_quantized")]
             assert weight.dtype == np.int8
             assert weight.shape == before.shape
             assert scale.shape == zero.shape == (len(weight),)
             assert not zero.any()
-            assert next(one.i for one in source.attribute if one.name == "axis") == 0
+            assert next(attribute.i for attribute in source.attribute if attribute.name == "axis") == 0
             assert 2 * 255 * np.abs(weight.astype(int)).max() <= LARGEST_SUM
             np.testing.assert_allclose(
                 np.abs(before.reshape(len(before), -1)).max(axis=1) / 64, scale, rtol=1e-5
@@ -244,12 +244,14 @@ def test_the_whole_chain_runs_in_integers(int8: Path) -> None:
 def test_inputs_and_outputs_are_those_of_the_float_stages(floats: Path, int8: Path) -> None:
     def interface(path: Path) -> list[tuple[str, str, list[Any]]]:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return [(one.name, one.type, one.shape) for one in (*session.get_inputs(), *session.get_outputs())]
+        return [
+            (value.name, value.type, value.shape) for value in (*session.get_inputs(), *session.get_outputs())
+        ]
 
     for name in ExportedStages.read(floats).files:
         assert interface(int8 / name) == interface(floats / name)
         model = onnx.load(int8 / name)
-        assert (model.producer_name, {one.domain: one.version for one in model.opset_import}) == (
+        assert (model.producer_name, {opset.domain: opset.version for opset in model.opset_import}) == (
             "erde",
             {"": 18},
         )
@@ -270,9 +272,12 @@ def test_a_feature_map_is_rounded_once_between_two_stages(
 ) -> None:
     def grids(folder: Path, place: int) -> list[Any]:
         """Scale and zero point of the feature map between two stages, as the one and the other have them."""
-        one, two = (constants(folder / f"stage_{index}.onnx") for index in (place, place + 1))
+        before, after = (constants(folder / f"stage_{index}.onnx") for index in (place, place + 1))
         parts = ("scale", "zero_point")
-        return [[one[f"features_{part}"] for part in parts], [two[f"features_in_{part}"] for part in parts]]
+        return [
+            [before[f"features_{part}"] for part in parts],
+            [after[f"features_in_{part}"] for part in parts],
+        ]
 
     for place in range(2):
         assert len(set(map(str, grids(int8, place)))) == 1
@@ -280,9 +285,9 @@ def test_a_feature_map_is_rounded_once_between_two_stages(
     grid = quantisation._grid
 
     def wider(path: Path, tensor: str) -> Any:
-        found = grid(path, tensor)
-        assert found is not None
-        return np.asarray(found[0] * np.float32(1.25)), found[1]
+        result = grid(path, tensor)
+        assert result is not None
+        return np.asarray(result[0] * np.float32(1.25)), result[1]
 
     monkeypatch.setattr(quantisation, "_grid", wider)
     export_int8_stages(floats, tmp_path / "wider", digits.train, digits.tune)
@@ -305,7 +310,7 @@ def test_the_same_again_to_the_byte(floats: Path, int8: Path, digits: DataSplits
 def test_the_plain_network_in_int8(floats: Path, digits: DataSplits, tmp_path: Path) -> None:
     source, path = floats.parent / "plain.onnx", tmp_path / "baselines" / "plain.onnx"
     export_int8_plain(source, path, digits.train, ("first",))
-    logits = [StageRunner([one], threads=1).all_logits(digits.test.images)[0] for one in (source, path)]
+    logits = [StageRunner([file], threads=1).all_logits(digits.test.images)[0] for file in (source, path)]
     assert (logits[0].argmax(axis=-1) == logits[1].argmax(axis=-1)).mean() >= 0.985
     assert computed_in(path).count("QLinearConv") == 8
     assert path.stat().st_size < 0.6 * source.stat().st_size
@@ -344,13 +349,13 @@ def test_all_candidates_are_tried_and_the_best_is_taken_where_none_will_do(
     monkeypatch.setattr(
         quantisation,
         "_loss",
-        lambda before, one: 0.1 if one.kept_in_float == best else 0.2 + loss(before, one),
+        lambda before, trial: 0.1 if trial.kept_in_float == best else 0.2 + loss(before, trial),
     )
     exported = export_int8_stages(floats, tmp_path / "int8", digits.train, digits.tune)
-    found = exported.quantisation
-    assert found is not None
-    assert tuple(one.kept_in_float for one in found.trials) == CANDIDATES
-    assert found.kept_in_float == best == found.taken.kept_in_float
+    result = exported.quantisation
+    assert result is not None
+    assert tuple(trial.kept_in_float for trial in result.trials) == CANDIDATES
+    assert result.kept_in_float == best == result.taken.kept_in_float
     for name in exported.files:
         assert kept_float(tmp_path / "int8", name, "Gemm") == [False]
         assert kept_float(tmp_path / "int8", name, "Conv") == [name == "stage_0.onnx", False, False]
@@ -376,18 +381,18 @@ def test_what_is_kept_in_float(
 
 def test_what_is_recorded(floats: Path, int8: Path, digits: DataSplits) -> None:
     exported, before = ExportedStages.read(int8), ExportedStages.read(floats)
-    found = exported.quantisation
-    assert found is not None
+    result = exported.quantisation
+    assert result is not None
     assert dataclasses.replace(exported, quantisation=None) == before
     assert (before.precision, exported.precision) == ("fp32", "int8")
-    assert (found.range_images, found.tune_images) == (512, len(digits.tune))
+    assert (result.range_images, result.tune_images) == (512, len(digits.tune))
     logits = [runner(folder).all_logits(digits.tune.images).argmax(axis=-1) for folder in (floats, int8)]
-    assert found.fp32_accuracy == tuple((logits[0] == digits.tune.labels).mean(axis=1).tolist())
-    assert found.taken.accuracy == tuple((logits[1] == digits.tune.labels).mean(axis=1).tolist())
-    assert found.taken.agreement == tuple((logits[1] == logits[0]).mean(axis=1).tolist())
+    assert result.fp32_accuracy == tuple((logits[0] == digits.tune.labels).mean(axis=1).tolist())
+    assert result.taken.accuracy == tuple((logits[1] == digits.tune.labels).mean(axis=1).tolist())
+    assert result.taken.agreement == tuple((logits[1] == logits[0]).mean(axis=1).tolist())
     sizes = [sum((folder / name).stat().st_size for name in exported.files) for folder in (floats, int8)]
-    assert [found.fp32_bytes, found.bytes] == sizes
-    assert found.bytes < 0.6 * found.fp32_bytes
+    assert [result.fp32_bytes, result.bytes] == sizes
+    assert result.bytes < 0.6 * result.fp32_bytes
 
 
 # ---------------------------------------------------------------- which images are looked at
@@ -396,8 +401,8 @@ def test_what_is_recorded(floats: Path, int8: Path, digits: DataSplits) -> None:
 def test_ranges_come_from_train_images_as_they_are(digits: DataSplits) -> None:
     images = range_images(digits.train, seed=3)
     assert images.shape == (512, *digits.image_shape)
-    known = {one.tobytes() for one in digits.train.images[:]}
-    assert all(one.tobytes() in known for one in images)
+    known = {image.tobytes() for image in digits.train.images[:]}
+    assert all(image.tobytes() in known for image in images)
     assert np.array_equal(images, range_images(digits.train, seed=3))
     assert not np.array_equal(images, range_images(digits.train, seed=4))
     few = TrainSplit(digits.train.images[:20], digits.train.labels[:20])
@@ -421,8 +426,8 @@ def test_stages_whose_answers_depend_on_the_batch_are_not_written(
     run = StageRunner.run
 
     def wrong(self: StageRunner, index: int, x: NDArray[Any]) -> Any:
-        found, logits = run(self, index, x)
-        return found, logits + np.float32(0.01 * (len(x) == 7))
+        result, logits = run(self, index, x)
+        return result, logits + np.float32(0.01 * (len(x) == 7))
 
     monkeypatch.setattr(StageRunner, "run", wrong)
     with user_error(

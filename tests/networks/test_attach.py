@@ -83,13 +83,13 @@ def make(
 
 def in_both_modes(model: nn.Module, network: EarlyExitNetwork, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(the model's logits, the final exit's) in evaluation and in training, from the same random numbers."""
-    found = []
+    result = []
     for training in (False, True):
         torch.manual_seed(3)
         expected = model.train(training)(x)
         torch.manual_seed(3)
-        found.append((expected, network.train(training).forward_final(x)))
-    return found
+        result.append((expected, network.train(training).forward_final(x)))
+    return result
 
 
 # ---------------------------------------------------------------- what stays as it was
@@ -99,18 +99,18 @@ def in_both_modes(model: nn.Module, network: EarlyExitNetwork, x: Tensor) -> lis
 @pytest.mark.parametrize("exits", [1, 2, 4, ["blocks.0"], ["blocks.1.conv1"]])
 def test_the_final_exit_is_the_model_in_evaluation_and_in_training(exits: Any, inplace: bool) -> None:
     model, network = make(Mine(inplace), exits)
-    for expected, found in in_both_modes(model, network, images(8)):
-        assert torch.allclose(expected, found, atol=1e-6)
+    for expected, result in in_both_modes(model, network, images(8)):
+        assert torch.allclose(expected, result, atol=1e-6)
 
 
 def test_dropout_drop_path_and_batch_norm_follow_the_networks_mode() -> None:
     model, network = make()
     network.eval()
     assert torch.equal(network(images()), network(images()))
-    before = [one.clone() for one in model.state_dict().values()]
+    before = [tensor.clone() for tensor in model.state_dict().values()]
     network(images())
     assert all(
-        torch.equal(one, other) for one, other in zip(before, model.state_dict().values(), strict=True)
+        torch.equal(tensor, other) for tensor, other in zip(before, model.state_dict().values(), strict=True)
     )
     network.train()
     assert not torch.equal(network.forward_final(images()), network.forward_final(images()))
@@ -142,11 +142,13 @@ def test_weights_are_shared_and_frozen_ones_stay_frozen() -> None:
     model = Mine()
     model.stem.weight.requires_grad_(False)
     network = attach_exits(model, 3, input_size=SIZE)
-    assert {id(one) for one in network.backbone_parameters()} == {id(one) for one in model.parameters()}
+    assert {id(parameter) for parameter in network.backbone_parameters()} == {
+        id(parameter) for parameter in model.parameters()
+    }
     assert not model.stem.weight.requires_grad
     with torch.no_grad():
-        for one in model.parameters():
-            one.mul_(1.3)
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
     assert torch.equal(network.eval().forward_final(images()), model.eval()(images()))
 
 
@@ -155,9 +157,9 @@ def test_a_gradient_reaches_every_parameter_but_frozen_ones() -> None:
     network.eval()
     network(images(6)).square().sum().backward()
     assert all(
-        one.grad is not None and bool(one.grad.abs().sum() > 0)
-        for one in network.parameters()
-        if one.requires_grad
+        parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        for parameter in network.parameters()
+        if parameter.requires_grad
     )
 
 
@@ -180,7 +182,7 @@ def test_state_dict_round_trip_and_pretrained_weights() -> None:
     heads = copy.deepcopy(second.heads[0].state_dict())
     shared.load_state_dict(model.state_dict())
     assert torch.equal(second.forward_final(images()), model.eval()(images()))
-    assert all(torch.equal(one, heads[key]) for key, one in second.heads[0].state_dict().items())
+    assert all(torch.equal(tensor, heads[key]) for key, tensor in second.heads[0].state_dict().items())
 
 
 def test_a_copy_of_the_network_is_independent() -> None:
@@ -211,10 +213,10 @@ def test_features_are_what_the_heads_look_at() -> None:
     network.eval()
     logits, features = network.forward_with_features(images())
     assert torch.equal(logits, network(images()))
-    assert [tuple(one.shape[1:]) for one in features] == list(network.feature_shapes(SIZE))
+    assert [tuple(tensor.shape[1:]) for tensor in features] == list(network.feature_shapes(SIZE))
     assert network.feature_shapes(SIZE) == ((8, 8, 8), (8, 8, 8), (8, 8, 8))
-    for index, one in enumerate(features):
-        assert torch.equal(network.heads[index](one), logits[index])
+    for index, tensor in enumerate(features):
+        assert torch.equal(network.heads[index](tensor), logits[index])
 
 
 class Writes(nn.Module):
@@ -250,8 +252,8 @@ class TwoStreams(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, _ = x.shape
         left = right = x
-        for one, other in zip(self.left, self.right, strict=True):
-            left, right = torch.relu(one(left)), torch.relu(other(right))
+        for left_layer, right_layer in zip(self.left, self.right, strict=True):
+            left, right = torch.relu(left_layer(left)), torch.relu(right_layer(right))
         both = torch.cat([left, right], dim=1).reshape(batch, 12, height * height)
         return self.fc(both.mean(dim=-1))
 
@@ -786,8 +788,8 @@ def test_what_no_grad_keeps_from_learning_would_learn() -> None:
         make(FrozenStem())
     # The way out that the message names.
     model = FrozenStem()
-    for one in model.stem.parameters():
-        one.requires_grad_(False)
+    for parameter in model.stem.parameters():
+        parameter.requires_grad_(False)
     make(model)
 
 

@@ -77,7 +77,7 @@ def test_dense_layers_hand_over_all_that_came_before() -> None:
             if name.startswith("dense"):
                 assert torch.equal(x[:, : before.shape[1]], before)
     assert list(widths)[:5] == ["stem", "dense1_layer1", "dense1_layer2", "dense1_layer3", "transition1"]
-    assert [tuple(widths[one]) for one in ("stem", "dense1_layer3", "transition1", "dense3_layer3")] == [
+    assert [tuple(widths[name]) for name in ("stem", "dense1_layer3", "transition1", "dense3_layer3")] == [
         (24, 32),
         (60, 32),
         (30, 16),
@@ -127,7 +127,7 @@ def test_linear_layers_start_small(name: str) -> None:
     biases = [
         m.bias for m in backbone.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None
     ]
-    assert all(not one.any() for one in biases)
+    assert all(not bias.any() for bias in biases)
     assert len(biases) == (6 if name == "vgg8" else 1)
 
 
@@ -211,7 +211,7 @@ SUMMARIES = {name: entry.summary for name, entry in BACKBONES.items()}
 
 
 def test_every_backbone_has_a_summary_of_one_line() -> None:
-    assert all(0 < len(one) <= 80 and "\n" not in one for one in SUMMARIES.values())
+    assert all(0 < len(summary) <= 80 and "\n" not in summary for summary in SUMMARIES.values())
     assert len(set(SUMMARIES.values())) == len(SUMMARIES)
 
 
@@ -221,5 +221,5 @@ def test_list_prints_the_summaries(
     code, out, _ = run(monkeypatch, capsys, "list", "backbones", "--json")
     assert code == 0
     *lines, timm = [line.split(maxsplit=1) for line in out.splitlines()[:-1]]
-    assert lines == [list(one) for one in SUMMARIES.items()]
+    assert lines == [list(item) for item in SUMMARIES.items()]
     assert timm[0] == "timm/<name>"

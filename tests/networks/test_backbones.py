@@ -72,9 +72,9 @@ def test_every_published_model_is_there() -> None:
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_parameters(name: str) -> None:
-    found = count_parameters(build_backbone(name, classes=100))
-    assert found == by_formula(name, 100)
-    assert found == PUBLISHED.get(name, found)
+    result = count_parameters(build_backbone(name, classes=100))
+    assert result == by_formula(name, 100)
+    assert result == PUBLISHED.get(name, result)
     assert count_parameters(build_backbone(name, classes=10, channels=1)) == by_formula(name, 10, channels=1)
 
 

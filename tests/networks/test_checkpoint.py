@@ -27,8 +27,8 @@ def small_network() -> nn.Sequential:
     )
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+def same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
 
 
 # ---------------------------------------------------------------- files
@@ -52,13 +52,13 @@ def test_tensors_and_state_come_back(tmp_path: Path) -> None:
     }
     state = {"epoch": 3, "history": [{"parts": {"ce": [0.1, 1 / 3]}, "name": "é"}], "nothing": None}
     checkpoint.save(tmp_path / "some.safetensors", tensors, state)
-    found, found_state = checkpoint.load(tmp_path / "some.safetensors")
+    result, found_state = checkpoint.load(tmp_path / "some.safetensors")
     assert found_state == {"format_version": checkpoint.FORMAT_VERSION, **state}
-    assert found.keys() == tensors.keys()
+    assert result.keys() == tensors.keys()
     for name in tensors.keys() - {"not_finite"}:
-        assert same(found[name], tensors[name]), name
-    assert found["not_finite"].isnan().tolist() == [True, False]
-    assert not found["parameter"].requires_grad
+        assert same(result[name], tensors[name]), name
+    assert result["not_finite"].isnan().tolist() == [True, False]
+    assert not result["parameter"].requires_grad
 
 
 def test_a_checkpoint_of_another_format(tmp_path: Path) -> None:
@@ -226,12 +226,12 @@ def test_an_optimiser_goes_on_bit_for_bit(name: str, channels_last: bool, tmp_pa
     other_network = copy.deepcopy(network)
     other = make_optimizer(name, other_network)
     checkpoint.restore_optimizer(other, checkpoint.load(path)[0])
-    one, two = optimizer.state_dict(), other.state_dict()
-    assert one["param_groups"] == two["param_groups"]
-    assert one["state"].keys() == two["state"].keys()
-    assert len(one["state"]) == (0 if name == "plain sgd" else 5)
-    for index, values in one["state"].items():
-        assert all(same(torch.as_tensor(value), two["state"][index][key]) for key, value in values.items())
+    before, after = optimizer.state_dict(), other.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert before["state"].keys() == after["state"].keys()
+    assert len(before["state"]) == (0 if name == "plain sgd" else 5)
+    for index, values in before["state"].items():
+        assert all(same(torch.as_tensor(value), after["state"][index][key]) for key, value in values.items())
     take_step(network, optimizer, 3)
     take_step(other_network, other, 3)
     for key, value in network.state_dict().items():

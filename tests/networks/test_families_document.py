@@ -22,8 +22,8 @@ def table(heading: str) -> list[list[str]]:
     """The rows of the table under a heading of docs/families.md, without its own two first lines."""
     text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
     part = re.split(r"^## ", text, flags=re.M)
-    found = next(one for one in part if one.startswith(heading + "\n"))
-    rows = [line for line in found.splitlines() if line.startswith("|")][2:]
+    result = next(section for section in part if section.startswith(heading + "\n"))
+    rows = [line for line in result.splitlines() if line.startswith("|")][2:]
     return [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
 
 
@@ -56,6 +56,6 @@ def test_the_document_has_the_exits_of_msdnet() -> None:
     expected = []
     for name, steps in MSDNETS.items():
         macs = [f"{macs / 1e6:.2f}" for _, macs in family_costs.msdnet(steps, 100, 3, 32)]
-        authors = [f"{int(one) / 1e6:.2f}" for one in AUTHORS_OPERATIONS[name].split()]
+        authors = [f"{int(operations) / 1e6:.2f}" for operations in AUTHORS_OPERATIONS[name].split()]
         expected.append([name, ", ".join(macs), ", ".join(authors)])
     assert rows == expected

@@ -47,11 +47,11 @@ def make(exits: int = 1, backbone: str = PLAIN, seed: int = 0) -> EarlyExitNetwo
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    return {name: one.clone() for name, one in network.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def same_weights(one: nn.Module, other: nn.Module, counters: bool = True) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
+def same_weights(left: nn.Module, right: nn.Module, counters: bool = True) -> bool:
+    mine, theirs = left.state_dict(), right.state_dict()
     assert list(mine) == list(theirs)
     return all(torch.equal(mine[name], theirs[name]) for name in mine if counters or mine[name].ndim)
 
@@ -65,7 +65,7 @@ def test_an_adapted_teacher_says_what_it_says_of_its_own_inputs(exits: int) -> N
     pixels = torch.rand(7, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def normalised(mean: Any, std: Any) -> Tensor:
-        shift, scale = (torch.tensor(one, dtype=torch.float64)[:, None, None] for one in (mean, std))
+        shift, scale = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
         return (pixels - shift) / scale
 
     expected = teacher(normalised(THEIR_MEAN, THEIR_STD))
@@ -121,7 +121,7 @@ def test_a_cache_tells_adapted_teachers_apart() -> None:
         return network_hash(adapt_teacher(make(), mean=MEAN, std=STD, classes=CLASSES, **settings))
 
     turned = ["jabcdefghi", "ijabcdefgh"]
-    hashes = [hashed(), *(hashed(teacher_classes=list(one)) for one in turned)]
+    hashes = [hashed(), *(hashed(teacher_classes=list(names)) for names in turned)]
     hashes += [hashed(teacher_mean=mean, teacher_std=THEIR_STD) for mean in (THEIR_MEAN, MEAN)]
     assert len(set(hashes)) == 5
 
@@ -168,11 +168,11 @@ def public_name(name: str) -> str:
     """The name that most public ResNets have for a tensor of our network with one exit."""
     name = re.sub(r"^(stages|heads)\.0\.", "", name)
     name = name.replace("stem.conv", "conv1").replace("stem.norm", "bn1").replace("linear", "fc")
-    found = re.match(r"group(\d)_block(\d)\.(.*)", name)
-    if found is None:
+    result = re.match(r"group(\d)_block(\d)\.(.*)", name)
+    if result is None:
         return name
-    rest = found[3].replace("norm", "bn").replace("shortcut", "downsample")
-    return f"layer{found[1]}.{int(found[2]) - 1}.{rest}"
+    rest = result[3].replace("norm", "bn").replace("shortcut", "downsample")
+    return f"layer{result[1]}.{int(result[2]) - 1}.{rest}"
 
 
 def backbone_name(name: str) -> str:
@@ -193,7 +193,7 @@ def backbone_name(name: str) -> str:
 )
 def test_weights_by_name(tmp_path: Path, rename: Any) -> None:
     trained, network = make(seed=1), make(seed=2)
-    tensors = {rename(name): one for name, one in weights_of(trained).items()}
+    tensors = {rename(name): tensor for name, tensor in weights_of(trained).items()}
     save_file({**tensors, "else.weight": torch.ones(2)}, tmp_path / "some.safetensors")
     report = load_teacher_weights(network, tmp_path / "some.safetensors")
     assert same_weights(network, trained)
@@ -207,7 +207,9 @@ def test_weights_by_name(tmp_path: Path, rename: Any) -> None:
 
 def test_plain_arrays_without_counters(tmp_path: Path) -> None:
     trained, network = make(seed=1), make(seed=2)
-    arrays = {public_name(name): one.numpy() for name, one in weights_of(trained).items() if one.ndim}
+    arrays = {
+        public_name(name): tensor.numpy() for name, tensor in weights_of(trained).items() if tensor.ndim
+    }
     np.savez(tmp_path / "some.npz", **arrays)  # type: ignore[arg-type]
     report = load_teacher_weights(network, tmp_path / "some.npz")
     assert same_weights(network, trained, counters=False)
@@ -220,8 +222,8 @@ def test_plain_arrays_without_counters(tmp_path: Path) -> None:
 
 def test_plain_arrays_by_order(tmp_path: Path) -> None:
     trained, network = make(seed=1), make(seed=2)
-    arrays = [one.numpy() for one in weights_of(trained).values() if one.ndim]
-    np.savez(tmp_path / "some.npz", **{f"x{99 - index}": one for index, one in enumerate(arrays)})  # type: ignore[arg-type]
+    arrays = [tensor.numpy() for tensor in weights_of(trained).values() if tensor.ndim]
+    np.savez(tmp_path / "some.npz", **{f"x{99 - index}": array for index, array in enumerate(arrays)})  # type: ignore[arg-type]
     with user_error("no name of its 47 tensors matches"):
         load_teacher_weights(network, tmp_path / "some.npz")
     load_teacher_weights(network, tmp_path / "some.npz", "order")
@@ -239,7 +241,7 @@ def refused_weights(folder: Path, kind: str) -> tuple[Path, str]:
     """A file, and what is said of it."""
     path, plain = (
         folder / "some.safetensors",
-        {f"{public_name(n)}": one for n, one in weights_of(make()).items()},
+        {f"{public_name(n)}": tensor for n, tensor in weights_of(make()).items()},
     )
     if kind == "none":
         return path, rf"^no checkpoint at {path}"
@@ -286,7 +288,9 @@ def test_weights_that_do_not_fit(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["none", "objects", "text", "count", "shape", "safetensors"])
 def test_arrays_that_do_not_fit(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "some.npz"
-    arrays: dict[str, Any] = {name: one.numpy() for name, one in weights_of(make()).items() if one.ndim}
+    arrays: dict[str, Any] = {
+        name: tensor.numpy() for name, tensor in weights_of(make()).items() if tensor.ndim
+    }
     message, match = "", "order"
     if kind == "none":
         message = r"^no weights at"
@@ -315,7 +319,7 @@ def test_arrays_that_do_not_fit(tmp_path: Path, kind: str) -> None:
 
 def test_plain_weights_need_a_plain_teacher(tmp_path: Path) -> None:
     save_file(
-        {public_name(name): one for name, one in weights_of(make()).items()}, tmp_path / "x.safetensors"
+        {public_name(name): tensor for name, tensor in weights_of(make()).items()}, tmp_path / "x.safetensors"
     )
     with user_error(r"'heads\.0\.norm\.weight'; weights without early exits need teacher\.exits=1"):
         load_teacher_weights(make(3), tmp_path / "x.safetensors")
@@ -335,10 +339,10 @@ def test_the_one_output_of_a_plain_teacher_teaches_all_exits() -> None:
 
 def test_padded_shortcut_is_option_a() -> None:
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    found = PaddedShortcut(4, 2)(x)
+    result = PaddedShortcut(4, 2)(x)
     expected = np.zeros((2, 8, 3, 3), np.float32)
     expected[:, 2:6] = x.numpy()[:, :, [0, 2, 4]][:, :, :, [0, 2, 4]]
-    assert np.array_equal(found.numpy(), expected)
+    assert np.array_equal(result.numpy(), expected)
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (56, 853_018)])
@@ -352,7 +356,7 @@ def test_parameters_with_option_a(depth: int, parameters: int) -> None:
         before = width
     assert count + 64 * 10 + 10 == parameters
     network = build_backbone(f"resnet{depth}-a", classes=10)
-    assert sum(one.numel() for one in network.parameters()) == parameters
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
 # ---------------------------------------------------------------- in a run
@@ -383,7 +387,10 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
     )
     backwards = DataSplits(
         data.name,
-        *(type(one)(one.images, 9 - one.labels) for one in (data.train, data.tune, data.certify, data.test)),
+        *(
+            type(split)(split.images, 9 - split.labels)
+            for split in (data.train, data.tune, data.certify, data.test)
+        ),
         data.classes[::-1],
         data.mean,
         data.std,
@@ -393,7 +400,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
     settings: dict[str, Any] = {"epochs": 4, "batch_size": 32, "learning_rate": 0.05, "device": "cpu"}
     erde.train(network, backwards, augmentation={"crop_padding": 1, "flip": False}, **settings)
     path = tmp_path_factory.mktemp("foreign") / "weights.safetensors"
-    save_file({public_name(name): one.contiguous() for name, one in network.state_dict().items()}, path)
+    save_file({public_name(name): tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
     accuracy = measure_accuracy(network, backwards.tune, data.mean, data.std, torch.device("cpu"))
     return path, accuracy
 
@@ -445,12 +452,12 @@ def test_a_run_with_a_teacher_of_ones_own(
     # Once taken, the run needs the file no longer.
     path.unlink()
     erde.run(recipe(path), run, resume=True)
-    found = json.loads((run / "results.json").read_text())
-    assert found["arms"]["teacher"]["loss"] == "none"
-    assert found["arms"]["teacher"]["history"] == []
-    assert found["arms"]["teacher"]["exits"][0]["accuracy"] > 0.8
-    assert len(found["arms"]["erde"]["teacher_wrong"]) == 2
-    assert found["agreement"]["torch_disagreements"] == 0
+    result = json.loads((run / "results.json").read_text())
+    assert result["arms"]["teacher"]["loss"] == "none"
+    assert result["arms"]["teacher"]["history"] == []
+    assert result["arms"]["teacher"]["exits"][0]["accuracy"] > 0.8
+    assert len(result["arms"]["erde"]["teacher_wrong"]) == 2
+    assert result["agreement"]["torch_disagreements"] == 0
     tensors, _ = checkpoint.load(run / "arms" / "teacher" / "checkpoints" / "final.safetensors")
     original, _ = checkpoint.load(source)
     assert torch.equal(tensors["network.heads.0.linear.weight"], original["fc.weight"])

@@ -42,10 +42,10 @@ SIZE = (3, 64, 64)
     ],
 )
 def test_kind_by_shape(shape: Any, size: Any, kind: str, channels: int, last: bool) -> None:
-    found = Features.of(shape, size)
-    assert (found.kind, found.channels) == (kind, channels)
+    result = Features.of(shape, size)
+    assert (result.kind, result.channels) == (kind, channels)
     if kind == "map":
-        assert found.channels_last == last
+        assert result.channels_last == last
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_head_by_features(name: str, shape: Any, expected: Any) -> None:
     assert [type(head)] == expected
     head.eval()
     assert head(torch.randn(3, *shape)).shape == (3, 7)
-    assert [one.p for one in head.modules() if isinstance(one, nn.Dropout)] == [0.5]
+    assert [module.p for module in head.modules() if isinstance(module, nn.Dropout)] == [0.5]
 
 
 def test_channels_last_maps_are_the_same_map() -> None:
@@ -104,7 +104,9 @@ def test_token_head_by_hand() -> None:
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     values = x.numpy().astype(np.float64)
     normal = (values - values.mean(-1, keepdims=True)) / np.sqrt(values.var(-1, keepdims=True) + 1e-5)
-    weight, bias = (one.detach().numpy().astype(np.float64) for one in (head.linear.weight, head.linear.bias))
+    weight, bias = (
+        tensor.detach().numpy().astype(np.float64) for tensor in (head.linear.weight, head.linear.bias)
+    )
     expected = normal[:, 1:3].mean(axis=1) @ weight.T + bias
     assert np.allclose(head(x).detach().numpy(), expected, atol=1e-5)
 

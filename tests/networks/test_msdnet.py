@@ -69,7 +69,7 @@ def authors_operations(module: nn.Module, x: Tensor) -> int:
         elif isinstance(layer, nn.Linear):
             total += layer.bias.numel()
 
-    hooks = [one.register_forward_hook(count) for one in module.modules()]
+    hooks = [child.register_forward_hook(count) for child in module.modules()]
     macs, _ = hooked_macs(module, x)
     for hook in hooks:
         hook.remove()
@@ -81,22 +81,22 @@ def authors_operations(module: nn.Module, x: Tensor) -> int:
 def test_msdnet_per_exit_by_hand(name: str, classes: int, channels: int) -> None:
     backbone = build_backbone(name, classes=classes, channels=channels).eval()
     expected = family_costs.msdnet(MSDNETS[name], classes, channels, 32)
-    x, macs, parameters, found = torch.zeros(1, channels, 32, 32), 0, 0, []
+    x, macs, parameters, result = torch.zeros(1, channels, 32, 32), 0, 0, []
     for block, head in native_stages(backbone):
         block_macs, x = count_macs(block, x)
         head_macs, logits = count_macs(head, x)
         assert logits.shape == (1, classes)
         macs += block_macs + head_macs
         parameters += count_parameters(block, head)
-        found.append((parameters, macs))
-    assert found == expected
+        result.append((parameters, macs))
+    assert result == expected
     assert parameters == count_parameters(backbone)
 
 
 @pytest.mark.parametrize("name", MSDNETS)
 def test_msdnet_per_exit_as_the_authors_count(name: str) -> None:
     backbone = build_backbone(name, classes=100).eval()
-    operations, parameters, found = 0, 0, []
+    operations, parameters, result = 0, 0, []
     x = torch.zeros(1, 3, 32, 32)
     for block, head in native_stages(backbone):
         operations += authors_operations(block, x)
@@ -104,9 +104,11 @@ def test_msdnet_per_exit_as_the_authors_count(name: str) -> None:
             x = block(x)
         operations += authors_operations(head, x)
         parameters += count_parameters(block, head)
-        found.append((operations, parameters))
+        result.append((operations, parameters))
     columns = (AUTHORS_OPERATIONS[name], AUTHORS_PARAMETERS[name])
-    assert found == list(zip(*([int(one) for one in column.split()] for column in columns), strict=True))
+    assert result == list(
+        zip(*([int(number) for number in column.split()] for column in columns), strict=True)
+    )
 
 
 def test_msdnet_hands_over_its_scales() -> None:
@@ -116,9 +118,9 @@ def test_msdnet_hands_over_its_scales() -> None:
         for block in backbone.blocks:
             x = block(x)
             assert isinstance(x, tuple)
-            shapes.append([tuple(one.shape[1:]) for one in x])
+            shapes.append([tuple(scale.shape[1:]) for scale in x])
     # Channels of the coarsest scale as in the log of the authors' PyTorch code (check_msdnet/log.txt).
-    assert [one[-1][0] for one in shapes] == [160, 208, 256, 164, 212, 260, 308, 188, 236, 284]
+    assert [shape[-1][0] for shape in shapes] == [160, 208, 256, 164, 212, 260, 308, 188, 236, 284]
     sides = [32, 16, 8]
     for shape in shapes:
         finest = 3 - len(shape)
@@ -135,8 +137,8 @@ def test_msdnet_coarse_scales_come_from_finer_ones_and_their_own() -> None:
     with torch.no_grad():
         before = layer(scales)
         for changed in range(3):
-            now = layer(tuple(one + (index == changed) for index, one in enumerate(scales)))
-            moved = [not torch.equal(one, other) for one, other in zip(now, before, strict=True)]
+            now = layer(tuple(scale + (index == changed) for index, scale in enumerate(scales)))
+            moved = [not torch.equal(*pair) for pair in zip(now, before, strict=True)]
             assert moved == [index in (changed, changed + 1) for index in range(3)]
     # What came in is handed on, first.
     assert all(torch.equal(out[:, : x.shape[1]], x) for out, x in zip(before, scales, strict=True))
@@ -147,9 +149,13 @@ def test_every_native_exit_learns(name: str) -> None:
     torch.manual_seed(0)
     backbone = build_backbone(name, classes=5)
     logits = native_exits(backbone, torch.randn(4, 3, 32, 32))
-    assert [one.shape for one in logits] == [(4, 5)] * len(MSDNETS[name])
+    assert [rows.shape for rows in logits] == [(4, 5)] * len(MSDNETS[name])
     torch.stack(logits).square().sum().backward()
-    silent = [key for key, one in backbone.named_parameters() if one.grad is None or not one.grad.any()]
+    silent = [
+        key
+        for key, parameter in backbone.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
     assert silent == []
 
 

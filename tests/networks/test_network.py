@@ -66,9 +66,9 @@ def test_weights_are_shared_not_copied() -> None:
 
 def test_backbone_parameters_are_those_without_intermediate_heads() -> None:
     _, network = make()
-    everything = {id(one) for one in network.parameters()}
-    heads = {id(one) for head in network.heads[:-1] for one in head.parameters()}
-    backbone = [id(one) for one in network.backbone_parameters()]
+    everything = {id(parameter) for parameter in network.parameters()}
+    heads = {id(parameter) for head in network.heads[:-1] for parameter in head.parameters()}
+    backbone = [id(parameter) for parameter in network.backbone_parameters()]
     assert set(backbone) == everything - heads
     assert len(backbone) == len(set(backbone))
 
@@ -125,7 +125,7 @@ def test_a_gradient_reaches_every_parameter(head: str) -> None:
 def test_the_final_exits_gradient_reaches_the_first_stage() -> None:
     _, network = make()
     network.train()(images(6))[-1].square().sum().backward()
-    assert all(float(one.grad.abs().sum()) > 0 for one in network.stages.parameters())
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in network.stages.parameters())
     gradients = [parameter.grad for head in network.heads[:-1] for parameter in head.parameters()]
     assert not any(bool(gradient.any()) for gradient in gradients if gradient is not None)
 
@@ -302,7 +302,7 @@ def test_erde_head_by_hand() -> None:
 def test_dropout_reaches_the_heads(head: str) -> None:
     for dropout in (0.5, 0.25):
         _, network = make(head=head, dropout=dropout)
-        assert [one.dropout.p for one in network.heads[:-1]] == [dropout, dropout]
+        assert [module.dropout.p for module in network.heads[:-1]] == [dropout, dropout]
     assert isinstance(network.heads[0], HEADS[head])
 
 
@@ -317,10 +317,10 @@ def test_cost_against_the_independent_counter(name: str, head: str, exits: int) 
     cost = network_cost(network, SIZE)
     x, expected = torch.zeros(1, *SIZE), []
     stage_total = head_total = 0
-    for stage, one in zip(network.stages, network.heads, strict=True):
+    for stage, module in zip(network.stages, network.heads, strict=True):
         macs, x = hooked_macs(stage, x)
         stage_total += macs
-        head_total += hooked_macs(one, x)[0]
+        head_total += hooked_macs(module, x)[0]
         expected.append(stage_total + head_total)
     assert cost.macs == tuple(expected)
     assert cost.no_exit_macs == hooked_macs(backbone, torch.zeros(1, *SIZE))[0]
@@ -351,7 +351,9 @@ def test_parameters_are_cumulative_and_end_at_all_of_them() -> None:
     _, network = make(4)
     parts = [count_parameters(stage, head) for stage, head in zip(network.stages, network.heads, strict=True)]
     assert network_cost(network, SIZE).parameters == tuple(itertools.accumulate(parts))
-    assert network_cost(network, SIZE).parameters[-1] == sum(one.numel() for one in network.parameters())
+    assert network_cost(network, SIZE).parameters[-1] == sum(
+        parameter.numel() for parameter in network.parameters()
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])

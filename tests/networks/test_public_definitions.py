@@ -33,13 +33,13 @@ LOGITS = {
 @pytest.mark.parametrize("name", LOGITS)
 def test_logits_of_the_public_definition(name: str) -> None:
     backbone = fill(build_backbone(name, classes=10))
-    x, found = sequence((2, 3, 32, 32)), []
+    x, result = sequence((2, 3, 32, 32)), []
     with torch.no_grad():
         for block_name, block in backbone.blocks.named_children():
             x = block(x)
             if block_name in backbone.native_heads:
-                found.append(backbone.native_heads[block_name](x)[1, 0])
+                result.append(backbone.native_heads[block_name](x)[1, 0])
         logits = backbone.classifier(x)[1]
-    found.extend(logits[:1] if found else logits[:4])
-    expected = [float(one) for one in LOGITS[name].split()]
-    assert torch.stack(found).tolist() == pytest.approx(expected, rel=1e-6)
+    result.extend(logits[:1] if result else logits[:4])
+    expected = [float(number) for number in LOGITS[name].split()]
+    assert torch.stack(result).tolist() == pytest.approx(expected, rel=1e-6)

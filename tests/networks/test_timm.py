@@ -59,8 +59,8 @@ def make(name: str, size: int, exits: Any = 3) -> tuple[nn.Module, EarlyExitNetw
     model = build_backbone(f"timm/{name}", classes=5, image_size=(size, size))
     # Zeros at the start, of residual branches and classifiers, would hide what is not connected.
     with torch.no_grad():
-        for one in model.parameters():
-            one.add_(0.02 * torch.randn_like(one))
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
     return model, attach_exits(model, exits, input_size=(3, size, size))
 
 
@@ -72,9 +72,9 @@ def gradients(module: nn.Module, logits: Tensor) -> dict[int, Tensor]:
     module.zero_grad()
     logits.square().mean().backward()
     return {
-        id(one): one.grad.clone()
-        for one in module.parameters()
-        if one.grad is not None and bool(one.grad.any())
+        id(parameter): parameter.grad.clone()
+        for parameter in module.parameters()
+        if parameter.grad is not None and bool(parameter.grad.any())
     }
 
 
@@ -104,19 +104,24 @@ def test_contract(name: str, size: int) -> None:
     own = gradients(model, expected)
     through = gradients(network, logits[-1])
     assert own.keys() == through.keys()
-    assert all(torch.allclose(one, through[key], rtol=1e-3, atol=1e-5) for key, one in own.items())
+    assert all(torch.allclose(tensor, through[key], rtol=1e-3, atol=1e-5) for key, tensor in own.items())
     # Some (levit) keep what they computed once in eval mode, with its graph: training mode lets go of it.
     reached = gradients(network, network.train().eval()(x))
     # Norms of heads are fixed.
-    heads = {id(one) for head in network.heads[:-1] for one in head.parameters() if one.requires_grad}
+    heads = {
+        id(parameter)
+        for head in network.heads[:-1]
+        for parameter in head.parameters()
+        if parameter.requires_grad
+    }
     assert reached.keys() == own.keys() | heads
-    silent = [key for key, one in model.named_parameters() if id(one) not in own]
+    silent = [key for key, parameter in model.named_parameters() if id(parameter) not in own]
     assert silent == []
     # Names of the model's own, and back.
-    state = {key: one.clone() for key, one in network.state_dict().items()}
+    state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     with torch.no_grad():
-        for one in network.parameters():
-            one.zero_()
+        for parameter in network.parameters():
+            parameter.zero_()
     network.load_state_dict(state)
     assert torch.equal(network(x), logits)
 
@@ -138,8 +143,8 @@ def test_exported_stages_are_the_network(name: str, tmp_path: Path) -> None:
         ).reshape(3, 1, 1)
         with torch.no_grad():
             expected = network.eval()(normalised)
-        found = torch.from_numpy(runner.all_logits(pixels.numpy()))
-        assert float((found - expected).abs().max()) <= 1e-3 * max(1.0, float(expected.abs().max()))
+        result = torch.from_numpy(runner.all_logits(pixels.numpy()))
+        assert float((result - expected).abs().max()) <= 1e-3 * max(1.0, float(expected.abs().max()))
 
 
 # ---------------------------------------------------------------- cost
@@ -165,11 +170,11 @@ def counted_by_ptflops(model: nn.Module, size: int) -> int:
 )
 def test_macs_of_convolutional_networks_by_two_independent_counters(name: str, size: int) -> None:
     model, network = make(name, size)
-    found = network_cost(network, (3, size, size)).no_exit_macs
-    assert found == hooked_macs(model, torch.zeros(1, 3, size, size))[0]
+    result = network_cost(network, (3, size, size)).no_exit_macs
+    assert result == hooked_macs(model, torch.zeros(1, 3, size, size))[0]
     other = counted_by_ptflops(model, size)
     # It counts biases too.
-    assert found == pytest.approx(other, rel=5e-3)
+    assert result == pytest.approx(other, rel=5e-3)
 
 
 def test_macs_of_a_transformer_hold_the_products_of_attention() -> None:
@@ -177,10 +182,10 @@ def test_macs_of_a_transformer_hold_the_products_of_attention() -> None:
     tokens, width, depth = 17, 192, 12
     layers = hooked_macs(model, torch.zeros(1, 3, 64, 64))[0]
     products = depth * 2 * tokens * tokens * width
-    found = network_cost(network, (3, 64, 64)).no_exit_macs
-    assert found == layers + products
+    result = network_cost(network, (3, 64, 64)).no_exit_macs
+    assert result == layers + products
     other = counted_by_ptflops(model, 64)
-    assert found == pytest.approx(other, rel=2e-2)
+    assert result == pytest.approx(other, rel=2e-2)
 
 
 def test_macs_of_torchs_fused_encoder_layer() -> None:

@@ -105,12 +105,12 @@ class Stage(nn.Module):
         self.is_last = index == len(network.stages) - 1
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The features before it, to features and logits (B, K)."""
+        """Images, or the packed features of the stage before, to features and logits (B, K)."""
         handed = self.stage(self.enter(x))
         logits: Tensor = self.head(handed if self.looks_at is None else handed[self.looks_at])
         return logits if self.is_last else (self.pack(handed), logits)
 
-    def handed_over(self, x: Tensor) -> Handed:
+    def stage_output(self, x: Tensor) -> Handed:
         """The stage's output before it is packed."""
         handed: Handed = self.stage(self.enter(x))
         return handed

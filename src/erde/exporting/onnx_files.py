@@ -93,28 +93,28 @@ def export_stages(
         files, network_cost(network, (channels, height, width)), opset, input_shape, mean, std
     )
     probes = probe_images(input_shape, mean, std, images)
-    with replacing_folder(folder) as beside:
+    with replacing_folder(folder) as partial:
         x = probes[:2]
         enter: nn.Module = preprocess
         for index, name in enumerate(files):
             module = Stage(enter, network, index).eval()
             outputs = ["logits"] if module.is_last else ["features", "logits"]
-            write_graph(module, x, beside / name, ["images" if index == 0 else FEATURES_IN], outputs, opset)
-            reason = refusal(beside / name)
+            write_graph(module, x, partial / name, ["images" if index == 0 else FEATURES_IN], outputs, opset)
+            reason = refusal(partial / name)
             if reason is not None:
                 raise UserError(
                     f"this network cannot be a bundle: its graph {reason} (docs/formats.md: what is verified)"
                 )
             with torch.no_grad():
-                handed = module.handed_over(x)
+                handed = module.stage_output(x)
             x = module.pack(handed)
             tensors = () if isinstance(handed, Tensor) else handed
             enter = Unpack([tensor.shape[1:] for tensor in tensors]) if tensors else nn.Identity()
-        runner, names = exported.runner(beside), exported.cost.exit_names
+        runner, names = exported.runner(partial), exported.cost.exit_names
         allowed = allowed_differences(network, preprocess, probes, names)
         check_parity(lambda images: network(preprocess(images)), runner, names, probes, allowed)
         check_batches(runner, names, probes, allowed)
-        write_json(beside / STAGES, asdict(exported))
+        write_json(partial / STAGES, asdict(exported))
     return exported
 
 
@@ -129,12 +129,12 @@ def export_int8_stages(
         UserError: where shapes are wrong, or an image's logits depend on its batch; then nothing is written.
     """
     exported = ExportedStages.read(source)
-    with replacing_folder(folder) as beside:
-        quantisation = quantise_stages(exported.paths(source), beside, train, tune, seed)
+    with replacing_folder(folder) as partial:
+        quantisation = quantise_stages(exported.paths(source), partial, train, tune, seed)
         exported = replace(exported, quantisation=quantisation)
         probes = probe_images(exported.input_shape, exported.mean, exported.std, train.images)
-        check_batches(exported.runner(beside), exported.cost.exit_names, probes)
-        write_json(beside / STAGES, asdict(exported))
+        check_batches(exported.runner(partial), exported.cost.exit_names, probes)
+        write_json(partial / STAGES, asdict(exported))
     return exported
 
 
@@ -164,8 +164,8 @@ def export_plain(
     module = Plain(preprocess, network).eval()
     make_folder(path.parent)
     probes = probe_images(input_shape, mean, std, images)
-    with replacing_file(path) as beside:
-        write_graph(module, probes[:2], beside, ["images"], ["logits"], opset)
+    with replacing_file(path) as partial:
+        write_graph(module, probes[:2], partial, ["images"], ["logits"], opset)
         allowed = allowed_differences(network, preprocess, probes, ["final"])
-        runner = StageRunner([beside], threads=1)
+        runner = StageRunner([partial], threads=1)
         check_parity(lambda images: module(images).unsqueeze(0), runner, ["final"], probes, allowed)

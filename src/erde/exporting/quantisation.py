@@ -100,19 +100,19 @@ def quantise_stages(
     before = StageRunner(sources, threads=1).all_logits(tune.images).argmax(axis=-1)
     fp32_accuracy = _shares(before == tune.labels)
     trials: list[Trial] = []
-    taken = None
+    chosen = None
     for kept in CANDIDATES:
         written = _quantise_chain(sources, folder, images, kept)
         labels = StageRunner(written, threads=1).all_logits(tune.images).argmax(axis=-1)
         trials.append(Trial(kept, _shares(labels == tune.labels), _shares(labels == before)))
-        taken = choose(fp32_accuracy, trials)
-        if taken is not None:
+        chosen = choose(fp32_accuracy, trials)
+        if chosen is not None:
             break
-    if taken is None:
-        taken = min(trials, key=lambda trial: _loss(fp32_accuracy, trial))
-        written = _quantise_chain(sources, folder, images, taken.kept_in_float)
+    if chosen is None:
+        chosen = min(trials, key=lambda trial: _loss(fp32_accuracy, trial))
+        written = _quantise_chain(sources, folder, images, chosen.kept_in_float)
     return Quantisation(
-        kept_in_float=taken.kept_in_float,
+        kept_in_float=chosen.kept_in_float,
         range_images=len(images),
         tune_images=len(tune),
         tolerance=TOLERANCE,
@@ -179,11 +179,11 @@ def quantise(
     if input_grid is not None:
         scale, zero_point = input_grid
         options["TensorQuantOverrides"] = {input_name: [{"scale": scale, "zero_point": zero_point}]}
-    with replacing_file(path) as beside:
+    with replacing_file(path) as partial:
         with _quiet():
             quantize_static(
                 copy.deepcopy(model),  # it moves the weights of its argument to a file
-                beside,
+                partial,
                 _Reader(input_name, x),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=_QUANTISED,
@@ -195,12 +195,12 @@ def quantise(
                 calibrate_method=CalibrationMethod.MinMax,
                 extra_options=options,
             )
-        quantised = onnx.load(beside)
+        quantised = onnx.load(partial)
         _correct_biases(quantised, model, means)
         del quantised.metadata_props[:]
         quantised.producer_name, quantised.producer_version = "erde", erde_version()
         onnx.checker.check_model(quantised)
-        beside.write_bytes(quantised.SerializeToString(deterministic=True))
+        partial.write_bytes(quantised.SerializeToString(deterministic=True))
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -275,11 +275,11 @@ def _input_means(model: Any, x: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
     """Per layer the mean of its float input over ``x`` (and over the map, for a convolution): one per channel."""
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
-    input_name, given = model.graph.input[0].name, {output.name for output in model.graph.output}
+    input_name, outputs = model.graph.input[0].name, {output.name for output in model.graph.output}
     inputs = {node.input[0] for node in _layers(model)}
     names = sorted(inputs - {input_name})
     for name in names:
-        if name not in given:
+        if name not in outputs:
             tapped.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1

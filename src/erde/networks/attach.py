@@ -349,16 +349,16 @@ def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(21)
 
-    def drawn(like: Tensor) -> Tensor:
+    def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    features = [drawn(torch.empty(2, *shape)).to(parameter).requires_grad_() for shape in plan.tail.shapes]
+    features = [draw(torch.empty(2, *shape)).to(parameter).requires_grad_() for shape in plan.tail.shapes]
     # Classifiers often start at zero, which lets no gradient through either.
-    weights = {key: weight.detach() + 0.02 * drawn(weight) for key, weight in classifier.named_parameters()}
+    weights = {key: weight.detach() + 0.02 * draw(weight) for key, weight in classifier.named_parameters()}
     with mode(classifier, False), torch.enable_grad():
         handed = features[0] if len(features) == 1 else tuple(features)
         logits = torch.func.functional_call(classifier, weights, (handed,))
-        loss = (logits * drawn(logits)).sum()
+        loss = (logits * draw(logits)).sum()
     gradients = torch.autograd.grad(loss, features, allow_unused=True) if loss.requires_grad else [None]
     if any(gradient is None or not bool(gradient.abs().sum() > 0) for gradient in gradients):
         raise UserError(
@@ -398,19 +398,19 @@ def _check_same_gradients(model: nn.Module, network: EarlyExitNetwork, input_siz
     """Raise if the model's forward keeps parameters from learning by no_grad(), which a cut would lose."""
     images = _probe(model, input_size, 1)
     with mode(model, False), mode(network, False), torch.enable_grad():
-        reached, reached_by_network = _reached(model(images)), _reached(network.forward_final(images))
+        reached, reached_by_network = _reachable(model(images)), _reachable(network.forward_final(images))
     with mode(model, True):
         pass  # some models keep values of evaluation, with their graph, until they are in training
-    held = [name for name, weight in model.named_parameters() if weight in reached_by_network - reached]
-    if held:
+    frozen = [name for name, weight in model.named_parameters() if weight in reached_by_network - reached]
+    if frozen:
         raise UserError(
-            f"{type(model).__name__} keeps '{held[0]}'{f' and {len(held) - 1} more' if held[1:] else ''} from learning by "
+            f"{type(model).__name__} keeps '{frozen[0]}'{f' and {len(frozen) - 1} more' if frozen[1:] else ''} from learning by "
             "no_grad() or detach() in its forward, which cut at exits it would not: freeze them instead "
             "(parameter.requires_grad_(False)), and take it out of the forward"
         )
 
 
-def _reached(logits: Tensor) -> set[Tensor]:
+def _reachable(logits: Tensor) -> set[Tensor]:
     """The parameters that a gradient of ``logits`` would reach, by the graph alone."""
     reached: set[Tensor] = set()
     waiting, seen = [logits.grad_fn], {logits.grad_fn}

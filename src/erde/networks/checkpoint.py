@@ -34,8 +34,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
     # In the order given: a file written again after a resume must be the same to the byte.
     metadata = {"erde": json.dumps({"format_version": FORMAT_VERSION, **state})}
     # Not safetensors' own save_file: a full disk is an OSError here, and a kill leaves only a partial file, which is swept.
-    with replacing_file(path) as beside:
-        beside.write_bytes(serialize(contiguous, metadata=metadata))
+    with replacing_file(path) as partial:
+        partial.write_bytes(serialize(contiguous, metadata=metadata))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

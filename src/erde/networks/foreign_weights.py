@@ -80,15 +80,15 @@ def load_teacher_weights(
     tensors = _read(path)
     pairs = (_by_order if match == "order" else _by_name)(network, tensors, path)
     own = network.state_dict()
-    for name, given in pairs.items():
-        if own[name].shape != tensors[given].shape:
+    for name, source in pairs.items():
+        if own[name].shape != tensors[source].shape:
             raise UserError(
-                f"{path} does not fit the network: '{given}' has shape {tuple(tensors[given].shape)}, "
-                f"'{name}' needs {tuple(own[name].shape)}{_of_classes(name, own[name], tensors[given])}"
+                f"{path} does not fit the network: '{source}' has shape {tuple(tensors[source].shape)}, "
+                f"'{name}' needs {tuple(own[name].shape)}{_class_hint(name, own[name], tensors[source])}"
             )
-        checkpoint.check_finite(path, given, tensors[given])
+        checkpoint.check_finite(path, source, tensors[source])
     # A network that was half replaced would be worse than none: all is checked first.
-    network.load_state_dict({**own, **{name: tensors[given] for name, given in pairs.items()}})
+    network.load_state_dict({**own, **{name: tensors[source] for name, source in pairs.items()}})
     loaded = set(pairs.values())
     return WeightsReport(
         str(path),
@@ -99,10 +99,10 @@ def load_teacher_weights(
     )
 
 
-def _of_classes(name: str, own: Tensor, given: Tensor) -> str:
-    differ = own.ndim == given.ndim and own.shape[1:] == given.shape[1:]
+def _class_hint(name: str, own: Tensor, loaded: Tensor) -> str:
+    differ = own.ndim == loaded.ndim and own.shape[1:] == loaded.shape[1:]
     last = differ and name.startswith("heads.")
-    return f" (a network for {len(given)} classes, the data has {len(own)})" if last else ""
+    return f" (a network for {len(loaded)} classes, the data has {len(own)})" if last else ""
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -127,17 +127,17 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _by_name(network: EarlyExitNetwork, tensors: dict[str, Tensor], path: Path) -> dict[str, str]:
     """Name in the network -> name in the file."""
-    given: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     for name in tensors:
         plain = _without_prefixes(name)
         for alias in (name, plain, plain.removeprefix("blocks."), plain.removeprefix("classifier.")):
-            given.setdefault(alias, name)
-        given.setdefault(_renamed(plain), name)
+            aliases.setdefault(alias, name)
+        aliases.setdefault(_renamed(plain), name)
     last = f"heads.{len(network.heads) - 1}."
     pairs, missing = {}, []
     for name in network.state_dict():
         plain = re.sub(r"^stages\.\d+\.", "", name).removeprefix(last)
-        match = given.get(name, given.get(plain))
+        match = aliases.get(name, aliases.get(plain))
         if match is not None:
             pairs[name] = match
         elif not name.endswith("num_batches_tracked"):

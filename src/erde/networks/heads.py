@@ -48,47 +48,40 @@ def reset_head(head: nn.Module) -> None:
             nn.init.constant_(module.weight, vars(module)["fixed_scale"])
 
 
-class ERDEHead(nn.Sequential):
-    """ERDE's exit head: batch norm, ReLU, 2x2 average pool, dropout, one linear layer.
+class _Head(nn.Sequential):
+    """Named layers, dropout, and a linear layer that reads ``inputs`` numbers."""
 
-    The norm is fixed, see :func:`fix_scale`. Takes a feature map (B, C, H, W) and gives logits (B, K). A map of a
-    single pixel a side is not pooled.
+    def __init__(self, inputs: int, classes: int, dropout: float, **layers: nn.Module) -> None:
+        linear = nn.Linear(inputs, classes)
+        super().__init__(OrderedDict(layers, dropout=nn.Dropout(dropout), linear=linear))
+
+
+class ERDEHead(_Head):
+    """ERDE's exit head: batch norm, ReLU, 2x2 average pool, dropout, linear: (B, C, H, W) to (B, K).
+
+    The norm is fixed, see :func:`fix_scale`. A map of a single pixel a side is not pooled.
     """
 
     def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.1) -> None:
         channels, height, width = feature_shape
         pool = 2 if min(height, width) >= 2 else 1
         inputs = channels * (height // pool) * (width // pool)
-        super().__init__(
-            OrderedDict(
-                norm=fix_scale(nn.BatchNorm2d(channels), inputs),
-                relu=nn.ReLU(),
-                pool=nn.AvgPool2d(pool),
-                flatten=nn.Flatten(),
-                dropout=nn.Dropout(dropout),
-                linear=nn.Linear(inputs, classes),
-            )
-        )
+        norm = fix_scale(nn.BatchNorm2d(channels), inputs)
+        layers = {"norm": norm, "relu": nn.ReLU(), "pool": nn.AvgPool2d(pool), "flatten": nn.Flatten()}
+        super().__init__(inputs, classes, dropout, **layers)
 
 
-class LinearHead(nn.Sequential):
-    """Batch norm, ReLU, global average pool, dropout, one linear layer: (B, C, H, W) to (B, K)."""
+class LinearHead(_Head):
+    """Batch norm, ReLU, global average pool, dropout, linear: (B, C, H, W) to (B, K)."""
 
     def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.1) -> None:
         channels = feature_shape[0]
-        super().__init__(
-            OrderedDict(
-                norm=fix_scale(nn.BatchNorm2d(channels), channels),
-                relu=nn.ReLU(),
-                pool=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
-                dropout=nn.Dropout(dropout),
-                linear=nn.Linear(channels, classes),
-            )
-        )
+        norm = fix_scale(nn.BatchNorm2d(channels), channels)
+        layers = {"norm": norm, "relu": nn.ReLU(), "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+        super().__init__(channels, classes, dropout, **layers)
 
 
-class ConvHead(nn.Sequential):
+class ConvHead(_Head):
     """For early maps: a depthwise-separable convolution widens and reduces them before they are pooled.
 
     Batch norm, ReLU, a depthwise convolution with a stride that leaves at most 4 pixels a side, a 1x1 convolution to
@@ -101,20 +94,19 @@ class ConvHead(nn.Sequential):
         kernel = max(3, stride + 1 - stride % 2)  # odd, and no pixel is left out
         wide = min(max(2 * channels, _NARROWEST), _WIDEST)
         super().__init__(
-            OrderedDict(
-                norm=fix_scale(nn.BatchNorm2d(channels)),
-                relu=nn.ReLU(),
-                depthwise=nn.Conv2d(
-                    channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=False
-                ),
-                pointwise=nn.Conv2d(channels, wide, 1, bias=False),
-                norm2=fix_scale(nn.BatchNorm2d(wide), wide),
-                relu2=nn.ReLU(),
-                pool=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
-                dropout=nn.Dropout(dropout),
-                linear=nn.Linear(wide, classes),
-            )
+            wide,
+            classes,
+            dropout,
+            norm=fix_scale(nn.BatchNorm2d(channels)),
+            relu=nn.ReLU(),
+            depthwise=nn.Conv2d(
+                channels, channels, kernel, stride, padding=kernel // 2, groups=channels, bias=False
+            ),
+            pointwise=nn.Conv2d(channels, wide, 1, bias=False),
+            norm2=fix_scale(nn.BatchNorm2d(wide), wide),
+            relu2=nn.ReLU(),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
         )
 
 
@@ -132,32 +124,20 @@ class TokenPool(nn.Module):
         return x[:, self.first : self.end].mean(dim=1)
 
 
-class TokenHead(nn.Sequential):
-    """Layer norm, the mean of some tokens (or the class token), dropout, one linear layer: (B, N, C) to (B, K)."""
+class TokenHead(_Head):
+    """Layer norm, the mean of some tokens (or the class token), dropout, linear: (B, N, C) to (B, K)."""
 
     def __init__(self, channels: int, tokens: range, classes: int, dropout: float = 0.1) -> None:
-        super().__init__(
-            OrderedDict(
-                norm=fix_scale(nn.LayerNorm(channels), channels),
-                pool=TokenPool(tokens.start, tokens.stop),
-                dropout=nn.Dropout(dropout),
-                linear=nn.Linear(channels, classes),
-            )
-        )
+        norm = fix_scale(nn.LayerNorm(channels), channels)
+        super().__init__(channels, classes, dropout, norm=norm, pool=TokenPool(tokens.start, tokens.stop))
 
 
-class VectorHead(nn.Sequential):
-    """Layer norm, ReLU, dropout, one linear layer: (B, C) to (B, K)."""
+class VectorHead(_Head):
+    """Layer norm, ReLU, dropout, linear: (B, C) to (B, K)."""
 
     def __init__(self, channels: int, classes: int, dropout: float = 0.1) -> None:
-        super().__init__(
-            OrderedDict(
-                norm=fix_scale(nn.LayerNorm(channels), channels),
-                relu=nn.ReLU(),
-                dropout=nn.Dropout(dropout),
-                linear=nn.Linear(channels, classes),
-            )
-        )
+        norm = fix_scale(nn.LayerNorm(channels), channels)
+        super().__init__(channels, classes, dropout, norm=norm, relu=nn.ReLU())
 
 
 class ChannelsFirst(nn.Module):

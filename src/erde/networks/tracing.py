@@ -85,7 +85,7 @@ class _Tracer(fx.Tracer):
         self.failed_in: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether the module stays whole."""
+        """True for modules that stay whole."""
         return module_qualified_name not in self.opened
 
     def call_module(
@@ -243,7 +243,7 @@ class _ValueTracer(_Tracer):
 
 
 def _is_size(value: Any) -> bool:
-    """Whether ``value`` is plain (numbers, types, devices) throughout: a tuple of tensors cannot be compared."""
+    """True if ``value`` is plain (numbers, types, devices) throughout: a tuple of tensors cannot be compared."""
     plain = (int, float, str, type(None), torch.dtype, torch.device)
     return all(isinstance(leaf, plain) for leaf in pytree.tree_leaves(value))
 
@@ -305,10 +305,10 @@ def without_computing(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seen_factories(tracer: fx.Tracer) -> Iterator[None]:
+def _trace_factories(tracer: fx.Tracer) -> Iterator[None]:
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
-    def seen(original: Any) -> Any:
+    def watch(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
                 return tracer.create_proxy("call_function", original, args, kwargs)
@@ -318,7 +318,7 @@ def _seen_factories(tracer: fx.Tracer) -> Iterator[None]:
 
     try:
         for name, original in originals.items():
-            setattr(torch, name, seen(original))
+            setattr(torch, name, watch(original))
         yield
     finally:
         for name, original in originals.items():
@@ -332,7 +332,7 @@ def _trace_once(model: nn.Module, opened: Collection[str], inputs: Sequence[Tens
     paths = {_ROOT, *(f"{_ROOT}.{path}" for path in opened)}
     tracer = _Tracer(paths) if inputs is None else _ValueTracer(paths, wrapper, inputs)
     try:
-        with _seen_factories(tracer):
+        with _trace_factories(tracer):
             graph = tracer.trace(wrapper)
     except Exception as error:
         path = tracer.failed_in
