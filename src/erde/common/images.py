@@ -88,7 +88,7 @@ def _check_pixels(image: Image.Image, where: str) -> None:
     # Older versions of Pillow give 16-bit PNG files the mode of 32 bits.
     if image.mode not in (*_MODES, *_DEEP) and not (image.mode == "I" and image.format == "PNG"):
         raise UnreadableError(
-            f"{where} has pixels of the kind '{image.mode}', 8 or 16 bits in gray or RGB are expected: convert it"
+            f"{where} has pixels of mode '{image.mode}', expected gray or RGB of 8 or 16 bits: convert it"
         )
 
 
@@ -145,7 +145,7 @@ def read_file(path: Path, where: str | None = None) -> bytes:
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
-            raise UnreadableError(f"{where} cannot be read: it is no regular file")
+            raise UnreadableError(f"{where} cannot be read: it is not a regular file")
         if state.st_size > MAX_BYTES:
             raise UnreadableError(
                 f"{where} is larger than {MAX_BYTES // 2**20} MiB: make it smaller or remove it"

@@ -39,7 +39,7 @@ def read_yaml(text: str, where: str) -> Any:
     """The value of ``text``.
 
     Raises:
-        UserError: not YAML, a key that stands twice, more than the limits above, aliases that multiply or
+        UserError: not YAML, a key that occurs twice, more than the limits above, aliases that multiply or
             contain themselves.
     """
     if len(text) > MAX_BYTES:
@@ -115,7 +115,7 @@ class _Loader(yaml.SafeLoader):
             key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark
+                    None, None, f"the key '{key_node.value}' occurs twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
