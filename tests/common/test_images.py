@@ -35,9 +35,7 @@ def test_16_bit_gray_is_scaled_not_clipped() -> None:
 @pytest.mark.parametrize("mode", ["F", "I", "LAB"])
 def test_pixels_without_an_agreed_white_are_refused(mode: str) -> None:
     # 0 to 1 would all become black, and what is above 65,535 white.
-    with pytest.raises(
-        UserError, match=rf"^x\.tif has pixels of the kind '{mode}', 8 or 16 bits .*: convert it$"
-    ):
+    with pytest.raises(UserError, match=rf"^x\.tif has pixels of mode '{mode}', .*8 or 16 bits: convert it$"):
         open_image(encoded(Image.new(mode, (4, 4)), "TIFF"), "x.tif")
 
 
@@ -155,7 +153,7 @@ def test_huge_images_are_refused_before_they_are_decoded(
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "dangling.png").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"pipe\.png cannot be read: it is no regular file"):
+    with pytest.raises(UserError, match=r"pipe\.png cannot be read: it is not a regular file"):
         load_image(tmp_path / "pipe.png", (8, 8, 3))
     with pytest.raises(UserError, match=r"dangling\.png cannot be read: No such file"):
         load_image(tmp_path / "dangling.png", (8, 8, 3))

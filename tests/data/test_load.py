@@ -506,7 +506,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_erde_data_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ERDE_DATA", str(tmp_path / "nowhere"))
-    assert refusal("svhn").startswith(f"ERDE_DATA is {tmp_path / 'nowhere'}, which is no folder")
+    assert refusal("svhn").startswith(f"ERDE_DATA is {tmp_path / 'nowhere'}, which is not a folder")
 
 
 def test_unknown_name_names_the_nearest() -> None:
@@ -632,9 +632,7 @@ def test_images_that_lie_side_by_side(tmp_path: Path, inside: str) -> None:
     for row in range(5):
         (place / f"{row}.png").write_bytes(png(picture(row)))
     message = refusal(tmp_path / "set")
-    assert message.startswith(
-        f"{place} has images (0.png, ...) and no folder per class, which their labels come from"
-    )
+    assert message.startswith(f"{place} has images (0.png, ...) and no folder per class")
 
 
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
@@ -732,7 +730,7 @@ def test_labels_that_are_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tune_size": 200}, "240 images were asked for tune and certify, only 240 are there"),
+        ({"tune_size": 200}, "240 images were asked for tune and certify, of 240 in all"),
         ({"train_subset": 171}, "data.train_subset is 171, the train split has 170 images"),
         ({"mean": [0.5]}, "data.mean has 1 values for 3 channels"),
         ({"std": [0.5] * 4}, "data.std has 4 values for 3 channels"),
@@ -749,9 +747,7 @@ def test_settings_that_do_not_fit(root: Path, settings: dict[str, Any], message:
 
 
 def test_too_few_images_for_a_test_split() -> None:
-    with pytest.raises(
-        UserError, match=r"1,797 images were asked for test, only 1,797 .* lower data.test_size"
-    ):
+    with pytest.raises(UserError, match=r"1,797 images were asked for test, .*1,797.* lower data.test_size"):
         load_splits(DataConfig(name="digits", channels=1, test_size=1797), 0)
 
 
@@ -914,9 +910,7 @@ def test_groups_that_do_not_fit(tmp_path: Path) -> None:
         "digits", group="patient", channels=1
     )
     whole = write_groups(tmp_path / "whole", ["a"] * 240)
-    assert "240 images were asked for test, only 240 are there" in refusal(
-        whole, group="patient", test_size=40
-    )
+    assert "240 images were asked for test, of 240 in all" in refusal(whole, group="patient", test_size=40)
 
 
 # ---------------------------------------------------------------- real images

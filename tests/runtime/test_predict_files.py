@@ -398,7 +398,7 @@ def test_what_is_no_file_is_skipped_and_listed(
     said = capsys.readouterr().err.splitlines()
     assert said[-3:] == [
         f"skipped: {folder}/dangling.png cannot be read: No such file or directory",
-        f"skipped: {folder}/pipe.png cannot be read: it is no regular file",
+        f"skipped: {folder}/pipe.png cannot be read: it is not a regular file",
         f"skipped: {folder}/red\\x1b[31m\\n.png is not a readable image (PNG, JPEG, WebP, BMP, GIF or TIFF expected): "
         "remove or replace it",
     ]

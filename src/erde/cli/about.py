@@ -1,4 +1,4 @@
-"""The commands that say what there is and what it costs, before anything is trained."""
+"""The commands that need no run: costs of a network, and the names of recipes, backbones, losses, ..."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def cost(
     where: int | list[str] = int(exits) if exits.isdecimal() and len(exits) < 10 else names or 1
     model = build_backbone(backbone, classes=classes, channels=size[0], image_size=size[1:])
     network = attach_exits(model, where, input_size=size, head=head)
-    found, heads = network_cost(network, size), head_macs(network, size)
-    shown = "x".join(str(one) for one in size)
-    table = Table(title=f"{backbone}, {classes} classes, input {shown}: cumulative, heads included")
+    costs, heads = network_cost(network, size), head_macs(network, size)
+    shape = "x".join(str(length) for length in size)
+    table = Table(title=f"{backbone}, {classes} classes, input {shape}: cumulative, heads included")
     for column in ("exit", "after", "MACs", "of no-exit", "its head", "parameters"):
         table.add_column(column, justify="left" if column == "after" else "right")
-    for index, name in enumerate(found.exit_names):
-        share = found.macs[index] / found.no_exit_macs
+    for index, name in enumerate(costs.exit_names):
+        share = costs.macs[index] / costs.no_exit_macs
         table.add_row(
             str(index),
             name,
-            f"{found.macs[index]:,}",
+            f"{costs.macs[index]:,}",
             f"{share:.1%}",
             f"{heads[index]:,}",
-            f"{found.parameters[index]:,}",
+            f"{costs.parameters[index]:,}",
         )
-    table.add_row("", "no exits", f"{found.no_exit_macs:,}", "100.0%", "", f"{found.no_exit_parameters:,}")
+    table.add_row("", "no exits", f"{costs.no_exit_macs:,}", "100.0%", "", f"{costs.no_exit_parameters:,}")
     Console(width=None if sys.stdout.isatty() else 110).print(table)
-    print(draw(found))
+    print(draw(costs))
     finish(
-        as_json, {name: getattr(found, name) for name in found.__dataclass_fields__} | {"head_macs": heads}
+        as_json, {name: getattr(costs, name) for name in costs.__dataclass_fields__} | {"head_macs": heads}
     )
 
 
@@ -83,7 +83,7 @@ def _input_size(backbone: str, text: str | None) -> tuple[int, int, int]:
 
 
 def draw(cost: NetworkCost) -> str:
-    """Where the exits stand along the MACs: a line from nothing to the last exit's, with each exit's number at its place."""
+    """A line from 0 to the last exit's MACs, with the number of each exit at its place."""
     total = cost.macs[-1]
     line = ["-"] * (_LINE + 1)
     for index, macs in enumerate(cost.macs):
@@ -97,11 +97,11 @@ def _place(macs: int, total: int) -> int:
 
 
 def _under(macs: Sequence[int], total: int, no_exit: int) -> str:
-    """The share of the network without exits under each exit, where there is room for it."""
+    """Labels under the exits: MACs as shares of the network without exits, if there is room."""
     text = ""
-    for one in macs:
-        label = f"{one / max(1, no_exit):.0%}"
-        start = max(0, _place(one, total) - len(label) // 2)
+    for exit_macs in macs:
+        label = f"{exit_macs / max(1, no_exit):.0%}"
+        start = max(0, _place(exit_macs, total) - len(label) // 2)
         if start > len(text) or not text:
             text = text.ljust(start) + label
     return text
@@ -159,14 +159,16 @@ LISTS: dict[str, Callable[[], dict[str, str]]] = {
 
 
 def list_names(
-    what: Annotated[str, typer.Argument(help="recipes, backbones, losses, scores or datasets.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="WHAT", help="recipes, backbones, losses, scores or datasets.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """What is shipped, by name."""
-    if what not in LISTS:
-        raise UserError(f"nothing to list under '{what}'{nearest(what, LISTS)}")
-    found = LISTS[what]()
-    width = max(len(name) for name in found)
-    for name, summary in found.items():
+    """List shipped recipes, backbones, losses, scores or data sets, by name."""
+    if kind not in LISTS:
+        raise UserError(f"nothing to list under '{kind}'{nearest(kind, LISTS)}")
+    names = LISTS[kind]()
+    width = max(len(name) for name in names)
+    for name, summary in names.items():
         print(f"{name:{width}}  {summary}".rstrip())
-    finish(as_json, found)
+    finish(as_json, names)

@@ -106,21 +106,21 @@ def bench(
     sizes = _whole_numbers("--batch-sizes", batch_sizes)
     counts = _whole_numbers("--threads", threads, MAX_THREADS)
     pool, source = load_images(bundle, data, images, seed)
-    found = benches.bench(
+    result = benches.bench(
         bundle, pool, data=source, against=against, points=point,
         batch_sizes=sizes, threads=counts, rounds=rounds, seed=seed,
     )  # fmt: skip
-    show(found)
+    show(result)
     if out is not None:
-        found.write(out)
-        figure = write_figure(found, out.with_suffix(".png"))
+        result.write(out)
+        figure = write_figure(result, out.with_suffix(".png"))
         print(f"{out}" + (f" and {figure}" if figure else " (no figure: pip install 'erde[analysis]')"))
-    finish(as_json, found.model_dump(mode="json"))
+    finish(as_json, result.model_dump(mode="json"))
 
 
 def _whole_numbers(option: str, text: str, highest: int = 100_000) -> list[int]:
     try:
-        numbers = sorted({int(one) for one in text.split(",")})
+        numbers = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
         raise UserError(f"{option} is '{text[:100]}', expected whole numbers such as 1,8,32") from error
     if numbers[0] < 1 or numbers[-1] > highest:
@@ -173,7 +173,7 @@ def bundle_profile(
     sizes = _whole_numbers("--batch-sizes", batch_sizes)
     profile = Session(bundle, threads=threads).profile(batch_sizes=sizes, rounds=rounds)
     for size, times in profile.milliseconds.items():
-        stages = " + ".join(f"{one:.3f}" for one in times)
+        stages = " + ".join(f"{milliseconds:.3f}" for milliseconds in times)
         print(f"{size:4} image{'s' if size > 1 else ' '} a call: {stages} = {sum(times):.3f} ms")
     print(
         f"{bundle / 'profile.json'}: {profile.machine}, threads {profile.threads or 'as ONNX Runtime likes'}"
@@ -186,13 +186,13 @@ def bundle_diff(first: Path, second: Path, as_json: Json = False) -> None:
     """List the fields in which two bundles differ."""
     from erde.bundle.sealing import differences, read
 
-    found = differences(read(first), read(second))
-    for key, (before, after) in found.items():
+    changes = differences(read(first), read(second))
+    for key, (before, after) in changes.items():
         print(f"{printable(key)}: {_short(before)} -> {_short(after)}")
-    if not found:
+    if not changes:
         print("the bundles are the same")
-    fields = {key: {"first": before, "second": after} for key, (before, after) in found.items()}
-    finish(as_json, {"differences": len(found), "fields": fields})
+    fields = {key: {"first": before, "second": after} for key, (before, after) in changes.items()}
+    finish(as_json, {"differences": len(changes), "fields": fields})
 
 
 def _short(value: Any) -> str:

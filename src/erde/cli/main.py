@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 # typer brings its own copy of click, or uses the real one: either way this is the base of usage errors.
 ClickException: type[Any] = next(
-    one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException"
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 
 
 class SystemRefusalError(Exception):
-    """An error of the system on its way past typer, which would end a broken pipe with exit code 1."""
+    """Carries an OSError past typer, which would end a broken pipe with exit code 1."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -80,7 +80,7 @@ def main() -> None:
         sys.stdout.flush()
     except TerminationError:
         _print_stopped()
-        # Whoever waits for this process sees what ended it.
+        # The parent process sees the signal that ended this one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     except SystemExit as stopped:
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 class TerminationError(BaseException):
-    """SIGTERM: like an interrupt from the keyboard, it is no error, and what is half written goes."""
+    """SIGTERM: no error, like an interrupt from the keyboard; unfinished files are removed."""
 
 
 def _on_termination(*_: object) -> None:
@@ -120,14 +120,14 @@ def _on_termination(*_: object) -> None:
 
 
 def _open_closed_streams() -> None:
-    """A stream that is closed from the start is None in Python, and its number goes to the next file."""
+    """Open /dev/null for streams closed from the start: the next file would get their number."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _print_stopped() -> None:
-    command = next((one for one in sys.argv[1:] if not one.startswith("-")), "")
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     advice = {
         "run": "; it continues with --resume",
         "train": "; it continues with --resume",
@@ -140,9 +140,9 @@ def _print_stopped() -> None:
 
 
 def _refused_by_system(error: OSError) -> None:
-    """What the system refuses (a disk, a permission, a name) is one line; a reader that went away is no error."""
+    """Report an error of the system (a disk, a permission, a name) in one line; a closed pipe is no error."""
     try:
-        # Where our own output cannot be written, Python would try again at its end.
+        # Python flushes again at its end: without stdout it would fail there.
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -150,15 +150,15 @@ def _refused_by_system(error: OSError) -> None:
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
-    places = " -> ".join(str(one) for one in (error.filename, error.filename2) if one is not None)
+    places = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     reason = error.strerror or str(error) or type(error).__name__
     _fail(f"{f'{places}: ' if places else ''}{reason}: choose a place that can be read and written")
 
 
 def _fail(message: str) -> None:
     message = message if len(message) <= 2000 else f"{message[:2000]}..."
-    # Of several processes (torchrun) all come across the same bad input: one line is enough. Once they have
-    # found each other, what stops one of them may be its own: part of the images, its memory.
+    # All processes of torchrun meet the same bad input: one line is enough. Once they are connected, an error may
+    # be one process's own, from its part of the images or its memory.
     parallel = sys.modules.get("erde.training.parallel")
     if os.environ.get("LOCAL_RANK", "0") == "0" or (parallel is not None and parallel.processes() > 1):
         with contextlib.suppress(OSError):
@@ -418,14 +418,14 @@ def evaluate(
 
     evaluated = evaluate_file(target, policy or default_policy_path(target), out)
     for point, measured in evaluated.measured():
-        what, share, promise = "risk", measured.risk, "not certified"
+        measure, share, promise = "risk", measured.risk, "not certified"
         if point.certificate is not None:
             promise = f"promised: at most {point.certificate.max_risk:.2%}"
             if point.certificate.guarantee == "net_drop":
-                what, share = "net drop", measured.net_drop
+                measure, share = "net drop", measured.net_drop
         print(
             f"{point.name}: accuracy {measured.accuracy:.2%}, MACs saved {measured.macs_saved:.1%}, "
-            f"{what} {share:.2%} ({promise})"
+            f"{measure} {share:.2%} ({promise})"
         )
     finish(as_json, evaluated.to_json())
 
@@ -479,13 +479,13 @@ def _write_figures(runs: list[Path], folder: Path, formats: str) -> None:
     from erde.evaluation.run_folder import read_results
     from erde.report import figures
 
-    wanted = [one for part in formats.split(",") if (one := part.strip())]
-    written = figures.write(read_results(runs), folder, wanted)
+    names = [name for part in formats.split(",") if (name := part.strip())]
+    written = figures.write(read_results(runs), folder, names)
     print(f"figures and tables: {len(written)} files in {folder}")
 
 
 def _kind_of(target: Path) -> str:
-    """Whether ``target`` is a run, a bundle or a file of logits."""
+    """The kind of ``target``: a run, a bundle or a file of logits."""
     if target.suffix == ".npz" or target.is_file():
         return "logits"
     if (target / "manifest.json").exists():
@@ -520,7 +520,7 @@ def _run(recipe: str, overrides: list[str] | None, out: Path | None, resume: boo
     name = f"{config.name}-seed{config.seed}"
     if out is None and Path(name).name != name:
         raise UserError(
-            f"the recipe's name is '{config.name}', which is no name of a folder: say where with --out"
+            f"the recipe's name is '{config.name}', which cannot name a folder: name one with --out"
         )
     folder = out or Path("runs") / name
     run_chain(config, folder, resume=resume, until=until)
@@ -535,7 +535,7 @@ def _existing(folder: Path, read_only: bool = False) -> Run:
 
 
 def _first_process_only() -> None:
-    """Of several processes that trained together (torchrun) the others have nothing more to do."""
+    """End all processes of torchrun but the first: their work is done."""
     from erde.training import parallel
 
     if not parallel.is_first():
@@ -583,7 +583,7 @@ def _print_results(results: Results) -> None:
         table.add_column(column, justify="right", no_wrap=column in ("exits alone, %", "at"))
     for name, arm in results.arms.items():
         point = arm.default_point()
-        exits = " / ".join(f"{one.accuracy * 100:.1f}" for one in arm.exits)
+        exits = " / ".join(f"{measured.accuracy * 100:.1f}" for measured in arm.exits)
         row = [
             name,
             arm.backbone,
@@ -625,7 +625,7 @@ def _summary(results: Results, folder: Path) -> dict[str, Any]:
     for name, arm in results.arms.items():
         point = arm.default_point()
         arms[name] = {
-            "exit_accuracy": [one.accuracy for one in arm.exits],
+            "exit_accuracy": [measured.accuracy for measured in arm.exits],
             "operating_point": point.name,
             "certified": point.certificate is not None,
             "accuracy": point.test.accuracy if point.test else None,

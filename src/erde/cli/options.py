@@ -1,4 +1,4 @@
-"""What the files of the command line share."""
+"""Options and output that the commands share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable JSO
 
 
 def finish(as_json: bool, value: dict[str, Any]) -> None:
-    """The machine-readable last line, where it was asked for."""
+    """Print the machine-readable last line, if asked for."""
     if as_json:
         print(json.dumps(value))

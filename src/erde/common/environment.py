@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, processor, threads. Saved beside every run's results."""
+"""The environment of a run: versions, commit, processor, threads. Saved beside every run's results."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def erde_version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result, of those that are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the installed packages that affect results."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:
@@ -79,7 +79,7 @@ def describe(device: str, threads: int, gpu: str | None = None) -> dict[str, Any
 
 
 def cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, or its kind if the system gives no name."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

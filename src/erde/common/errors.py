@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to "erde is wrong"."""
+"""The exception for wrong input, as opposed to a bug of erde; and texts for error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint ``" (did you mean 'x'?)"`` for a misspelt ``word``, or the choices where none is near."""
+    """A hint ``" (did you mean 'x'?)"`` for a misspelt ``word``, or the choices if none is near."""
     choices = sorted(choices)
     matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     if matches:
@@ -28,17 +28,17 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """``names`` in a line; of a thousand the first ``MOST_LISTED``."""
+    """``names`` in a line, at most ``MOST_LISTED`` of them."""
     rest = len(names) - MOST_LISTED
     return ", ".join(names) if rest <= 0 else f"{', '.join(names[:MOST_LISTED])} and {rest:,} more"
 
 
 def printable(text: str) -> str:
-    """``text`` that somebody else wrote, for a terminal: control characters and line breaks as escapes."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    """``text`` from an unknown source, for a terminal: control characters and line breaks as escapes."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def in_one_line(text: str) -> str:
-    """The same for an error message: not longer than ``MAX_ERROR`` characters."""
+    """``printable`` text for an error message, cut after ``MAX_ERROR`` characters."""
     line = printable(text[: MAX_ERROR + 1])
     return line if len(line) <= MAX_ERROR else f"{line[:MAX_ERROR]}..."

@@ -1,4 +1,4 @@
-"""Writing so that a reader sees the old file or the new one, never half of one; and locks for writers."""
+"""Atomic writing: a reader sees the old file or the new one, never a part; and locks for writers."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ except ImportError:  # Windows
 
 # Of linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# Half written by a process, whose id the name bears (names of erde 0.1.0 before its release have none).
+# A file that a process is writing; its name holds the process's id (none before the release of erde 0.1.0).
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?:(?P<pid>\d+)-)?[0-9a-f]{8}\.partial")
-# The older folder, while a newer one takes its name.
+# The old folder while a new one takes its name.
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-[0-9a-f]{8}\.aside")
-# What this process is writing: its id may have been that of a killed one, whose files go.
+# Files that this process is writing. A killed process may have had the same id: its files are removed.
 _under_way: set[Path] = set()
 
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path``; when the block ends well it becomes ``path``, else it is removed."""
+    """Yield a path beside ``path`` that becomes ``path`` when the block succeeds, and is removed otherwise."""
     with _beside(path) as beside:
         try:
             yield beside
@@ -54,8 +54,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Like :func:`replacing_file` for a whole folder; an older folder at ``path`` is replaced.
 
-    On Linux the two change names in one step. Elsewhere the older one steps aside first; after a kill at that very
-    moment :func:`sweep_leftovers` gives it its name back.
+    On Linux the two swap names in one step. Elsewhere the old one is renamed first; after a kill at that moment
+    :func:`sweep_leftovers` renames it back.
     """
     with _beside(path) as beside:
         try:
@@ -81,7 +81,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two paths change names in one step; False where the system or the file system cannot."""
+    """Swap the names of two paths in one step; False if the system or the file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -108,8 +108,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """A regular file in the way of the folder ``path`` is the user's to move: say so."""
-    parent = next(one for one in (path, *path.parents) if one.exists())
+    """Raise if ``path`` or one of its parents is a regular file."""
+    parent = next(folder for folder in (path, *path.parents) if folder.exists())
     if not parent.is_dir():
         raise UserError(f"cannot create the folder {path}: {parent} is a file; choose another folder")
 
@@ -130,9 +130,9 @@ def make_folder(path: Path) -> Path:
 
 
 def sweep_leftovers(folder: Path) -> None:
-    """Remove what dead processes left half written below ``folder``; what living ones are writing stays.
+    """Remove unfinished files of dead processes below ``folder``; those of living processes stay.
 
-    A folder that stepped aside for a newer one gets its name back, unless the newer one has it.
+    A folder that was renamed for a new one gets its name back, unless the new one has it.
     """
     for leftover in sorted(folder.rglob("*.aside")):
         match = _ASIDE.fullmatch(leftover.name)
@@ -170,7 +170,7 @@ def _is_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A hidden name beside ``path`` that says which process writes it."""
+    """Yield a hidden name beside ``path`` that holds the id of the writing process."""
     beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     _under_way.add(beside)
     try:
@@ -180,10 +180,10 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def explain_full_disk(error: OSError, path: Path) -> None:
-    """Turn an error about a full disk into a :class:`UserError`; do nothing about others."""
+    """Raise a :class:`UserError` if the error is about a full disk; do nothing otherwise."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise UserError(
-            f"no space left on the disk while writing {path}: free some space, then give the command again (a run "
+            f"no space left on the disk while writing {path}: free some space, then repeat the command (a run "
             "continues with --resume)"
         ) from error
 
@@ -192,22 +192,22 @@ def explain_full_disk(error: OSError, path: Path) -> None:
 
 
 class Lock:
-    """The right to write somewhere, of one process at a time: an open file ``path`` with a lock of the system on it.
+    """A lock that one process at a time can hold: an open file ``path`` with a lock of the system on it.
 
-    The system lets go of it when the process ends, however it ends; the file that a kill leaves is no obstacle. A
-    process that has the lock gets it again. Use it as a context manager, or :meth:`release` it.
+    The system releases it when the process ends, however it ends; the file that a kill leaves is no obstacle. A
+    process may take a lock that it holds again. Use it as a context manager, or :meth:`release` it.
 
     Args:
         path: the lock's own file; it is there while the lock is held.
-        subject: what it guards, for the message to the others.
+        subject: the name of the guarded thing, for the message to other processes.
 
     Raises:
-        UserError: another process has it: which one, where, since when, and what to do.
+        UserError: another process holds it; the message names it, its host and since when.
     """
 
-    # POSIX locks, unlike flock, are not handed down to forked workers, who may outlive a killed process by seconds.
-    # The process would lose them with any other handle on the file that it closes: so there is one handle. By the
-    # process's id too, since a forked worker has a copy of this table, and no lock.
+    # POSIX locks, unlike flock, are not inherited by forked workers, which may outlive a killed process by seconds.
+    # Closing any handle on the file drops them, so each file has one handle. The key holds the process's id because
+    # a forked worker has a copy of this table, but no lock.
     _held: dict[tuple[int, Path], tuple[BinaryIO, int]] = {}  # noqa: RUF012  # of the process
 
     def __init__(self, path: Path, subject: str) -> None:
@@ -228,7 +228,7 @@ class Lock:
         if times > 1:
             self._held[key] = file, times - 1
             return
-        # Before others can have it: whoever opened the file in between sees that it has no name any more.
+        # Unlink before unlocking: a process that opened the file in between sees that it has lost its name.
         key[1].unlink(missing_ok=True)
         file.close()
 
@@ -262,9 +262,9 @@ def _acquire(path: Path, subject: str) -> BinaryIO:
             same = False
         if same:
             break
-        file.close()  # its last holder has just removed it
+        file.close()  # its last holder removed it meanwhile
     file.truncate(0)
-    # Some arguments may be long, and the message is one line.
+    # Arguments may be long, and the message is one line.
     command = " ".join(sys.argv)[:200]
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "command": command}
     file.write(json.dumps(about).encode())
@@ -280,6 +280,6 @@ def _who_holds(holder: bytes, subject: str) -> str:
     except (ValueError, TypeError, KeyError, OverflowError, OSError):
         who = "another process"
     return (
-        f"{subject} is being written by {' '.join(who.split())}: wait until it has ended, or stop it, and give this "
-        "command again"
+        f"{subject} is being written by {' '.join(who.split())}: wait until it has ended, or stop it, then repeat "
+        "this command"
     )

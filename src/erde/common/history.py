@@ -35,7 +35,7 @@ class Health(Frozen):
         return not dead and (probe is None or self.first_exit_accuracy >= probe - MOST_BEHIND)
 
     def line(self) -> str:
-        """One line for a reader, with a remedy where the heads are in trouble."""
+        """One line of text, with a remedy if the heads are in trouble."""
         dead = " / ".join(
             f"{dead} of {units}" for dead, units in zip(self.dead_units, self.units, strict=True)
         )

@@ -1,7 +1,7 @@
 """From an image file's bytes to the uint8 array that a network takes: the same for training and runtime.
 
-Every image that erde reads passes here, a stranger's too: its format, size and kind of pixels are looked at before it
-is decoded.
+Every image that erde reads passes here, from unknown sources too: its format, size and kind of pixels are checked
+before it is decoded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from erde.common.errors import UserError, in_one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# What Pillow may take a file for, whatever its name. Of the others some start programs (EPS: Ghostscript).
+# Formats that Pillow may open, whatever the file's name. Some others start programs (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_BYTES = 2**29  # of a file: 512 MiB
 MAX_PIXELS = 2**27  # 134 million: decoded in colour 512 MiB
@@ -32,7 +32,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr", "CMYK")
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 
 _ORIENTATION = 0x0112  # EXIF's tag
-# How a camera held the image -> what sets it upright (EXIF 2.3, section 4.6.4). 1 is upright.
+# EXIF orientation -> the transposition that turns the image upright (EXIF 2.3, section 4.6.4). 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -88,7 +88,7 @@ def _check_pixels(image: Image.Image, where: str) -> None:
     # Older versions of Pillow give 16-bit PNG files the mode of 32 bits.
     if image.mode not in (*_MODES, *_DEEP) and not (image.mode == "I" and image.format == "PNG"):
         raise UnreadableError(
-            f"{where} has pixels of the kind '{image.mode}', 8 or 16 bits in gray or RGB are expected: convert it"
+            f"{where} has pixels of mode '{image.mode}', expected gray or RGB of 8 or 16 bits: convert it"
         )
 
 
@@ -145,7 +145,7 @@ def read_file(path: Path, where: str | None = None) -> bytes:
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
-            raise UnreadableError(f"{where} cannot be read: it is no regular file")
+            raise UnreadableError(f"{where} cannot be read: it is not a regular file")
         if state.st_size > MAX_BYTES:
             raise UnreadableError(
                 f"{where} is larger than {MAX_BYTES // 2**20} MiB: make it smaller or remove it"

@@ -1,4 +1,4 @@
-"""What a person sees while erde works: a bar on a terminal, plain lines elsewhere; and the run's log file."""
+"""Progress: a bar on a terminal, plain lines elsewhere; and the run's log file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-# Plain lines are for log files: no more often than this, in seconds.
+# Seconds between plain lines, which are for log files.
 PLAIN_INTERVAL = 10.0
-# A bar asks for fresh numbers this often; each costs the device one synchronisation.
+# Seconds between updates of a bar; each update synchronises the device.
 BAR_INTERVAL = 1.0
-# Of several processes that share a training only the first one speaks.
+# Set in all but the first of several processes that share a training.
 quiet = False
 
 
@@ -34,7 +34,7 @@ class Task(Protocol):
         """Whether it is time to call :meth:`update` (and so to compute the text for it)."""
 
     def update(self, completed: int, text: str = "") -> None:
-        """``completed`` of the total are done."""
+        """Report that ``completed`` of the total are done."""
 
 
 class _PlainTask:
@@ -79,7 +79,7 @@ def task(name: str, total: int, completed: int = 0) -> Iterator[Task]:
 
 
 def _bar(console: Console) -> Progress:
-    """One line, however narrow the terminal: what does not fit is cut from the end of the text."""
+    """A bar of one line on any terminal: a long text loses its end."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
@@ -96,21 +96,21 @@ def _bar(console: Console) -> Progress:
 
 
 def say(text: str) -> None:
-    """One plain line on stderr."""
+    """Print one plain line on stderr."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)
 
 
 class RunLog:
-    """``log.jsonl``: one JSON object a line, with the time; a line torn by a kill is cut off on opening."""
+    """``log.jsonl``: one JSON object a line, with the time. Opening it drops a last line that a kill cut short."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         if path is not None and path.exists():
             content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole != len(content):
-                os.truncate(path, whole)
+            complete = content.rfind(b"\n") + 1
+            if complete != len(content):
+                os.truncate(path, complete)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event."""

@@ -1,4 +1,4 @@
-"""The four splits as four types, for images and for logits, so that one cannot stand in for another."""
+"""The four splits as four types, for images and for logits: a type checker tells them apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Labels = NDArray[np.int64]
 
 
 class ImageSource(Protocol):
-    """Images that may not fit in memory; an array of shape (N, H, W, C) is one too."""
+    """Images that need not fit in memory; an array of shape (N, H, W, C) qualifies."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -29,7 +29,7 @@ class ImageSource(Protocol):
 
 @runtime_checkable
 class EncodedSource(ImageSource, Protocol):
-    """Images that need not be decoded to be told apart from others."""
+    """Images with a hash that needs no decoding."""
 
     def encoded_digest(self) -> bytes:
         """A hash of the images as they are stored."""
@@ -52,8 +52,8 @@ class Split:
             yield self.images[start : start + size]
 
     def fingerprint(self) -> str:
-        """SHA-256 over shape, labels and pixels, in order: equal only where the split is the same."""
-        # Decoded once for all who ask; an array may have changed since.
+        """SHA-256 over shape, labels and pixels, in order: equal only for equal splits."""
+        # Streamed images never change, so their hash is cached; an array may change.
         return self._pixels_hash() if isinstance(self.images, np.ndarray) else self._decoded_hash
 
     @cached_property
@@ -69,9 +69,9 @@ class Split:
 
 
 class TrainSplit(Split):
-    """What networks are trained on; int8 ranges come from here too.
+    """Images that networks are trained on; int8 ranges come from here too.
 
-    Of streamed images the fingerprint covers how they are stored (``StreamedImages.encoded_digest``).
+    The fingerprint of streamed images covers their encoded form (``StreamedImages.encoded_digest``).
     """
 
     name = "train"
@@ -92,19 +92,19 @@ class TrainSplit(Split):
 
 
 class TuneSplit(Split):
-    """For everything that is fitted or chosen after training: temperatures, scores, thresholds."""
+    """Images for everything that is fitted or chosen after training: temperatures, scores, thresholds."""
 
     name = "tune"
 
 
 class CertifySplit(Split):
-    """Used once per artifact, after everything else is fixed."""
+    """Images that are used once per artifact, after everything else is fixed."""
 
     name = "certify"
 
 
 class TestSplit(Split):
-    """Looked at by the evaluation only."""
+    """Images for the evaluation only."""
 
     name = "test"
     __test__ = False  # not a pytest class

@@ -1,4 +1,4 @@
-"""YAML that other people wrote: plain values only, within limits, and one line for whatever is wrong with it."""
+"""YAML from unknown sources: plain values only, within limits, and errors of one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_yaml(text: str, where: str) -> Any:
     """The value of ``text``.
 
     Raises:
-        UserError: not YAML, a key that stands twice, more than the limits above, aliases that multiply or
+        UserError: not YAML, a key that occurs twice, more than the limits above, aliases that multiply or
             contain themselves.
     """
     if len(text) > MAX_BYTES:
@@ -53,14 +53,14 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {shorten(error)}") from error
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        # What constructors raise of a tag or a date that its value does not fit.
+        # Constructors raise these for a tag or a date that does not fit its value.
         raise UserError(f"{where} has a value that does not fit its type: {shorten(error)}") from error
     finally:
         loader.dispose()
 
 
 def shorten(value: object) -> str:
-    """A value for a message: never more than a line."""
+    """A value as text for a message, at most one line."""
     if isinstance(value, Exception):
         text = " ".join(str(value).split())
         return text if len(text) <= 300 else f"{text[:300]}..."
@@ -73,7 +73,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        # Per node how many values it stands for, aliases written out.
+        # The number of values per node, with aliases expanded.
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -109,13 +109,13 @@ class _Loader(yaml.SafeLoader):
         return size
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # Before merge keys (<<) are written out: what they bring may be given anew.
+        # Checked before merge keys (<<) are expanded: their values may be overridden.
         seen = set()
         for key_node, _ in node.value:
             key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark
+                    None, None, f"the key '{key_node.value}' occurs twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)

@@ -13,19 +13,20 @@ from torch import Tensor
 from erde.common.errors import UserError
 from erde.common.splits import TrainSplit
 from erde.data.encoded import Index, ResizedCrop, StreamedImages
+from erde.data.normalise import Normalise
 from erde.data.streaming import DecodedBatches
 from erde.data.views import Views
 from erde.recipe.schema import AugmentationConfig
 
 
 class Batch(NamedTuple):
-    """One step's images, as the network takes them, and what else the step is made of."""
+    """One step's images, as the network takes them, and the rest of its input."""
 
     images: Tensor  # float32 (B, C, H, W), in channels-last order, on the device
     labels: Tensor  # int64 (B,), on the device
     indices: Tensor  # int64 (B,), positions in the train split, on the host
-    views: Tensor | None  # int64 (B,), which of its views each image is, on the host; see views.py
-    seed: int  # of what is drawn while the step is computed: dropout
+    views: Tensor | None  # int64 (B,), the number of each image's view, on the host; see views.py
+    seed: int  # for random numbers within the step: dropout
 
 
 class TrainBatches:
@@ -55,12 +56,11 @@ class TrainBatches:
         self.batch_size = batch_size
         self.views = Views.of(augmentation)
         part = batch_size // share[1]
-        self._mine = slice(share[0] * part, (share[0] + 1) * part)
+        self._part = slice(share[0] * part, (share[0] + 1) * part)
         self._rank = share[0]
         self._split, self._seed, self._augmentation, self._workers = split, seed, augmentation, workers
         self._device = device
-        self._scale = torch.tensor([1 / (255 * value) for value in std], device=device)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+        self._normalise = Normalise(mean, std, device)
         self._resident: Tensor | None = None
         if isinstance(split.images, np.ndarray):
             self._resident = torch.from_numpy(split.images).to(device)
@@ -72,16 +72,16 @@ class TrainBatches:
         batches = order[: self.steps * self.batch_size].reshape(self.steps, self.batch_size)
         draws = self._draw(epoch)
         views = self._choose_views(epoch, batches, draws)
-        mine = {name: draw[:, self._mine].to(self._device) for name, draw in draws.items()}
-        batches = np.ascontiguousarray(batches[:, self._mine])
+        own_draws = {name: draw[:, self._part].to(self._device) for name, draw in draws.items()}
+        batches = np.ascontiguousarray(batches[:, self._part])
         seeds = np.random.default_rng([self._seed, epoch, 3 + self._rank]).integers(2**62, size=self.steps)
         indices = torch.from_numpy(batches)
         for step, (images, labels) in enumerate(self._gather(epoch, batches[first_step:]), start=first_step):
             yield Batch(
-                self._augment(images, {name: draw[step] for name, draw in mine.items()}),
+                self._augment(images, {name: draw[step] for name, draw in own_draws.items()}),
                 labels,
                 indices[step],
-                None if views is None else views[step, self._mine],
+                None if views is None else views[step, self._part],
                 int(seeds[step]),
             )
 
@@ -90,7 +90,7 @@ class TrainBatches:
         assert self.views is not None
         for indices, (images, _) in zip(batches, self._gather(0, batches), strict=True):
             numbers = torch.from_numpy(self.views.numbers(indices, np.full_like(indices, view)))
-            draw = {name: one.to(self._device) for name, one in self.views.unpack(numbers).items()}
+            draw = {name: values.to(self._device) for name, values in self.views.unpack(numbers).items()}
             yield self._augment(images, draw)
 
     def plain(self, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,7 +144,7 @@ class TrainBatches:
         return {name: torch.randint(limit, shape, generator=generator) for name, limit in limits.items()}
 
     def _choose_views(self, epoch: int, batches: Index, draws: dict[str, Tensor]) -> Tensor | None:
-        """Which of its views each image is, (steps, B): one of a few, which replaces the draw, or that of the draw."""
+        """The number of each image's view, (steps, B); with a limit on views it is chosen here and replaces the draw."""
         views = self.views
         if views is None:
             return None
@@ -174,9 +174,6 @@ class TrainBatches:
             x = x * self._cutout_mask(draw, height, width)
         # NHWC seen as NCHW is channels-last already: no copy.
         return x.permute(0, 3, 1, 2)
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32) * self._scale + self._shift
 
     def _cutout_mask(self, draw: dict[str, Tensor], height: int, width: int) -> Tensor:
         side = self._augmentation.cutout

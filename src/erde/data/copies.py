@@ -1,4 +1,4 @@
-"""The same image in more than one split: seen while training, and asked about again when something is certified."""
+"""Copies of an image in more than one split: a copy seen in training must not count as unseen when certifying."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from erde.data.encoded import Index, StreamedImages
 
 
 def image_numbers(parts: Sequence[ImageSource]) -> list[Index]:
-    """A number for every image of ``parts``; images have the same one where they are the same.
+    """A number for every image of ``parts``; copies of an image share a number.
 
-    Images in memory are the same where their pixels are, streamed ones where their encoded bytes are; a streamed and a
-    resident image count as two. Streamed images that are only in the first part, train, are not looked into: there may
-    be millions. Copies within that part may get different numbers then.
+    Images in memory are copies if their pixels agree, streamed images if their encoded bytes agree; a streamed and a
+    resident image never are. Streamed images that are only in the first part, train, are not compared with each other:
+    there may be millions. Copies within that part may get different numbers then.
     """
     numbers: list[Index] = [np.empty(0, np.int64)] * len(parts)
     first = 0
     for streamed in (False, True):
-        places = [place for place, one in enumerate(parts) if isinstance(one, StreamedImages) == streamed]
-        some = [parts[place] for place in places]
-        if not some:
+        positions = [
+            index for index, part in enumerate(parts) if isinstance(part, StreamedImages) == streamed
+        ]
+        sources = [parts[index] for index in positions]
+        if not sources:
             continue
-        found = _by_bytes(some, places[0] == 0) if streamed else _by_pixels(some)
-        ends = np.cumsum([len(one) for one in some])[:-1]
-        for place, one in zip(places, np.split(found + first, ends), strict=True):
-            numbers[place] = one
-        first += int(found.max(initial=0)) + 1
+        joined = _by_bytes(sources, positions[0] == 0) if streamed else _by_pixels(sources)
+        ends = np.cumsum([len(source) for source in sources])[:-1]
+        for index, own in zip(positions, np.split(joined + first, ends), strict=True):
+            numbers[index] = own
+        first += int(joined.max(initial=0)) + 1
     return numbers
 
 
@@ -42,12 +44,12 @@ def _by_pixels(parts: Sequence[ImageSource]) -> Index:
 
 
 def _by_bytes(parts: Sequence[ImageSource], has_train: bool) -> Index:
-    """By encoded size, then by a piece of those of the same size, then by all bytes of those that still agree."""
-    streamed = [one for one in parts if isinstance(one, StreamedImages)]
-    numbers = _numbered(np.concatenate([one.encoded_lengths for one in streamed]).tolist())
-    starts = np.cumsum([0, *(len(one) for one in streamed)])
+    """Compare encoded sizes, then a piece of images of equal size, then all bytes of images that still agree."""
+    streamed = [part for part in parts if isinstance(part, StreamedImages)]
+    numbers = _numbered(np.concatenate([part.encoded_lengths for part in streamed]).tolist())
+    starts = np.cumsum([0, *(len(part) for part in streamed)])
     held_out = np.arange(len(numbers)) >= (starts[1] if has_train else 0)
-    for whole in (False, True):
+    for entire in (False, True):
         counts = np.bincount(numbers)
         asked_about = np.zeros(len(counts), dtype=bool)
         asked_about[numbers[held_out]] = True
@@ -55,7 +57,7 @@ def _by_bytes(parts: Sequence[ImageSource], has_train: bool) -> Index:
         keys: list[Hashable] = []
         for start, part in zip(starts, streamed, strict=False):
             rows = alike[(alike >= start) & (alike < start + len(part))]
-            keys += zip(numbers[rows].tolist(), part.encoded_hashes(rows - start, whole), strict=True)
+            keys += zip(numbers[rows].tolist(), part.encoded_hashes(rows - start, entire), strict=True)
         numbers = np.arange(len(numbers)) + len(keys)
         numbers[alike] = _numbered(keys)
     return numbers
@@ -66,11 +68,11 @@ def _numbered(keys: Iterable[Hashable]) -> Index:
     return np.asarray([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
 
 
-def apart(parts: Sequence[ImageSource]) -> list[Index]:
-    """Positions of the images of train, tune, certify and test that stay, so that no copy stands on two sides.
+def separate(parts: Sequence[ImageSource]) -> list[Index]:
+    """Positions of the images of train, tune, certify and test that stay, so that no two splits share an image.
 
-    The later a split is looked at, the more its images count: train gives up what is in another split, tune what is
-    in certify or test, certify what is in it twice (each image is to be one draw). Test stays as it is.
+    The split that is used later keeps the image: train loses images that another split has, tune those that certify
+    or test has, certify its own repetitions (each image is to be one draw). Test stays as it is.
     """
     train, tune, certify, test = image_numbers(parts)
     first = np.zeros(len(certify), dtype=bool)
@@ -81,4 +83,4 @@ def apart(parts: Sequence[ImageSource]) -> list[Index]:
         first,
         np.ones(len(test), dtype=bool),
     )
-    return [np.flatnonzero(one) for one in keep]
+    return [np.flatnonzero(mask) for mask in keep]

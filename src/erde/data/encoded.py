@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class StreamedImages:
             for place in range(start, min(start + _CHUNK, len(rows))):
                 draw = None
                 if crop is not None:
-                    draw = _drawn(crop, epoch, int(index[place]))
+                    draw = partial(crop.box, epoch, int(index[place]))
                 where = f"{self._where}, row {rows[place]}"
                 images[place] = pixels(encoded[place], where, self._image_shape, self._same_size, draw)
 
@@ -131,29 +131,29 @@ class StreamedImages:
         column = arrow_column(self._table, self._column)
         # Lengths come from offsets: the bytes themselves stay on the disk.
         lengths = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1).to_numpy()
-        found: Index = lengths.astype(np.int64)[self._rows]
-        files = np.flatnonzero(found < 0)
+        sizes: Index = lengths.astype(np.int64)[self._rows]
+        files = np.flatnonzero(sizes < 0)
         names = pc.struct_field(column, "path").take(pa.array(self._rows[files])).to_pylist()
         for place, row, name in zip(files.tolist(), self._rows[files].tolist(), names, strict=True):
             if name is not None:
-                found[place] = self._size_on_disk(row, name)
-        return found
+                sizes[place] = self._size_on_disk(row, name)
+        return sizes
 
-    def encoded_hashes(self, index: Index, whole: bool) -> list[bytes]:
-        """A hash of each image as it is stored; without ``whole``, of files a piece from the middle."""
+    def encoded_hashes(self, index: Index, entire: bool) -> list[bytes]:
+        """A hash of each image as it is stored; unless ``entire``, a file is hashed by a piece of its middle."""
         hashes = []
         for start in range(0, len(index), 1024):
             rows = self._rows[index[start : start + 1024]].tolist()
             for row, value in zip(rows, self._table[rows][self._column], strict=True):
                 try:
-                    content = self._piece(row, value) if not whole else None
+                    content = self._middle(row, value) if not entire else None
                     content = content or encoded_bytes(value, f"{self._where}, row {row}")[0]
-                except UnreadableError:  # said when it is decoded
+                except UnreadableError:  # decoding it will report it
                     content = str(row).encode()
                 hashes.append(hashlib.blake2b(content, digest_size=16).digest())
         return hashes
 
-    def _piece(self, row: int, value: Any) -> bytes | None:
+    def _middle(self, row: int, value: Any) -> bytes | None:
         """4 KiB from the middle of a file; None where the image is no file."""
         if value is None or value["bytes"] is not None or value["path"] is None:
             return None
@@ -179,12 +179,12 @@ class StreamedImages:
             part = slice(start, start + 65_536)
             names = paths.take(pa.array(self._rows[part])).to_pylist()
             for name, length in zip(names, self.encoded_lengths[part].tolist(), strict=True):
-                # Where the set lies is not what it is: folder of the class and name of the file count.
+                # The set may be moved: only the class's folder and the file's name count.
                 last = "/".join(Path(name).parts[-2:]) if name is not None else ""
                 digest.update(f"{last}\0{length}\n".encode("utf-8", "surrogateescape"))
-        some = np.unique(np.linspace(0, len(self) - 1, min(CONTENT_IMAGES, len(self))).astype(np.int64))
-        for start in range(0, len(some), 256):
-            rows = self._rows[some[start : start + 256]].tolist()
+        sample = np.unique(np.linspace(0, len(self) - 1, min(CONTENT_IMAGES, len(self))).astype(np.int64))
+        for start in range(0, len(sample), 256):
+            rows = self._rows[sample[start : start + 256]].tolist()
             for row, value in zip(rows, self._table[rows][self._column], strict=True):
                 digest.update(hashlib.sha256(encoded_bytes(value, f"{self._where}, row {row}")[0]).digest())
         return digest.digest()
@@ -199,10 +199,6 @@ class StreamedImages:
 def arrow_column(table: Any, column: str) -> Any:
     """A column of a ``datasets`` table as Arrow holds it: memory-mapped, without Python objects."""
     return table.select_columns([column]).with_format("arrow")[:].column(column)
-
-
-def _drawn(crop: ResizedCrop, epoch: int, position: int) -> Callable[[int, int], Box]:
-    return lambda width, height: crop.box(epoch, position, width, height)
 
 
 def pixels(
@@ -224,14 +220,14 @@ def pixels(
     def reduce(image: Image.Image) -> None:
         nonlocal box
         assert draw is not None
-        whole = upright_size(image)
-        left, top, right, bottom = draw(*whole)
+        full = upright_size(image)
+        left, top, right, bottom = draw(*full)
         factor = min((right - left) / width, (bottom - top) / height)
         if factor >= 2:
-            wanted = int(whole[0] / factor), int(whole[1] / factor)
-            image.draft(None, wanted if whole == image.size else wanted[::-1])
-        now = upright_size(image)
-        across, down = now[0] / whole[0], now[1] / whole[1]
+            target = int(full[0] / factor), int(full[1] / factor)
+            image.draft(None, target if full == image.size else target[::-1])
+        reduced = upright_size(image)
+        across, down = reduced[0] / full[0], reduced[1] / full[1]
         box = (left * across, top * down, right * across, bottom * down)
 
     image = decode(value, where, reduce if draw is not None and not same_size else None)

@@ -27,35 +27,35 @@ def open_image_folder(folder: Path) -> dict[str, Any] | None:
     Plain is ``<class>/<image>`` in the folder or in its sub-folder ``train``, with ``test``, ``val`` or
     ``validation`` beside it; no metadata files, no folders in a class's folder.
     """
-    found, files = _entries(folder)
+    folders, files = _entries(folder)
     if files & {"metadata.csv", "metadata.jsonl", "metadata.parquet", "README.md"}:
         return None
-    _check_classes(folder, found, files)
-    if not found:
+    _check_classes(folder, folders, files)
+    if not folders:
         return None
-    if "train" in found:
-        splits = {split: folder / name for name, split in SPLITS.items() if name in found}
-    elif found & {"test", "val", "validation"}:
+    if "train" in folders:
+        splits = {split: folder / name for name, split in SPLITS.items() if name in folders}
+    elif folders & {"test", "val", "validation"}:
         return None
     else:
         splits = {"train": folder}
-    scanned = {split: _scan(place) for split, place in splits.items()}
-    contents = {split: one for split, one in scanned.items() if one is not None}
+    scanned = {split: _scan(path) for split, path in splits.items()}
+    contents = {split: by_class for split, by_class in scanned.items() if by_class is not None}
     if len(contents) < len(scanned):
         return None
-    classes = sorted({name for one in contents.values() for name in one})
-    return {split: _table(splits[split], one, classes) for split, one in contents.items()}
+    classes = sorted({name for by_class in contents.values() for name in by_class})
+    return {split: _table(splits[split], by_class, classes) for split, by_class in contents.items()}
 
 
 def _check_classes(folder: Path, folders: set[str], files: set[str]) -> None:
-    """Images that lie side by side have no labels: say where the classes are looked for."""
+    """Raise if the images lie in no folder of a class: they have no labels then."""
     if "train" in folders:
         folder = folder / "train"
         folders, files = _entries(folder)
-    lying = sorted(one for one in files if Path(one).suffix.lower() in SUFFIXES)
-    if lying and len(lying) == len(files) and not folders:
+    unlabelled = sorted(name for name in files if Path(name).suffix.lower() in SUFFIXES)
+    if unlabelled and len(unlabelled) == len(files) and not folders:
         raise UserError(
-            f"{folder} has images ({lying[0]}, ...) and no folder per class, which their labels come from: "
+            f"{folder} has images ({unlabelled[0]}, ...) and no folder per class, which gives the labels: "
             f"move them to {folder}/<class>/<image>, or see `erde predict` for images without labels"
         )
 
@@ -104,9 +104,9 @@ def _entries(folder: Path) -> tuple[set[str], set[str]]:
     folders: set[str] = set()
     files: set[str] = set()
     with os.scandir(folder) as entries:
-        for one in entries:
-            if not one.name.startswith("."):
-                (folders if one.is_dir() else files).add(one.name)
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if entry.is_dir() else files).add(entry.name)
     return folders, files
 
 
@@ -118,14 +118,14 @@ def _scan(folder: Path) -> dict[str, list[str]] | None:
     classes, files = _entries(folder)
     if not classes or any(os.path.splitext(name)[1].lower() in suffixes for name in files):
         return None
-    found = {}
+    contents = {}
     for name in sorted(classes):
         folders, files = _entries(folder / name)
-        images = sorted(one for one in files if os.path.splitext(one)[1].lower() in suffixes)
-        if folders or not images or any(one.startswith("metadata.") for one in files):
+        images = sorted(file for file in files if os.path.splitext(file)[1].lower() in suffixes)
+        if folders or not images or any(file.startswith("metadata.") for file in files):
             return None
-        found[name] = images
-    return found
+        contents[name] = images
+    return contents
 
 
 def _table(folder: Path, contents: dict[str, list[str]], classes: list[str]) -> Any:
@@ -135,11 +135,11 @@ def _table(folder: Path, contents: dict[str, list[str]], classes: list[str]) -> 
     root = os.path.abspath(folder)
     columns = []
     for name, images in contents.items():
-        paths = pa.array([os.path.join(root, name, one) for one in images], pa.string())
-        image = pa.StructArray.from_arrays(
+        paths = pa.array([os.path.join(root, name, image) for image in images], pa.string())
+        encoded = pa.StructArray.from_arrays(
             [pa.nulls(len(paths), pa.binary()), paths], fields=datasets.Image().pa_type.fields
         )
         label = pa.array(np.full(len(paths), classes.index(name)))
-        columns.append(pa.table({"image": image, "label": label}))
+        columns.append(pa.table({"image": encoded, "label": label}))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
     return datasets.Dataset(pa.concat_tables(columns), info=datasets.DatasetInfo(features=features))

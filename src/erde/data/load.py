@@ -1,4 +1,4 @@
-"""Data sets to the four splits, and the train split to batches that are already on the device."""
+"""Data sets to the four splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from erde.common.errors import UserError
 from erde.common.progress import say
 from erde.common.splits import CertifySplit, Labels, TestSplit, TrainSplit, TuneSplit
-from erde.data.copies import apart
+from erde.data.copies import separate
 from erde.data.encoded import Index
 from erde.data.sources import Columns, load_columns, load_digits, part_of
 from erde.recipe.schema import DataConfig
@@ -73,10 +73,10 @@ class DataSplits:
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Size and fingerprint per split, for ``splits.json``."""
         splits = (self.train, self.tune, self.certify, self.test)
-        found = {split.name: {"size": len(split), "fingerprint": split.fingerprint()} for split in splits}
+        entries = {split.name: {"size": len(split), "fingerprint": split.fingerprint()} for split in splits}
         if self.train_fingerprint is not None:
-            found["train"]["fingerprint"] = self.train_fingerprint
-        return found
+            entries["train"]["fingerprint"] = self.train_fingerprint
+        return entries
 
 
 def load_data(name: str | os.PathLike[str], *, seed: int = 0, **settings: Any) -> DataSplits:
@@ -91,8 +91,8 @@ def load_data(name: str | os.PathLike[str], *, seed: int = 0, **settings: Any) -
 def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> DataSplits:
     """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine.
 
-    Images that stand in more than one split are kept in one (copies.py), unless ``copies_apart`` is False: earlier
-    versions of erde let them be.
+    An image with copies in several splits stays in one of them (copies.py), unless ``copies_apart`` is False, as in
+    earlier versions of erde.
     """
     seed = seed if config.split_seed is None else config.split_seed
     pool, test, classes = load_digits() if config.name == "digits" else load_columns(config)
@@ -112,8 +112,8 @@ def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> Dat
     certify = pool.take(order[tune_size:held_out])
     train = pool.take(order[held_out:])
     if copies_apart:
-        train, tune, certify, test = _apart(train, tune, certify, test)
-    # Only train must show every class: what is promised and measured is about images as they come.
+        train, tune, certify, test = _separate(train, tune, certify, test)
+    # Only train needs every class: promises and measurements are about images as they come.
     missing = sorted(set(range(len(classes))) - set(train.labels.tolist()))
     if missing:
         raise UserError(
@@ -183,9 +183,9 @@ def _as_begun(
     return replace(data, mean=mean, std=std, train_fingerprint=began)
 
 
-def _apart(*parts: Columns) -> tuple[Columns, ...]:
-    kept = apart([one.images for one in parts])
-    left_out = [len(one.labels) - len(rows) for one, rows in zip(parts, kept, strict=True)]
+def _separate(*parts: Columns) -> tuple[Columns, ...]:
+    remaining = separate([part.images for part in parts])
+    left_out = [len(part.labels) - len(rows) for part, rows in zip(parts, remaining, strict=True)]
     if not any(left_out):
         return parts
     train, tune, certify, _ = left_out
@@ -194,12 +194,13 @@ def _apart(*parts: Columns) -> tuple[Columns, ...]:
         f"({train:,} of train, {tune:,} of tune, {certify:,} of certify)"
     )
     return tuple(
-        one if gone == 0 else one.take(rows) for one, rows, gone in zip(parts, kept, left_out, strict=True)
+        part.take(rows) if count else part
+        for part, rows, count in zip(parts, remaining, left_out, strict=True)
     )
 
 
 def _order(columns: Columns, seed: int) -> Index:
-    """Stratified; with groups, group after group at random, which keeps no shares."""
+    """A stratified random order; with groups, groups in random order, without regard to classes."""
     if columns.groups is None:
         return stratified_order(columns.labels, seed)
     generator = np.random.default_rng(seed)
@@ -208,7 +209,7 @@ def _order(columns: Columns, seed: int) -> Index:
 
 
 def _whole_groups(columns: Columns, order: Index, size: int) -> int:
-    """``size``, or so much more that no group is cut in two."""
+    """The smallest size from ``size`` on that cuts no group in two."""
     groups = columns.groups
     while groups is not None and 0 < size < len(order) and groups[order[size]] == groups[order[size - 1]]:
         size += 1
@@ -228,10 +229,10 @@ def stratified_order(labels: Labels, seed: int) -> Index:
     return np.argsort(position, kind="stable").astype(np.int64)
 
 
-def _check_size(what: str, size: int, order: Index, key: str) -> None:
+def _check_size(splits: str, size: int, order: Index, key: str) -> None:
     if size >= len(order):
         raise UserError(
-            f"{size:,} images were asked for {what}, only {len(order):,} are there and train needs some too: lower {key}"
+            f"{size:,} images were asked for {splits}, of {len(order):,} in all, and train needs some too: lower {key}"
         )
 
 
@@ -245,7 +246,7 @@ def _normalisation(
     # Measuring decodes the images of a streamed set: only where it is needed.
     mean, std = ((), ()) if config.mean and config.std else _measure(train, channels, limit)
     mean, std = tuple(config.mean or mean), tuple(config.std or std)
-    return mean, tuple(max(one, 1e-3) for one in std)
+    return mean, tuple(max(value, 1e-3) for value in std)
 
 
 def _measure(train: TrainSplit, channels: int, limit: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -258,4 +259,4 @@ def _measure(train: TrainSplit, channels: int, limit: int) -> tuple[tuple[float,
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ values
     std = np.sqrt(shares @ values**2 - mean**2)
-    return tuple(round(float(one), 4) for one in mean), tuple(round(float(one), 4) for one in std)
+    return tuple(round(float(value), 4) for value in mean), tuple(round(float(value), 4) for value in std)

@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, a folder or the Hugging Face hub, in memory or streamed."""
+"""Sources of images: scikit-learn's digits, a folder or the Hugging Face hub, in memory or streamed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from erde.recipe.schema import DataConfig
 
 @dataclass(frozen=True)
 class Shipped:
-    """Where a shipped data set stands on the Hugging Face hub, and its columns."""
+    """The place of a shipped data set on the Hugging Face hub, and its columns."""
 
     hub_id: str
     configuration: str | None
@@ -47,7 +47,7 @@ class Columns:
     groups: Index | None = None  # (N,), a number per group of images that belong together
 
     def take(self, rows: Index) -> Columns:
-        """The rows asked for, in that order."""
+        """The rows at ``rows``, in that order."""
         groups = None if self.groups is None else self.groups[rows]
         return Columns(part_of(self.images, rows), self.labels[rows], groups)
 
@@ -107,7 +107,7 @@ def _open_tables(name: str) -> tuple[Any, Shipped | None]:
     shipped = SHIPPED.get(name)
     root = os.environ.get("ERDE_DATA")
     if root and not Path(root).is_dir():
-        raise UserError(f"ERDE_DATA is {root}, which is no folder: correct or unset it")
+        raise UserError(f"ERDE_DATA is {root}, which is not a folder: correct or unset it")
     folder = _folder(name)
     try:
         if folder.is_dir():
@@ -146,14 +146,14 @@ def _open_tables(name: str) -> tuple[Any, Shipped | None]:
 
 
 def _folder(name: str) -> Path:
-    """Where the data set lies on this machine, if it does: below ``ERDE_DATA``, else the folder of that name."""
+    """The data set's folder, which need not exist: below ``ERDE_DATA`` if it is there, else the folder of that name."""
     root = os.environ.get("ERDE_DATA")
     local = Path(root) / name if root else None
     return local if local is not None and local.is_dir() else Path(name)
 
 
 def _check_inside(table: Any, column: str, where: str, folder: Path) -> None:
-    """Refuse images that a table or a metadata file names and that lie outside of the data set's folder."""
+    """Raise if a table or a metadata file names an image outside of the data set's folder."""
     import pyarrow.compute as pc
 
     images = arrow_column(table, column)
@@ -161,8 +161,8 @@ def _check_inside(table: Any, column: str, where: str, folder: Path) -> None:
     inside = [os.path.join(place, "") for place in (os.path.abspath(folder), os.path.realpath(folder))]
     plain = pc.and_(pc.starts_with(paths, inside[0]), pc.invert(pc.match_substring(paths, "..")))
     is_file = pc.and_(pc.is_null(pc.struct_field(images, "bytes")), pc.is_valid(paths))
-    asked = pc.and_(is_file, pc.invert(pc.fill_null(plain, False)))
-    for row in np.flatnonzero(asked.to_numpy()).tolist():
+    suspect = pc.and_(is_file, pc.invert(pc.fill_null(plain, False)))
+    for row in np.flatnonzero(suspect.to_numpy()).tolist():
         path = paths[row].as_py()
         if not os.path.abspath(path).startswith(tuple(inside)):
             raise UserError(
@@ -181,14 +181,14 @@ def _check_parquet(folder: Path) -> None:
             raise UserError(f"{path} is not a readable Parquet file: copy or download it again") from error
 
 
-def _guess_column(what: str, shipped: str | None, names: Sequence[str], features: Any, data: str) -> str:
+def _guess_column(kind: str, shipped: str | None, names: Sequence[str], features: Any, data: str) -> str:
     known = [name for name in ([shipped] if shipped else []) + list(names) if name in features]
-    if what == "image" and not known:
+    if kind == "image" and not known:
         known = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     if not known:
         raise UserError(
-            f"data set '{data}' has no column that looks like the {what} (it has: {', '.join(features)}): "
-            f"name it in data.{what}_column"
+            f"data set '{data}' has no column that looks like the {kind} (it has: {', '.join(features)}): "
+            f"name it in data.{kind}_column"
         )
     return known[0]
 
@@ -207,7 +207,7 @@ def _columns(
     if len(table) == 0:
         raise UserError(f"{where} is empty")
     labels = _labels(table, label_column, where, classes)
-    # Of a test split of its own nothing is cut.
+    # A set's own test split is not split further: its groups do not matter.
     groups = _groups(table, config.group, where) if config.group is not None and shape is None else None
     table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     folder = _folder(config.name)
@@ -224,7 +224,7 @@ def _columns(
     if config.streaming == "always" or (config.streaming == "auto" and needed):
         rows = np.arange(len(table))
         if config.skip_unreadable:
-            # Decoded once for that alone: a bad file must be known before the set is split.
+            # An extra pass over the set: bad files must be known before it is split.
             bad = _for_each(table, image_column, where, lambda _, value, place: decode(value, place).close())
             rows = np.delete(rows, _skipped(bad, len(table), where))
         images: ImageSource = StreamedImages(table, image_column, where, rows, shape, same_size)
@@ -244,7 +244,7 @@ def _columns(
 
 
 def _first_image(table: Any, column: str, where: str, config: DataConfig) -> Any:
-    """The first image that can be read: it sets the size. What is wrong with others is said when they are decoded."""
+    """The first readable image, which sets the size. Errors of the others are reported when they are decoded."""
     bad: dict[int, str] = {}
     for row in range(len(table)):
         try:
@@ -259,7 +259,7 @@ def _first_image(table: Any, column: str, where: str, config: DataConfig) -> Any
 
 
 def _for_each(table: Any, column: str, where: str, use: Callable[[int, Any, str], object]) -> dict[int, str]:
-    """Call ``use`` with row, encoded image and place of each image; what is wrong with those that cannot be read."""
+    """Call ``use`` with row, encoded image and place of each image; returns the errors of unreadable ones by row."""
     bad: dict[int, str] = {}
 
     def chunk(start: int) -> None:
@@ -276,7 +276,7 @@ def _for_each(table: Any, column: str, where: str, use: Callable[[int, Any, str]
 
 
 def _skipped(bad: dict[int, str], images: int, where: str) -> list[int]:
-    """The rows that are left out; says so."""
+    """The rows to leave out, which are reported."""
     if len(bad) == images:
         raise UnreadableError(f"{where} has no image that can be read: {_listed(bad)}")
     if bad:
@@ -322,19 +322,19 @@ def _highest_label(table: Any, column: str) -> int:
 
 
 def _labels(table: Any, column: str, where: str, classes: int) -> Labels:
-    """The labels as numbers, int64 (N,), by way of Arrow: a million as Python objects would be slow and large."""
+    """The labels as numbers, int64 (N,), through Arrow: a million Python objects would be slow and large."""
     import pyarrow as pa
 
-    found = arrow_column(table, column)
-    if pa.types.is_boolean(found.type):
-        found = found.cast(pa.int64())
+    values = arrow_column(table, column)
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int64())
     wrong = 0
-    if pa.types.is_integer(found.type):
-        labels: Labels = found.fill_null(-1).to_numpy().astype(np.int64)
+    if pa.types.is_integer(values.type):
+        labels: Labels = values.fill_null(-1).to_numpy().astype(np.int64)
         outside = np.flatnonzero((labels < 0) | (labels >= classes))
         if not len(outside):
             return labels
         wrong = int(outside[0])
     raise UserError(
-        f"{where}, row {wrong}: the label is {found[wrong].as_py()!r}, expected a number, 0 to {classes - 1}"
+        f"{where}, row {wrong}: the label is {values[wrong].as_py()!r}, expected a number, 0 to {classes - 1}"
     )

@@ -19,7 +19,7 @@ PREFETCH = 2
 
 
 class _Batches(Dataset[Any]):
-    """Called in a worker with (epoch, positions) of a batch; gives its images and labels, or what is wrong with it."""
+    """Maps (epoch, positions) of a batch, in a worker, to its images and labels, or to the text of an error."""
 
     def __init__(self, images: StreamedImages, labels: Labels, crop: ResizedCrop | None) -> None:
         self.images, self.labels, self.crop = images, labels, crop
@@ -34,10 +34,10 @@ class _Batches(Dataset[Any]):
 
 
 class DecodedBatches:
-    """Decodes the batches it is told to, in their order, on ``workers`` processes that stay from epoch to epoch.
+    """Decodes batches in the order given, on ``workers`` processes that stay from epoch to epoch.
 
-    Images and order are those that were asked for, whatever the number of workers, 0 included; torch's own
-    random numbers are left alone. At most ``workers * PREFETCH`` decoded batches wait in memory.
+    Images and order do not depend on the number of workers, which may be 0; torch's own random numbers are left
+    alone. At most ``workers * PREFETCH`` decoded batches wait in memory.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DecodedBatches:
     ) -> None:
         self._plan: list[tuple[int, Index]] = []
         self._pass = 0
-        self._let_go: weakref.finalize[[Any], DecodedBatches] | None = None
+        self._holder: weakref.finalize[[Any], DecodedBatches] | None = None
         self._loader: DataLoader[Any] = DataLoader(
             _Batches(images, labels, crop),
             sampler=self._plan,  # whole batches of positions; read anew by each pass
@@ -75,33 +75,33 @@ class DecodedBatches:
         self._pass += 1
         current = self._pass
         self._plan[:] = [(epoch, rows) for rows in batches]
-        for found in self._decoded():
+        for result in self._results():
             assert current == self._pass, "an older pass goes on after a newer one began"
-            if isinstance(found, str):
-                raise UserError(found)
-            images, labels = found
+            if isinstance(result, str):
+                raise UserError(result)
+            images, labels = result
             yield torch.as_tensor(images), torch.as_tensor(labels)
         assert current == self._pass, "an older pass goes on after a newer one began"
 
-    def _decoded(self) -> Iterator[Any]:
+    def _results(self) -> Iterator[Any]:
         try:
             iterator = iter(self._loader)
-            if self._let_go is None:
-                # Held from outside, the iterator outlives a reference cycle that it is part of (an error's
-                # traceback makes one). Else the queues that tell the workers to go could be collected before it,
-                # and each worker would be waited for in vain.
-                self._let_go = weakref.finalize(self, _do_nothing, iterator)
-                self._let_go.atexit = False
+            if self._holder is None:
+                # An error's traceback can put the iterator into a reference cycle. Collecting that cycle may free
+                # the queues that stop the workers before the iterator, which would then wait for each worker in
+                # vain. This reference from outside keeps the iterator out of the cycle's collection.
+                self._holder = weakref.finalize(self, _do_nothing, iterator)
+                self._holder.atexit = False
             yield from iterator
         except RuntimeError as error:
             text = str(error)
             if "exited unexpectedly" in text or "shared memory" in text or "shm" in text:
                 raise UserError(
-                    "a process that decodes images was killed, most likely for want of memory or of room in /dev/shm: "
-                    "lower data.workers or train.batch_size, or decode without processes by data.workers=0"
+                    "a process that decodes images was killed, most likely because memory or /dev/shm is full: "
+                    "lower data.workers or train.batch_size, or decode without processes: data.workers=0"
                 ) from error
             raise
 
 
 def _do_nothing(iterator: Any) -> None:
-    """What holds ``iterator`` until it is called."""
+    """Hold ``iterator`` until called."""

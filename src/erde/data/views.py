@@ -1,4 +1,4 @@
-"""The views of an image: its flips and shifts, numbered, so that what a teacher says of each can be kept."""
+"""The views of an image: its flips and shifts, numbered, so that a teacher's answers to each can be cached."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Views:
 
     @property
     def all(self) -> int:
-        """How many there are without a limit."""
+        """The number of views without a limit."""
         return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
 
     @property
     def count(self) -> int:
-        """How many each image has."""
+        """The number of views of each image."""
         return self.all if self.limit is None else min(self.limit, self.all)
 
     def number(self, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Views:
         """The numbers of ``views``, each below :attr:`count`, of the images at ``images``."""
         if self.count == self.all:
             return np.broadcast_to(views, images.shape).astype(np.int64)
-        coprime = np.array([one for one in range(1, self.all) if math.gcd(one, self.all) == 1])
+        coprime = np.array([stride for stride in range(1, self.all) if math.gcd(stride, self.all) == 1])
         mixed = _mix(images)
         start = mixed % np.uint64(self.all)
         stride = coprime[(mixed >> np.uint64(32)) % np.uint64(len(coprime))]

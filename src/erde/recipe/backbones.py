@@ -1,6 +1,6 @@
-"""Backbones by name: a new one is a line of ``BACKBONES`` here, and a new family a file in ``erde.networks.backbones``.
+"""Backbones by name. A new backbone is a line of ``BACKBONES``, a new family a file in ``erde.networks.backbones``.
 
-``timm/<name>`` is timm's.
+``timm/<name>`` is a model of timm's.
 """
 
 from __future__ import annotations
@@ -126,6 +126,6 @@ def is_timm(name: str) -> bool:
 
 
 def check_backbone_name(name: str) -> None:
-    """Refuse a name that is no backbone of erde's; timm's own names are looked at when the network is built."""
+    """Raise if the name is unknown; names of timm are checked when the network is built."""
     if name not in BACKBONES and not is_timm(name):
         raise UserError(f"unknown backbone '{name}'{nearest(name, BACKBONES)}")

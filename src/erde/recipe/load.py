@@ -12,16 +12,15 @@ from erde.common.yaml_reader import read_yaml, read_yaml_file
 from erde.recipe.schema import Config
 from erde.recipe.validation import validate
 
-# Keys that a later version added, and what runs did that were begun without them: a saved recipe that lacks the key
-# means this value, where it is not the key's default. Keys of train, data, ... only, as "train.some_key": what
-# teacher.train or an arm does not name it takes from there.
+# Keys that a later version added, with the value that a saved recipe without the key means, if that is not the key's
+# default. Only keys of train, data, ..., as "train.some_key": teacher.train and arms inherit them from there.
 ADDED_LATER: dict[str, Any] = {}
 
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package."""
     folder = resources.files("erde.recipe") / "shipped"
-    return sorted(one.name.removesuffix(".yaml") for one in folder.iterdir() if one.name.endswith(".yaml"))
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -46,7 +45,7 @@ def _with_overrides(value: Any, where: str, overrides: Iterable[str]) -> Config:
 
 
 def load_saved_config(path: Path) -> Config:
-    """The recipe that a run keeps in its folder, of this version or an earlier one: see ``ADDED_LATER``.
+    """The recipe in a run's folder, of this version or an earlier one: see ``ADDED_LATER``.
 
     Raises:
         UserError: a file that is damaged, or of a later version.

@@ -79,7 +79,7 @@ class AugmentationConfig(Frozen):
 
 
 class DataConfig(Frozen):
-    """Which images, and how they are split."""
+    """The images and their splits."""
 
     name: str = Field("digits", description="a shipped name, a hub id, or a folder")
     image_column: str | None = None
@@ -115,9 +115,9 @@ class DataConfig(Frozen):
         if self.augmentation.resized_crop is None:
             return self
         if self.name == "digits" or self.streaming == "never":
-            what = "'digits' has no files" if self.name == "digits" else "data.streaming is 'never'"
+            reason = "'digits' has no files" if self.name == "digits" else "data.streaming is 'never'"
             raise ValueError(
-                f"augmentation.resized_crop cuts parts from image files while training, and {what}: "
+                f"augmentation.resized_crop cuts parts from image files while training, and {reason}: "
                 "use augmentation.crop_padding"
             )
         return self
@@ -182,7 +182,7 @@ class TrainConfig(Frozen):
 
 
 def check_phases(where: str, train: TrainConfig, has_early_exits: bool) -> None:
-    """:class:`UserError` where the early exits of a network would never be trained."""
+    """Raise if the early exits of a network would never be trained."""
     if has_early_exits and train.backbone_epochs == train.epochs:
         raise UserError(
             f"{where}: train.backbone_epochs is {train.backbone_epochs}, as many as train.epochs, so that the early exits "
@@ -191,7 +191,7 @@ def check_phases(where: str, train: TrainConfig, has_early_exits: bool) -> None:
 
 
 class DistillationConfig(Frozen):
-    """What every distilling method of a run shares, so that no method is credited with a setting."""
+    """The settings that all distilling methods of a run share, so that methods differ by their losses alone."""
 
     alpha: Share | list[Share] | Literal["rising"] = Field(
         "rising", description="share of the distillation term; rising: 0.2 to 0.9, linear in MACs"
@@ -262,7 +262,7 @@ class ArmConfig(Frozen):
 
 
 class ExportConfig(Frozen):
-    """Which arm becomes the bundle, and in which precisions."""
+    """The arm that becomes the bundle, and its precisions."""
 
     arm: str = "erde"
     opset: Annotated[int, Field(ge=18, le=23)] = 18
@@ -347,15 +347,17 @@ def check_guarantee(guarantee: Guarantee, reference: Reference) -> None:
 def _is_plain(student: Any, arm: Any) -> bool:
     """Whether an arm of a recipe that is not checked yet has one exit."""
     own = arm.get("student") if isinstance(arm, Mapping) else None
-    exits = [one["exits"] for one in (own, student) if isinstance(one, Mapping) and "exits" in one]
+    exits = [
+        network["exits"] for network in (own, student) if isinstance(network, Mapping) and "exits" in network
+    ]
     return bool(exits) and exits[0] == 1
 
 
 class Config(Frozen):
-    """A whole recipe.
+    """A recipe.
 
-    What the teacher and an arm change of the shared sections is merged and checked once, when the recipe is read:
-    :meth:`train_of`, :meth:`network_of` and :meth:`distillation_of` give the result.
+    The teacher and the arms may override keys of the shared sections. Overrides are merged and checked when the recipe
+    is read; :meth:`train_of`, :meth:`network_of` and :meth:`distillation_of` give the result.
     """
 
     name: str = "run"
@@ -380,7 +382,7 @@ class Config(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _only_arm(cls, value: Any) -> Any:
-        """Without a word of the recipe the only arm with early exits is the one that is exported."""
+        """Let ``export.arm`` be the only arm with early exits, if the recipe does not name an arm."""
         if not isinstance(value, Mapping) or not isinstance(value.get("arms"), Mapping):
             return value
         export, arms = value.get("export", {}), value["arms"]
@@ -408,7 +410,6 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _cross_references(self) -> Config:
-
         if self.teacher.cache and (self.data.augmentation.cutout or self.data.augmentation.resized_crop):
             raise UserError(
                 "teacher.cache needs views that can be numbered, and cutout and resized_crop have endless ones: set "
@@ -462,7 +463,7 @@ class Config(Frozen):
         )
 
     def changed(self, **sections: Any) -> Config:
-        """This recipe with other sections, checked anew; keys that nobody set stay unset."""
+        """This recipe with other sections, checked again; keys that were not set stay unset."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return validate(Config, {**given, **sections})
 

@@ -25,13 +25,13 @@ def validate(model: type[Model], value: Any, prefix: str = "") -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         located = [
-            ([str(part) for part in one["loc"] if not _is_branch(part)], one) for one in error.errors()
+            ([str(part) for part in entry["loc"] if not _is_branch(part)], entry) for entry in error.errors()
         ]
-        # A misspelt key is what explains a missing one.
-        keys, first = next((one for one in located if one[1]["type"] == "extra_forbidden"), located[0])
-        # A union reports every branch: the deepest location is the branch that was meant.
+        # A misspelt key explains a missing one.
+        keys, first = next((pair for pair in located if pair[1]["type"] == "extra_forbidden"), located[0])
+        # A union reports every branch: the deepest location is in the intended branch.
         keys, first = max(
-            (one for one in located if one[0][: len(keys)] == keys), key=lambda one: len(one[0])
+            (pair for pair in located if pair[0][: len(keys)] == keys), key=lambda pair: len(pair[0])
         )
         where = prefix + ".".join(keys)
         if first["type"] == "extra_forbidden":
@@ -47,14 +47,14 @@ def validate(model: type[Model], value: Any, prefix: str = "") -> Model:
         if first["type"] == "value_error":
             raise UserError(_own_words(first["ctx"]["error"], where.rstrip("."))) from error
         alternatives = {
-            one["msg"].removeprefix("Input should be ") for found, one in located if found == keys
+            entry["msg"].removeprefix("Input should be ") for path, entry in located if path == keys
         }
         expected = " or ".join(sorted(alternatives))
         raise UserError(f"{where or 'recipe'}: expected {expected}, got {shorten(first['input'])}") from error
 
 
 def _own_words(error: ValueError, where: str) -> str:
-    """The message of one of our own validators, with the full dotted path of the node it stands at."""
+    """The message of a validator of erde, with the full dotted path of the invalid node."""
     message = str(error)
     if not where:
         return message
@@ -77,7 +77,7 @@ def _fields_at(model: type[BaseModel], keys: Iterable[str]) -> list[str]:
         elif typing.get_origin(current) is dict:
             current = typing.get_args(current)[1]
         if typing.get_origin(current) in (typing.Union, types.UnionType):
-            current = next((one for one in typing.get_args(current) if isinstance(one, type)), None)
+            current = next((member for member in typing.get_args(current) if isinstance(member, type)), None)
     if isinstance(current, type) and issubclass(current, BaseModel):
         return list(current.model_fields)
     return []

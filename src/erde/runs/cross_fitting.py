@@ -19,6 +19,7 @@ from erde.common import progress
 from erde.common.errors import UserError
 from erde.common.files import make_folder
 from erde.common.splits import TrainSplit
+from erde.data.normalise import Normalise
 from erde.data.sources import part_of
 from erde.networks import checkpoint
 from erde.networks.network import EarlyExitNetwork
@@ -131,10 +132,9 @@ def _fold_name(fold: int, folds: int) -> str:
 
 def _answers(network: EarlyExitNetwork, split: TrainSplit, teacher_job: Job) -> Tensor:
     teacher = Teacher(network, teacher_job.device, channels_last=teacher_job.config.channels_last)
-    scale = torch.tensor([1 / (255 * std) for std in teacher_job.std])
-    shift = torch.tensor([-mean / std for mean, std in zip(teacher_job.mean, teacher_job.std, strict=True)])
+    normalise = Normalise(teacher_job.mean, teacher_job.std)
     parts = []
     for images in split.batches(BATCH):
-        x = (torch.from_numpy(images).to(torch.float32) * scale + shift).permute(0, 3, 1, 2)
+        x = normalise(torch.from_numpy(images)).permute(0, 3, 1, 2)
         parts.append(teacher.ask(x.to(teacher_job.device)).logits.transpose(0, 1).float().cpu())
     return torch.cat(parts)

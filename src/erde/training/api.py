@@ -37,7 +37,9 @@ def train(
 
     Trains in place and returns one entry per epoch. With a ``folder``, a killed training continues there.
     """
-    return _fit(network, None, data, "ce", {}, seed, device, folder, augmentation, None, settings)
+    return _fit(
+        network, data, seed=seed, device=device, folder=folder, augmentation=augmentation, settings=settings
+    )
 
 
 def distill(
@@ -62,30 +64,31 @@ def distill(
     """
     return _fit(
         network,
-        teacher,
         data,
-        loss,
-        distillation or {},
-        seed,
-        device,
-        folder,
-        augmentation,
-        teacher_cache,
-        settings,
+        teacher=teacher,
+        loss=loss,
+        distillation=distillation,
+        seed=seed,
+        device=device,
+        folder=folder,
+        augmentation=augmentation,
+        teacher_cache=teacher_cache,
+        settings=settings,
     )
 
 
 def _fit(
     network: EarlyExitNetwork,
-    teacher: EarlyExitNetwork | None,
     data: DataSplits,
-    loss: str | Mapping[str, Any],
-    distillation: Mapping[str, Any],
+    *,
+    teacher: EarlyExitNetwork | None = None,
+    loss: str | Mapping[str, Any] = "ce",
+    distillation: Mapping[str, Any] | None = None,
     seed: int,
     device: str,
     folder: str | Path | None,
     augmentation: Mapping[str, Any] | None,
-    teacher_cache: str | Path | None,
+    teacher_cache: str | Path | None = None,
     settings: Mapping[str, Any],
 ) -> list[Epoch]:
     _check(network, teacher, data)
@@ -104,7 +107,7 @@ def _fit(
         network=network,
         criterion=build_criterion(
             resolved,
-            validate(DistillationConfig, distillation, "distillation."),
+            validate(DistillationConfig, distillation or {}, "distillation."),
             network,
             teacher,
             data,
@@ -128,16 +131,16 @@ def _fit(
 
 
 def _check(network: Any, teacher: Any, data: Any) -> None:
-    """:class:`UserError` where networks and data are not what they should be, or do not fit each other."""
+    """Raise if networks or data have the wrong type, or do not fit each other."""
     if not isinstance(data, DataSplits):
-        raise UserError(f"data is {_kind(data)}: expected what erde.load_data gives")
+        raise UserError(f"data is {_kind(data)}: expected the result of erde.load_data")
     for name, given in (("network", network), ("teacher", teacher)):
         if name == "teacher" and given is None:
             continue
         if not isinstance(given, EarlyExitNetwork):
             raise UserError(
-                f"the {name} is {_kind(given)}: expected one with exits; erde.attach_exits(model, 3, input_size=...) gives it "
-                "some, and with exits=1 none but its own"
+                f"the {name} is {_kind(given)}: expected an early-exit network; erde.attach_exits(model, 3, "
+                "input_size=...) adds exits to a model, with exits=1 none but its own output"
             )
         channels, height, width = data.input_size
         try:
@@ -150,7 +153,7 @@ def _check(network: Any, teacher: Any, data: Any) -> None:
             ) from error
         if shape[2] != len(data.classes):
             raise UserError(
-                f"the {name} tells {shape[2]} classes, the data has {len(data.classes)}: give its model as many outputs"
+                f"the {name} has {shape[2]} outputs, the data has {len(data.classes)} classes: change the model's last layer"
             )
 
 
@@ -171,8 +174,8 @@ def build_criterion(
 ) -> nn.Module:
     """The criterion of one arm, with the shared settings resolved for its network and its teacher.
 
-    ``label_smoothing`` is that of ``train:``, for cross-entropy alone; ``train_images`` is how many the arm
-    sees, all of train where it is None; ``seed`` decides the start of what the criterion owns.
+    ``label_smoothing`` is that of ``train:``, for cross-entropy alone; ``train_images`` is the number of images that
+    the arm sees, all of train if None; ``seed`` initialises the criterion's own parameters.
     """
     if loss.needs_teacher and teacher is None:
         raise UserError(f"the loss '{loss.name}' needs a teacher; without one use 'ce'")

@@ -1,6 +1,6 @@
 """Health of exit heads after training: units that are never on, and the first exit beside a linear probe.
 
-A head whose units die answers worse than its stage would allow, and nothing in the loss says so. Its ReLU gives 0 for
+A head whose units die answers worse than its stage would allow, and the loss does not show it. Its ReLU gives 0 for
 every image, so no gradient reaches the unit any more.
 """
 
@@ -128,7 +128,7 @@ def _by_place(x: Tensor) -> Tensor:
 
 
 def _pool(features: Tensor) -> Tensor:
-    """What the probe reads of an image: (B, D)."""
+    """The probe's input, (B, D)."""
     if features.ndim == 4:
         # A map whose channels come last is pooled over other axes: still a linear view of the features.
         height, width = (min(side, PROBE_SIDE) for side in features.shape[2:])
@@ -137,7 +137,7 @@ def _pool(features: Tensor) -> Tensor:
 
 
 def _probe_right(features: Tensor, labels: Tensor, classes: int) -> Tensor | None:
-    """Where a ridge regression on the first half's labels is right on the second half; None with too few images.
+    """Right answers, on the second half, of a ridge regression fitted on the first; None with too few images.
 
     ``W = (X'X + lambda n I)^-1 X'Y`` with standardised features X (n, D) and centred one-hot labels Y (n, K).
     """

@@ -42,7 +42,7 @@ class Job:
     held_out_logits: Tensor | None = None  # (N, Et, K), of teachers that were not trained on the image
 
     def check(self) -> None:
-        """What only shows when training starts, before it starts."""
+        """Raise if settings, images and network do not fit each other."""
         config = self.config
         if config.batch_size > len(self.train):
             raise UserError(
@@ -73,7 +73,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What the loop found: one entry per epoch, and the clock (which says nothing of another machine)."""
+    """The loop's result: one entry per epoch, and the time, which holds for this machine only."""
 
     history: list[Epoch] = field(default_factory=list)
     seconds: float = 0.0

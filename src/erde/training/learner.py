@@ -1,4 +1,4 @@
-"""One network on its way through training: its step, and what it keeps beside the batches and the teacher."""
+"""One network in training: its step, its optimiser and its checkpoints."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ class _Step(nn.Module):
 
 
 class Learner:
-    """What is one network's own while several may share batches and teacher.
+    """The state of one network in training; several learners may share batches and teacher.
 
-    ``position`` is the (epoch, step) that it will do next.
+    ``position`` is the (epoch, step) that comes next.
     """
 
     def __init__(self, job: Job, folder: Path | None, log: progress.RunLog, steps: int) -> None:
@@ -119,7 +119,7 @@ class Learner:
         self.optimizer = _build_optimizer(job)
         self.average: dict[str, Tensor] | None = None
         if job.config.ema is not None:
-            self.average = {name: one.clone() for name, one in self.network.state_dict().items()}
+            self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.outcome = Outcome()
         self.meter = Meter()
         self.position = (0, 0)
@@ -136,7 +136,7 @@ class Learner:
 
     @property
     def epochs(self) -> int:
-        """Of all phases."""
+        """The number of epochs of all phases."""
         return self.phases[-1].end
 
     @property
@@ -145,7 +145,7 @@ class Learner:
         return self.job.teacher is not None and self.phase.name != "backbone"
 
     def enter_epoch(self) -> None:
-        """Put network and criterion into the mode of the phase."""
+        """Set network and criterion to the mode of the phase."""
         phase = self.phase
         if phase.name == "refit" and self.position == (phase.first, 0):
             self._start_refit()
@@ -158,7 +158,7 @@ class Learner:
             for parameter in self.network.backbone_parameters():
                 parameter.requires_grad_(False)
         if self._model is None or self._model[0] != phase.name:
-            # The first phase trains neither heads nor what the criterion owns.
+            # The first phase trains neither heads nor the criterion's own parameters.
             unused = phase.name == "backbone"
             model = parallel.wrap(_Step(self.job, phase.name), self.job.device, unused)
             if self.job.config.compile:
@@ -166,7 +166,7 @@ class Learner:
             self._model = phase.name, model
 
     def _start_refit(self) -> None:
-        """New intermediate heads, the same for every arm, and an optimiser that knows nothing of the old ones."""
+        """Reset the intermediate heads, to the same start for every arm, and the optimiser with them."""
         devices = [self.job.device] if self.job.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.job.seed)
@@ -175,7 +175,7 @@ class Learner:
         self.optimizer = _build_optimizer(self.job)
 
     def _use_average(self) -> None:
-        """The averaged weights, where they are asked for, become the network's: the joint phase is done."""
+        """Give the network its averaged weights, if there are any: the joint phase is done."""
         if self.average is not None:
             self.network.load_state_dict(self.average)
             self.average = None
@@ -187,8 +187,8 @@ class Learner:
         model = self._model[1]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        # Dropout is a function of seed, epoch and step: it needs no state in checkpoints, and networks
-        # that are trained together draw what they would have drawn alone.
+        # Dropout is a function of seed, epoch and step: checkpoints need no random state, and networks draw the
+        # same numbers together as alone.
         (torch.cuda if self.job.device.type == "cuda" else torch.default_generator).manual_seed(batch.seed)
         self.optimizer.zero_grad(set_to_none=True)
         measured = []
@@ -215,7 +215,7 @@ class Learner:
         self.position = (self.position[0], self.position[1] + 1)
 
     def _gradient_norms(self) -> dict[str, Tensor]:
-        """Before clipping: of each intermediate head (E-1,), and of the network without them; what is frozen has none."""
+        """Norms before clipping: of each intermediate head (E-1,), and of the rest of the network unless it is frozen."""
         heads, trunk = self.network.heads[:-1], list(self.network.backbone_parameters())
         norms = {}
         if len(heads) and self.phase.name != "backbone":
@@ -225,8 +225,8 @@ class Learner:
         return norms
 
     def _split(self, batch: Batch, answer: Answer | None) -> list[tuple[Any, ...]]:
-        """The arguments of the step: of the whole batch, or of its parts with ``accumulate``."""
-        found = []
+        """The arguments of the step: one set per part of the batch, of which there are ``accumulate``."""
+        calls = []
         size = len(batch.labels) // self.job.config.accumulate
         for first in range(0, len(batch.labels), size):
             rows = slice(first, first + size)
@@ -240,13 +240,13 @@ class Learner:
                     extras["held_out_logits"] = self.held_out[indices].transpose(0, 1)
                 if "teacher_features" in self.job.extras:
                     assert answer is not None
-                    extras["teacher_features"] = [one[rows] for one in answer.features]
+                    extras["teacher_features"] = [features[rows] for features in answer.features]
             teacher_logits = None if answer is None else answer.logits[:, rows]
             images = batch.images[rows]
             if not self.job.config.channels_last:
                 images = images.contiguous()
-            found.append((images, batch.labels[rows], teacher_logits, extras))
-        return found
+            calls.append((images, batch.labels[rows], teacher_logits, extras))
+        return calls
 
     def _update_average(self) -> None:
         """``average += (1 - decay) (weights - average)``; early on the decay is ``(1 + t) / (10 + t)``."""
@@ -262,7 +262,7 @@ class Learner:
                     self.average[name].copy_(value)
 
     def learning_rate(self) -> float:
-        """Of the step at ``position``."""
+        """The learning rate of the step at ``position``."""
         config = self.job.config
         epoch, step = self.position
         phase = self.phase
@@ -271,7 +271,7 @@ class Learner:
         return config.learning_rate * learning_rate_factor(done, steps, warmup, config)
 
     def end_epoch(self, batches: TrainBatches) -> None:
-        """Write down the epoch's means, at the end of a phase also the heads' health, and go on to the next one."""
+        """Record the epoch's means, at the end of a phase also the heads' health, and move on to the next epoch."""
         epoch, phase = self.position[0], self.phase
         ends = epoch + 1 == phase.end and phase.name != "backbone"
         if ends:
@@ -300,23 +300,27 @@ class Learner:
         return measure_health(self.network, batches.plain(chunks))
 
     def means(self) -> dict[str, float | list[float]]:
-        """The means of the epoch so far; :class:`UserError` where the loss is not finite."""
+        """The means of the epoch so far.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
         means = self.meter.means()
         loss = means["loss"]
         assert isinstance(loss, float)
         if not math.isfinite(loss):
             saved = self.folder / LAST if self.folder else None
-            kept = f"; the last good checkpoint is {saved}" if saved and saved.exists() else ""
+            checkpoint_hint = f"; the last good checkpoint is {saved}" if saved and saved.exists() else ""
             raise UserError(
                 f"the loss of '{self.job.name}' became {loss} in epoch {self.position[0] + 1}: lower train.learning_rate "
-                f"or set train.gradient_clip=1{kept}"
+                f"or set train.gradient_clip=1{checkpoint_hint}"
             )
         return means
 
     # ------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
-        """A checkpoint from which training goes on bit for bit; of several processes the first one writes it."""
+        """Write a checkpoint from which training continues bit for bit; only the first process writes."""
         assert self.folder is not None
         if self.meter.steps:
             self.means()
@@ -331,7 +335,7 @@ class Learner:
         self.log.write("checkpoint", arm=self.job.name, epoch=self.position[0], step=self.position[1])
 
     def finish(self) -> None:
-        """The end of training: the final file is written."""
+        """Write the final file."""
         self.scalars.close()
         if self.folder is not None and parallel.is_first():
             tensors = {
@@ -371,7 +375,9 @@ class Learner:
             raise UserError(
                 f"{path} is not a checkpoint of this network and loss: train in another folder, or remove it"
             ) from error
-        self.outcome = Outcome([Epoch(**one) for one in state["history"]], state["seconds"], state["images"])
+        self.outcome = Outcome(
+            [Epoch(**entry) for entry in state["history"]], state["seconds"], state["images"]
+        )
         if finished:
             return True
         checkpoint.restore_optimizer(self.optimizer, checkpoint.under_prefix("optimizer", tensors))

@@ -84,7 +84,9 @@ def train_together(
     if keeps_memory and first.device.type == "cpu" and isinstance(first.train.images, np.ndarray):
         # Not where images are decoded meanwhile: there, buffers of all sizes would pile up.
         _keep_memory()
-    trained = [one for job in jobs for one in job.network.parameters() if one.requires_grad]
+    trainable = [
+        parameter for job in jobs for parameter in job.network.parameters() if parameter.requires_grad
+    ]
     try:
         return _Trainer(jobs, folders, log or progress.RunLog(None), place).run()
     except torch.OutOfMemoryError as error:
@@ -94,15 +96,15 @@ def train_together(
             raise _out_of_memory(jobs) from error
         raise
     finally:
-        # freeze_backbone is of this training, not of the network.
-        for parameter in trained:
+        # freeze_backbone belongs to this training, not to the network.
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def _keep_memory() -> None:
     """Ask glibc, where it is there, to keep freed memory.
 
-    Activations of some megabytes come and go in every step. As it is, the system takes each back and gives it
+    Every step allocates and frees activations of some megabytes. By default the system takes each back and maps it
     anew, page by page: about a tenth of a step on a CPU.
     """
     with contextlib.suppress(OSError, AttributeError):
@@ -264,22 +266,22 @@ class _Clock:
 def _describe(learners: Sequence[Learner], epoch: int, clock: _Clock) -> str:
     phase = learners[0].phase
     refit = "refit of the heads, " if phase.name == "refit" else ""
-    shown = [f"{refit}epoch {epoch + 1}/{learners[0].epochs}  {clock.images_per_second():,.0f} images/s"]
+    texts = [f"{refit}epoch {epoch + 1}/{learners[0].epochs}  {clock.images_per_second():,.0f} images/s"]
     for learner in learners:
         means = learner.means()
         if len(learners) > 1:
-            shown.append(f"{learner.job.name} {means['loss']:.3f}")
+            texts.append(f"{learner.job.name} {means['loss']:.3f}")
             continue
         for name, value in means.items():
             if name.startswith("gradient_norm"):
                 continue  # in the history
             numbers = value if isinstance(value, list) else [value]
-            shown.append(f"{name} " + "/".join(f"{number:.3f}" for number in numbers))
-    return "  ".join(shown)
+            texts.append(f"{name} " + "/".join(f"{number:.3f}" for number in numbers))
+    return "  ".join(texts)
 
 
 def _check_compile(device: torch.device) -> None:
-    """Compile something tiny first: what is missing is said in one line, and before anything is trained."""
+    """Raise, before anything is trained, if ``torch.compile`` cannot compile a tiny function."""
     try:
         torch.compile(lambda x: (x + 1).sum())(torch.zeros(8, device=device))
     except Exception as error:  # compilers fail in many ways

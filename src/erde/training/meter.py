@@ -20,11 +20,11 @@ class Meter:
         self.layout: list[list[Any]] = layout or []
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
-        """One step's parts: scalars, or (E,)."""
+        """Add one step's parts: scalars, or (E,)."""
         row = torch.cat([part.detach().reshape(-1).double() for part in parts.values()])
         layout = [[name, part.numel() if part.ndim else 0] for name, part in parts.items()]
         if self.sums is None or layout != self.layout:
-            # Other parts come where an earlier version of erde stopped within an epoch: these means begin anew.
+            # A checkpoint of an earlier version of erde may hold other parts: the means start again.
             self.sums, self.steps, self.layout = torch.zeros_like(row), 0, layout
         self.sums += row
         self.steps += 1

@@ -1,4 +1,4 @@
-"""Several processes on one training: what ``torchrun`` starts, and DistributedDataParallel.
+"""Training on several processes, started by ``torchrun``, with DistributedDataParallel.
 
 Every process has the same network, takes its part of each batch, and gets the mean of all gradients; the
 first one writes all files. With a single process every function here does nothing.
@@ -22,22 +22,22 @@ from erde.common.errors import UserError
 
 # The others wait while the first one loads data or fills a teacher cache; torchrun ends them if it dies.
 PATIENCE = timedelta(days=1)
-# What this process was to the others, once it has left them.
+# This process's rank, kept after it has left the others.
 _rank_before = 0
 
 
 def processes() -> int:
-    """How many processes share this training."""
+    """The number of processes that share this training."""
     return dist.get_world_size() if _started() else 1
 
 
 def rank() -> int:
-    """This one's number, from 0."""
+    """This process's number, from 0."""
     return dist.get_rank() if _started() else _rank_before
 
 
 def is_first() -> bool:
-    """Whether this process writes files and speaks."""
+    """Whether this process writes files and messages."""
     return rank() == 0
 
 
@@ -68,7 +68,7 @@ def start(device: str) -> None:
 
 
 def finish() -> None:
-    """Leave the others; what follows is the first one's alone."""
+    """Leave the others; only the first process has work left."""
     global _rank_before
     if _started():
         _rank_before = dist.get_rank()
@@ -76,7 +76,7 @@ def finish() -> None:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if processes() > 1:
         dist.barrier()
 
@@ -98,7 +98,7 @@ def first_only(work: Callable[[], Any]) -> None:
 
 
 def check_batch(batch_size: int) -> None:
-    """:class:`UserError` unless the processes can share a batch equally."""
+    """Raise unless the processes can share a batch equally."""
     if batch_size % processes():
         raise UserError(
             f"train.batch_size is {batch_size}, which {processes()} processes cannot share equally: it is the size of "
@@ -118,14 +118,14 @@ def wrap(module: nn.Module, device: torch.device, unused: bool) -> nn.Module:
 
 
 def without_averaging(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """For all but the last of the parts that a batch is computed in."""
+    """A context without averaging of gradients, for all parts of a batch but the last."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
 
 
 def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
-    """On GPUs batch norm sees the whole batch; on CPUs, for which torch has no such layer, a process's part."""
+    """Let batch norm see the whole batch on GPUs; torch has no such layer for CPUs, where it sees a process's part."""
     if processes() > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
 

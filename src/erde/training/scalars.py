@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard: what ``history.json`` holds, as training goes on."""
+"""Scalars for TensorBoard: the contents of ``history.json``, written during training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Scalars:
         if folder is None:
             return
         try:
-            import torch.utils.tensorboard  # noqa: F401  # said before training, not after its first epoch
+            import torch.utils.tensorboard  # noqa: F401  # fail before training, not after its first epoch
         except ImportError as error:
             raise UserError(
                 "train.tensorboard needs tensorboard, which is not installed: pip install 'erde[train]', or set "
@@ -30,13 +30,13 @@ class Scalars:
             ) from error
 
     def write(self, entry: Epoch, images_per_second: float) -> None:
-        """One epoch: the learning rate, the speed, and each part, per exit where it has one value per exit."""
+        """Write one epoch: the learning rate, the speed, and each part, per exit if it has one value per exit."""
         if self._folder is None:
             return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a killed process wrote of this epoch and later ones is not shown.
+            # Hides entries of this and later epochs that a killed process wrote.
             self._writer = SummaryWriter(str(self._folder), purge_step=entry.epoch)
         self._writer.add_scalar("learning_rate", entry.learning_rate, entry.epoch)
         self._writer.add_scalar("images_per_second", images_per_second, entry.epoch)
@@ -55,6 +55,6 @@ class Scalars:
         self._writer.flush()
 
     def close(self) -> None:
-        """No more epochs."""
+        """Close the files."""
         if self._writer is not None:
             self._writer.close()

@@ -1,8 +1,4 @@
-"""What the teacher says of a batch: computed on the spot, or read from a cache on disk.
-
-The cache holds the logits (and, if a loss asks for them, what each stage gave) of every view of every train
-image, so that arms, epochs, resumed runs and other runs with the same teacher and images need it once.
-"""
+"""The teacher's answers to a batch, computed on the spot; see ``teacher_cache`` for answers kept on disk."""
 
 from __future__ import annotations
 
@@ -17,14 +13,14 @@ from erde.networks.network import EarlyExitNetwork
 
 
 class Answer(NamedTuple):
-    """Of one batch."""
+    """The teacher's answer to one batch."""
 
     logits: Tensor  # raw, (Et, B, K)
-    features: list[Tensor]  # what each stage gave, (B, ...), where a loss asks for it; else empty
+    features: list[Tensor]  # each stage's output, (B, ...), if a loss needs it; else empty
 
 
 class Teacher:
-    """The teacher as the loop asks it: in eval mode, without gradients."""
+    """The teacher in eval mode, without gradients."""
 
     def __init__(
         self,
@@ -42,7 +38,7 @@ class Teacher:
         self._call: Any = None
 
     def ask(self, images: Tensor) -> Answer:
-        """Of normalised images (B, C, H, W)."""
+        """The answer to normalised images (B, C, H, W)."""
         if not self._channels_last:
             images = images.contiguous()
         if self._call is None:
@@ -56,7 +52,7 @@ class Teacher:
             return Answer(self._call(images), [])
 
     def __call__(self, batch: Batch) -> Answer:
-        """Of a training batch."""
+        """The answer to a training batch."""
         return self.ask(batch.images)
 
     def _prepare(self, images: Tensor) -> Any:
@@ -77,9 +73,9 @@ class _WithFeatures(nn.Module):
 
 
 def _fold_batch_norm(network: nn.Module, images: Tensor) -> nn.Module:
-    """A copy in which each convolution does the batch norm behind it too: the same answers within rounding, sooner.
+    """A faster copy with batch norm folded into convolutions: the same answers within rounding.
 
-    The network itself where its graph cannot be traced, or where the copy answers otherwise on ``images``.
+    The network itself if it cannot be traced, or if the copy answers differently on ``images``.
     """
     try:
         folded = fuse(network).eval()

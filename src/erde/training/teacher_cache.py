@@ -1,4 +1,8 @@
-"""A teacher's answers kept on disk."""
+"""A teacher's answers on disk.
+
+The cache holds the logits (and, if a loss needs them, each stage's output) of every view of every train image, so
+that arms, epochs, resumed runs and other runs with the same teacher and images compute them once.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +33,14 @@ from erde.training import parallel
 from erde.training.teacher import Answer, Teacher
 
 MANIFEST = "manifest.json"
-# How often the place that was reached is written down; what came after it is computed again after a kill.
+# Seconds between records of progress; a killed fill computes again what came after the last record.
 SAVE_SECONDS = 5.0
-# What must stay free beside the cache, for checkpoints and exports.
+# Space to leave free beside the cache, for checkpoints and exports.
 SPARE_BYTES = 256 * 2**20
 
 
 class CachedTeacher:
-    """A teacher whose answers to all views of all images lie on disk; filled once, in order."""
+    """A teacher whose answers to all views of all images are on disk; filled once, in order."""
 
     def __init__(
         self, teacher: Teacher, batches: TrainBatches, root: Path, images: int, identity: dict[str, Any]
@@ -52,7 +56,9 @@ class CachedTeacher:
         example = teacher.ask(next(batches.view(0, np.arange(batches.batch_size)[None])))
         # One file an array: (views, images, ...) of float32.
         shapes: dict[str, tuple[int, ...]] = {"logits": (len(example.logits), example.logits.shape[-1])}
-        shapes |= {f"features_{index}": tuple(one.shape[1:]) for index, one in enumerate(example.features)}
+        shapes |= {
+            f"features_{index}": tuple(value.shape[1:]) for index, value in enumerate(example.features)
+        }
         identity = {
             **identity,
             "teacher": network_hash(teacher.network),
@@ -71,11 +77,13 @@ class CachedTeacher:
         }
 
     def __call__(self, batch: Batch) -> Answer:
-        """Of a training batch: what the teacher said of these views of these images."""
+        """The answer to a training batch."""
         assert batch.views is not None
         rows = batch.views * self._images + batch.indices
-        found = [one.flatten(0, 1)[rows].to(self._device, non_blocking=True) for one in self._arrays.values()]
-        return Answer(found[0].transpose(0, 1), found[1:])
+        logits, *features = [
+            array.flatten(0, 1)[rows].to(self._device, non_blocking=True) for array in self._arrays.values()
+        ]
+        return Answer(logits.transpose(0, 1), features)
 
     # ------------------------------------------------------------ filling
 
@@ -93,7 +101,7 @@ class CachedTeacher:
     def _compute(
         self, teacher: Teacher, files: dict[str, NDArray[np.float32]], done: int, total: int
     ) -> None:
-        # Whole batches also at the end, so that a library takes the same path through its kernels.
+        # The last batch is full too: its kernels are those of the others.
         size, saved = self._batches.batch_size, time.monotonic()
         with progress.task("teacher cache", total, done) as task:
             while done < total:
@@ -120,7 +128,7 @@ class CachedTeacher:
         write_json(self.folder / MANIFEST, {**self._identity, "done": done})
 
     def _check_manifest(self) -> int:
-        """How far an earlier process came; 0 where there is nothing yet."""
+        """The number of answers that an earlier process recorded; 0 without a manifest."""
         path = self.folder / MANIFEST
         if not path.exists():
             return 0
@@ -144,11 +152,11 @@ class CachedTeacher:
         return done
 
     def _reserve(self, root: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Take the disk space before the first number is computed."""
+        """Reserve the disk space: a full disk would kill a process that writes to a memory map."""
         try:
             make_folder(self.folder)
-            there = sum(one.stat().st_blocks * 512 for one in self.folder.glob("*.f32"))
-            missing, free = self._size(shapes) - there, shutil.disk_usage(self.folder).free - SPARE_BYTES
+            reserved = sum(file.stat().st_blocks * 512 for file in self.folder.glob("*.f32"))
+            missing, free = self._size(shapes) - reserved, shutil.disk_usage(self.folder).free - SPARE_BYTES
             if missing > free:
                 raise _too_large(self._size(shapes), root, free)
             for name, shape in shapes.items():
@@ -183,14 +191,14 @@ class CachedTeacher:
 
 
 def check_cache(root: Path, augmentation: AugmentationConfig, images: int, logits: int) -> None:
-    """What can be said of a cache before the teacher is trained: whether ``root`` can be written to, and has the space.
+    """Raise, before the teacher is trained, if ``root`` cannot be written to or lacks the space.
 
-    ``logits`` is how many numbers the teacher gives for an image: exits times classes.
+    ``logits`` is the number of logits per image: exits times classes.
     """
     views = Views.of(augmentation)
     assert views is not None
     check_folder(root)
-    parent = next(one for one in (root, *root.absolute().parents) if one.exists())
+    parent = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):
         raise UserError(
             f"the teacher cache cannot be written to {root}: {parent} is read-only; set teacher.cache to a folder that "
@@ -198,7 +206,7 @@ def check_cache(root: Path, augmentation: AugmentationConfig, images: int, logit
         )
     size = 4 * views.count * images * logits
     free = shutil.disk_usage(parent).free - SPARE_BYTES
-    if size > free + sum(one.stat().st_size for one in root.glob("*/*.f32")):
+    if size > free + sum(file.stat().st_size for file in root.glob("*/*.f32")):
         raise _too_large(size, root, free)
 
 
@@ -214,11 +222,14 @@ def network_hash(network: nn.Module) -> str:
     digest = hashlib.sha256(repr(network).encode())
     for name, module in network.named_modules():
         plain = {
-            key: one for key, one in vars(module).items() if isinstance(one, bool | int | float | str | tuple)
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | tuple)
         }
         plain.pop("training", None)
         code = getattr(module, "code", None)
         if not isinstance(code, str):
+            # Two classes with equal weights may compute different things.
             with contextlib.suppress(OSError, TypeError):
                 code = inspect.getsource(type(module))
         digest.update(repr((name, sorted(plain.items()), code)).encode())
