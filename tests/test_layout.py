@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import erde
 from erde.losses import CRITERIA
@@ -48,3 +50,14 @@ def test_reading_a_recipe_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0.3", "False"]
+
+
+def test_no_variable_has_a_name_that_says_nothing() -> None:
+    names: list[tuple[str, str]] = []
+    for path in Path(erde.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            name = node.id if stored else node.arg if isinstance(node, ast.arg) else ""
+            if name in ("one", "found", "what"):
+                names.append((path.name, name))
+    assert not names

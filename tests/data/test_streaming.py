@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -508,6 +509,21 @@ class _Deadly(StreamedImages):
     def decode(self, *_: Any, **__: Any) -> NDArray[np.uint8]:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
+
+
+def test_a_worker_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("erde.data.streaming.PATIENCE", 1)
+    batches = make_batches(load(folder).train, augmentation=PLAIN, workers=1)
+    before = set(multiprocessing.active_children())
+    see(batches, 0)
+    (worker,) = set(multiprocessing.active_children()) - before
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        with user_error(r"no process that decodes images has answered for 1 seconds.*data\.workers=0"):
+            see(batches, 1)
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
 
 
 def test_a_worker_that_is_killed(folder: Path) -> None:

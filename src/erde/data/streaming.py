@@ -16,6 +16,9 @@ from erde.data.encoded import Index, ResizedCrop, StreamedImages
 
 # Batches that each worker decodes ahead: enough to ride out a slow batch, few enough to be no burden.
 PREFETCH = 2
+# Seconds to wait for a batch, far beyond what the largest takes to decode: a worker that is stuck must not stop a training
+# for good without a word.
+PATIENCE = 600
 
 
 class _Batches(Dataset[Any]):
@@ -59,6 +62,7 @@ class DecodedBatches:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
+            timeout=PATIENCE if workers else 0,
             # Its own generator: the loader's seed must not be drawn from the one that dropout uses.
             generator=torch.Generator(),
             pin_memory=pin_memory,
@@ -70,7 +74,7 @@ class DecodedBatches:
         A new pass ends the one before it. Random parts are those of ``epoch``.
 
         Raises:
-            UserError: an image that cannot be read; a worker that was killed.
+            UserError: an image that cannot be read; a worker that was killed or does not answer.
         """
         self._pass += 1
         current = self._pass
@@ -99,6 +103,11 @@ class DecodedBatches:
                 raise UserError(
                     "a process that decodes images was killed, most likely because memory or /dev/shm is full: "
                     "lower data.workers or train.batch_size, or decode without processes: data.workers=0"
+                ) from error
+            if "timed out" in text:
+                raise UserError(
+                    f"no process that decodes images has answered for {PATIENCE} seconds: continue the training, with more "
+                    "time for this process, or without processes: data.workers=0"
                 ) from error
             raise
 
