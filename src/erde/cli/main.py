@@ -100,9 +100,12 @@ def main() -> None:
         _print_stopped()
         sys.exit(130)
     except ModuleNotFoundError as error:
-        extra = {"scipy": "analysis", "plotly": "analysis", "jinja2": "analysis"}.get(
-            str(error.name).split(".")[0], "train"
-        )
+        extra = {
+            "scipy": "analysis",
+            "plotly": "analysis",
+            "jinja2": "analysis",
+            "matplotlib": "analysis",
+        }.get(str(error.name).split(".")[0], "train")
         if str(error.name).split(".")[0] == "erde":
             raise
         _fail(f"this command needs {error.name}, which is not installed: pip install 'erde[{extra}]'")
