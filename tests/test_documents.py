@@ -193,7 +193,7 @@ def test_formats_names_every_key_of_the_recipe() -> None:
     recipe = section((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), "## Recipe")
     rows = set(re.findall(r"^\| `(\w+)` \|", recipe, re.M))
     keys = set(keys_of(Config))
-    keys |= {found for config in LOSSES.values() for found in keys_of(config)}
+    keys |= {key for config in LOSSES.values() for key in keys_of(config)}
     assert {"milestones", "cutout", "max_risks", "kl_on_wrong", "disjoint"} <= {key for _, key in keys}
     unnamed = {(model, key) for model, key in keys if key not in rows}
     assert not unnamed

@@ -190,19 +190,19 @@ def test_it_is_written_and_drawn(
 
 def test_points_that_are_slower_are_said(found: race.Bench) -> None:
     def timed(shares: dict[tuple[str, int], float]) -> race.Bench:
-        def share(one: race.Measurement) -> float:
-            return shares.get((one.contender, one.batch_size), 0.9)
+        def share(measurement: race.Measurement) -> float:
+            return shares.get((measurement.contender, measurement.batch_size), 0.9)
 
         return found.model_copy(
             update={
                 "measurements": [
-                    one.model_copy(
+                    measurement.model_copy(
                         update={
-                            "time_share": share(one),
-                            "time_share_quartiles": (share(one) - 0.1, share(one) + 0.1),
+                            "time_share": share(measurement),
+                            "time_share_quartiles": (share(measurement) - 0.1, share(measurement) + 0.1),
                         }
                     )
-                    for one in found.measurements
+                    for measurement in found.measurements
                 ]
             }
         )

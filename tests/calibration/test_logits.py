@@ -71,33 +71,33 @@ def test_the_score_that_saves_most_comes_first() -> None:
     tried = {(choice.rule.score, choice.rule.sharpness, choice.rule.ensemble) for choice in choices}
     own = set(itertools.product(AUTO_SCORES[:3], AUTO_SHARPNESS, ["none"]))
     assert tried == own | {("harm", 1.0, "none")}
-    sturdy = [one for one in choices if one.fragile <= MOST_FRAGILE]
-    saved = [one.macs_saved for one in sturdy]
+    sturdy = [choice for choice in choices if choice.fragile <= MOST_FRAGILE]
+    saved = [choice.macs_saved for choice in sturdy]
     assert saved == sorted(saved, reverse=True)
     assert saved[0] > saved[-1]
     assert choices[: len(sturdy)] == sturdy
-    for one in choices:
-        if one.rule.score != "harm":
-            path = search_path(ScoredSplit.of(tune, one.rule, None), COST)
-            assert one.macs_saved == 1 - path.macs[best_within_risk(path, 0.02)] / COST.no_exit_macs
+    for choice in choices:
+        if choice.rule.score != "harm":
+            path = search_path(ScoredSplit.of(tune, choice.rule, None), COST)
+            assert choice.macs_saved == 1 - path.macs[best_within_risk(path, 0.02)] / COST.no_exit_macs
 
 
 def test_a_named_score_is_kept() -> None:
     tune = tune_logits(images=200)
 
     def rules(**given: object) -> list[ExitRule]:
-        return [one.rule for one in choose_score(tune, COST, Settings(max_risks=(0.02,), **given))]  # type: ignore[arg-type]
+        return [choice.rule for choice in choose_score(tune, COST, Settings(max_risks=(0.02,), **given))]  # type: ignore[arg-type]
 
-    assert {(one.score, one.ensemble) for one in rules(score="margin")} == {("margin", "none")}
+    assert {(rule.score, rule.ensemble) for rule in rules(score="margin")} == {("margin", "none")}
     assert rules(score="entropy", sharpness=0.6) == [ExitRule("entropy", 0.6)]
     assert rules(score="margin", sharpness=1.0, ensemble="geometric") == [
         ExitRule("margin", 1.0, "geometric")
     ]
-    assert [one.score for one in rules(score="patience")] == ["patience"]
-    assert {one.sharpness for one in rules(score="energy")} == set(SHARPNESS_GRID)
-    together = {(one.score, one.ensemble) for one in rules(ensemble="arithmetic")}
+    assert [rule.score for rule in rules(score="patience")] == ["patience"]
+    assert {rule.sharpness for rule in rules(score="energy")} == set(SHARPNESS_GRID)
+    together = {(rule.score, rule.ensemble) for rule in rules(ensemble="arithmetic")}
     assert together == {(score, "arithmetic") for score in AUTO_SCORES[:3]}
-    assert {one.sharpness for one in rules(sharpness=3.0) if one.score != "harm"} == {3.0}
+    assert {rule.sharpness for rule in rules(sharpness=3.0) if rule.score != "harm"} == {3.0}
     (harm,) = rules(score="harm")
     assert harm.harm is not None
     assert len(harm.harm) == 2
@@ -117,14 +117,14 @@ def test_thresholds_in_a_crowd_of_scores_are_a_last_resort() -> None:
     logits, labels = synthetic_logits(0, 600)
     sharp = TuneLogits(logits * 12, labels)
     choices = choose_score(sharp, COST, Settings(max_risks=(0.005,), score="max_probability"))
-    fragile = [one.fragile > MOST_FRAGILE for one in choices]
+    fragile = [choice.fragile > MOST_FRAGILE for choice in choices]
     assert any(fragile)
     assert not all(fragile)
     assert fragile == sorted(fragile)
-    for one in choices:
-        scored = ScoredSplit.of(sharp, one.rule, None)
-        thresholds = one.path.thresholds[best_within_risk(one.path, 0.005)]
-        assert one.fragile == policy.in_band(scored.scores, thresholds).mean()
+    for choice in choices:
+        scored = ScoredSplit.of(sharp, choice.rule, None)
+        thresholds = choice.path.thresholds[best_within_risk(choice.path, 0.005)]
+        assert choice.fragile == policy.in_band(scored.scores, thresholds).mean()
 
 
 # ---------------------------------------------------------------- all together

@@ -24,7 +24,7 @@ def user_error(match: str) -> Iterator[None]:
 
 def entries(folder: Path) -> list[str]:
     """Names of all that stands in ``folder``, hidden files too."""
-    return sorted(one.name for one in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir())
 
 
 def save_by_class(split: Split, folder: Path, names: Sequence[str] | None = None) -> Path:

@@ -54,13 +54,17 @@ def test_each_image_is_judged_by_a_teacher_that_never_saw_it(
     students = run.data.train_share(70)
 
     def held_out() -> Tensor:
-        return cross_fitting.held_out_logits(
-            run.arm_folder(TEACHER),
-            lambda load: new_network(run, TEACHER, load=load),
-            teacher_job(run),
-            students,
-            FOLDS,
-            run.log,
+        folder = run.arm_folder(TEACHER)
+        return cross_fitting.keep_logits(
+            folder,
+            lambda: cross_fitting.cross_fit(
+                folder,
+                lambda load: new_network(run, TEACHER, load=load),
+                teacher_job(run),
+                students,
+                FOLDS,
+                run.log,
+            ),
         )
 
     logits = held_out()

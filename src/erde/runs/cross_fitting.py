@@ -49,31 +49,8 @@ def check(config: TeacherConfig, teacher_job: Job) -> None:
         )
 
 
-def ask_teacher(
-    folder: Path, teacher: Callable[[], EarlyExitNetwork], teacher_job: Job, students: TrainSplit
-) -> Tensor:
-    """Raw logits (N, Et, K) of a teacher that never saw the students' images, kept in ``folder``."""
-    return _kept(folder, lambda: _answers(teacher(), students, teacher_job))
-
-
-def held_out_logits(
-    folder: Path,
-    new_teacher: Callable[[bool], EarlyExitNetwork],
-    teacher_job: Job,
-    students: TrainSplit,
-    folds: int,
-    log: progress.RunLog,
-) -> Tensor:
-    """Raw logits (N, Et, K) for the students' images, in their order, without augmentation.
-
-    ``teacher_job`` is the teacher's own job: images, loss and settings of the folds' teachers.
-    ``new_teacher(load)`` gives a fresh teacher, from its starting weights with ``load``. Logits and the folds' teachers
-    are kept in ``folder``, so a stopped run goes on.
-    """
-    return _kept(folder, lambda: _cross_fit(folder, new_teacher, teacher_job, students, folds, log))
-
-
-def _kept(folder: Path, compute: Callable[[], Tensor]) -> Tensor:
+def keep_logits(folder: Path, compute: Callable[[], Tensor]) -> Tensor:
+    """Held-out logits (N, Et, K), computed once and kept in ``folder``."""
     path = make_folder(folder) / HELD_OUT
     # All processes look before the first one can have written it.
     parallel.wait()
@@ -85,7 +62,7 @@ def _kept(folder: Path, compute: Callable[[], Tensor]) -> Tensor:
     return checkpoint.load(path)[0]["logits"]
 
 
-def _cross_fit(
+def cross_fit(
     folder: Path,
     new_teacher: Callable[[bool], EarlyExitNetwork],
     teacher_job: Job,
@@ -93,6 +70,12 @@ def _cross_fit(
     folds: int,
     log: progress.RunLog,
 ) -> Tensor:
+    """Raw logits (N, Et, K) for the students' images, in their order, without augmentation.
+
+    ``teacher_job`` is the teacher's own job: images, loss and settings of the folds' teachers.
+    ``new_teacher(load)`` gives a fresh teacher, from its starting weights with ``load``. The folds' teachers are kept in
+    ``folder``, so a stopped run goes on.
+    """
     # The train split is in stratified order: every folds-th image is a stratified part. Students and teacher
     # both take their images from its start.
     seen, asked = np.arange(len(teacher_job.train)), np.arange(len(students))
@@ -109,7 +92,7 @@ def _cross_fit(
         )
         train_network(job, checkpoints, log)
         rows = asked[asked % folds == fold]
-        answers = _answers(network, _part(students, rows), teacher_job)
+        answers = ask_teacher(network, _part(students, rows), teacher_job)
         if logits is None:
             logits = torch.empty(len(students), *answers.shape[1:])
         logits[rows] = answers
@@ -130,7 +113,8 @@ def _fold_name(fold: int, folds: int) -> str:
     return f"teacher, fold {fold + 1} of {folds}"
 
 
-def _answers(network: EarlyExitNetwork, split: TrainSplit, teacher_job: Job) -> Tensor:
+def ask_teacher(network: EarlyExitNetwork, split: TrainSplit, teacher_job: Job) -> Tensor:
+    """Raw logits (N, Et, K) of a teacher for a split that it was not trained on."""
     teacher = Teacher(network, teacher_job.device, channels_last=teacher_job.config.channels_last)
     normalise = Normalise(teacher_job.mean, teacher_job.std)
     parts = []

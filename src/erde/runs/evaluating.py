@@ -32,11 +32,16 @@ def evaluate(run: Run, again: bool = False) -> None:
     Results that are there stay, unless ``again`` asks for new ones.
     """
     path, report = run.folder / run_folder.RESULTS, run.folder / REPORT
-    if again or not path.exists():
-        measure_run(run).write(path)
-    elif report.exists():
+    anew = again or not path.exists()
+    if not anew and report.exists():
         return
-    collected = evidence.collect(arm_inputs(run), run.config.export.arm, run.data.test.images)
+    if anew:
+        for arm in run.config.measured_arms:
+            run_folder.check_stages(run.folder, arm, run.stage_files(arm))
+    inputs = arm_inputs(run)
+    if anew:
+        measure_run(run, inputs).write(path)
+    collected = evidence.collect(inputs, run.config.export.arm, run.data.test.images)
     write_report(Results.read(path), report, collected)
 
 
@@ -54,12 +59,9 @@ def arm_inputs(run: Run) -> dict[str, ArmInput]:
     }
 
 
-def measure_run(run: Run) -> Results:
+def measure_run(run: Run, inputs: dict[str, ArmInput]) -> Results:
     """Measure every arm, seal the bundles of the exported one, and check that runtime and torch agree with them."""
     config = run.config
-    for arm in config.measured_arms:
-        run_folder.check_stages(run.folder, arm, run.stage_files(arm))
-    inputs = arm_inputs(run)
     for arm, measured in inputs.items():
         if line := seen_before(run_folder.read_logits(run.folder, arm)[1], measured.test):
             progress.say(f"{arm}: warning: {line}")

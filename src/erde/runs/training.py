@@ -167,16 +167,19 @@ def _place(run: Run, arms: list[str]) -> str:
 
 
 def _held_out_logits(run: Run) -> Tensor:
-    teacher_job = make_job(run, TEACHER, new_network(run, TEACHER, load=False), None)
-    students = run.data.train_share(run.config.data.train_subset)
-    folder = run.arm_folder(TEACHER)
-    if run.config.teacher.disjoint:
-        return cross_fitting.ask_teacher(folder, lambda: trained_network(run, TEACHER), teacher_job, students)
-    folds = run.config.teacher.cross_fit
-    assert folds is not None
-    return cross_fitting.held_out_logits(
-        folder, lambda load: new_network(run, TEACHER, load=load), teacher_job, students, folds, run.log
-    )
+    folder, folds = run.arm_folder(TEACHER), run.config.teacher.cross_fit
+
+    def compute() -> Tensor:
+        teacher_job = make_job(run, TEACHER, new_network(run, TEACHER, load=False), None)
+        students = run.data.train_share(run.config.data.train_subset)
+        if run.config.teacher.disjoint:
+            return cross_fitting.ask_teacher(trained_network(run, TEACHER), students, teacher_job)
+        assert folds is not None
+        return cross_fitting.cross_fit(
+            folder, lambda load: new_network(run, TEACHER, load=load), teacher_job, students, folds, run.log
+        )
+
+    return cross_fitting.keep_logits(folder, compute)
 
 
 def _write_training(run: Run, arm: str, outcome: Outcome) -> None:
