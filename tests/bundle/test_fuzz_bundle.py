@@ -302,7 +302,7 @@ FORGERIES: dict[str, Callable[[Path], None]] = {
     "provenance 255 levels deep": forge_manifest(nest),
     "half a character": forge_manifest(lambda value: value.update(name="\ud800")),
     "a loose tolerance": forge_manifest(lambda value: value["reference_sample"].update(tolerance=1e9)),
-    "a version of tomorrow": forge_manifest(lambda value: value.update(format_version=3)),
+    "a version of tomorrow": forge_manifest(lambda value: value.update(format_version=4)),
     "an integer of 400 digits": forge_manifest(lambda value: value["stages"][0].update(macs=10**400)),
     "another reference image": forge_manifest(
         lambda value: value["reference_sample"].update(images=base64.b64encode(bytes(2 * 192)).decode())

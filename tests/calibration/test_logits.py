@@ -348,7 +348,7 @@ def test_a_policy_survives_json() -> None:
         ),
         (
             {"guarantee": "certain"},
-            "guarantee: expected 'risk', 'net_drop' or 'expected_risk', got 'certain'",
+            "guarantee: expected 'risk', 'net_drop', 'expected_risk' or 'disagreement', got 'certain'",
         ),
         ({"sharpness": math.inf}, "sharpness: expected a finite number, got inf"),
         ({"sharpness": 0.0}, "sharpness: expected greater than or equal to 0.001, got 0.0"),

@@ -51,15 +51,20 @@ def write_bundle(
     classes: int = CLASSES,
     rule: ExitRule = PAPER,
     calibrate_on: NDArray[np.uint8] | None = None,
+    networks: Sequence[int] = (0,),
 ) -> Path:
-    """A sealed bundle of these stages; the first of ``points`` is the default. ``folder``'s parent has to be there."""
+    """A sealed bundle of these stages; the first of ``points`` is the default. ``folder``'s parent has to be there.
+
+    ``networks`` are the first stages of the networks of a chain. Each stage costs 100 MACs.
+    """
     paths = []
     scratch = folder.with_name(f"{folder.name}-stages")
     scratch.mkdir()
     for index, model in enumerate(models):
         paths.append(scratch / f"stage_{index}.onnx")
         onnx.save(model, str(paths[-1]))
-    runner = StageRunner(paths, threads=1)
+    takes_image = [index in networks for index in range(len(models))]
+    runner = StageRunner(paths, threads=1, takes_image=takes_image)
     logits = runner.all_logits(sample)
     calibration = None
     if calibrate_on is not None:
@@ -91,10 +96,16 @@ def write_bundle(
         precision="fp32",
         opset=OPSET,
         stages=[
-            Stage(file=path.name, exit_name=f"group{index}", macs=100 * (index + 1), parameters=10)
+            Stage(
+                file=path.name,
+                exit_name=f"group{index}",
+                macs=100 * (index + 1),
+                parameters=10,
+                input="image" if takes_image[index] else "features",
+            )
             for index, path in enumerate(paths)
         ],
-        no_exit_macs=100 * len(models),
+        no_exit_macs=100 * (len(models) - networks[-1]),
         no_exit_parameters=10,
         score=rule.score,
         sharpness=rule.sharpness,
@@ -124,10 +135,11 @@ def write_bundle(
 # ---------------------------------------------------------------- logits are pixels
 
 
-def pixel_stage(index: int, exits: int, classes: int) -> onnx.ModelProto:
+def pixel_stage(index: int, exits: int, classes: int, networks: Sequence[int] = (0,)) -> onnx.ModelProto:
     """Logits are row ``index`` of the image divided by 16; the stage fails where that row's last pixel is not 0."""
     shape = ["N", exits, classes + 1, 1]
-    source = "features_in" if index else "images"
+    takes_image = index in networks
+    source = "images" if takes_image else "features_in"
     floats = helper.make_node("Cast", [source], ["features"], to=TensorProto.FLOAT)
     constants = {
         "start": np.array([index, 0]),
@@ -150,20 +162,25 @@ def pixel_stage(index: int, exits: int, classes: int) -> onnx.ModelProto:
         helper.make_node("Gather", ["nothing", "entry"], ["zero"]),
         helper.make_node("Add", ["divided", "zero"], ["logits"]),
     ]
-    final = index == exits - 1
-    if index:
+    final = index == exits - 1 or index + 1 in networks
+    if not takes_image:
         floats = helper.make_node("Identity", [source], ["features"])
     outputs: dict[str, Sequence[Any]] = {} if final else {"features": shape}
     return graph_of(
         [floats, *nodes],
         constants,
-        {source: (TensorProto.FLOAT if index else TensorProto.UINT8, shape)},
+        {source: (TensorProto.UINT8 if takes_image else TensorProto.FLOAT, shape)},
         {**outputs, "logits": ["N", classes]},
     )
 
 
 def pixel_bundle(
-    folder: Path, exits: int = 3, rule: ExitRule = PAPER, classes: int = CLASSES, calibrate: bool = False
+    folder: Path,
+    exits: int = 3,
+    rule: ExitRule = PAPER,
+    classes: int = CLASSES,
+    calibrate: bool = False,
+    networks: Sequence[int] = (0,),
 ) -> Path:
     """A bundle for images (N, exits, classes + 1, 1): see ``pixel_stage``. The default point has all thresholds 0.5."""
     generator = np.random.default_rng(0)
@@ -175,9 +192,11 @@ def pixel_bundle(
         "last-but-one": [None] * (exits - 2) + [0.3],
         "no-exit": [None] * (exits - 1),
     }
-    models = [pixel_stage(index, exits, classes) for index in range(exits)]
+    models = [pixel_stage(index, exits, classes, networks) for index in range(exits)]
     seen = sample if calibrate else None
-    return write_bundle(folder, models, sample, points, classes=classes, rule=rule, calibrate_on=seen)
+    return write_bundle(
+        folder, models, sample, points, classes=classes, rule=rule, calibrate_on=seen, networks=networks
+    )
 
 
 def pixel_logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erde.bundle.manifest import Manifest
+from erde.bundle.manifest import Manifest, Stage
 from erde.calibration.logits import calibrate_logits
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
@@ -42,9 +42,15 @@ def manifest(calibration: Calibration | None, default: str = "risk-5", certified
     return Manifest.model_construct(
         name="made",
         classes=[str(label) for label in range(10)],
-        stages=[SimpleNamespace(macs=macs) for macs in MACS],
+        stages=[
+            Stage(file=f"stage_{index}.onnx", exit_name=str(index), macs=macs, parameters=1)
+            for index, macs in enumerate(MACS)
+        ],
+        no_exit_macs=MACS[-1],
         calibration=calibration,
-        operating_points=[SimpleNamespace(name=default, certificate=object() if certified else None)],
+        operating_points=[
+            SimpleNamespace(name=default, thresholds=[0.5, 0.5], certificate=object() if certified else None)
+        ],
         default_operating_point=default,
     )
 

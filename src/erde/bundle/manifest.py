@@ -11,10 +11,13 @@ from pydantic import Field, model_validator
 
 from erde.common.errors import UserError, nearest
 from erde.common.model import Frozen
+from erde.policy.cost import Cost
 from erde.policy.points import Calibration, Count, LeftOut, OperatingPoint, Precision
 from erde.policy.rule import SCORES, Ensemble, ExitRule, HarmParameters, harm_feature_count
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Version 2 knew no chains: its bundles mean the same in version 3.
+READABLE_VERSIONS = (2, 3)
 MANIFEST = "manifest.json"
 # Of the reference sample, as a share of its largest logit (of 1, where all are smaller): what int8 stages get. On another
 # machine a last bit that differs may tip a rounding.
@@ -25,12 +28,18 @@ Side = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Stage(Frozen):
-    """One stage: its file and the cost of an image that leaves at its exit, all heads so far included."""
+    """One stage: its file and the cost of an image that leaves at its exit, all heads so far included.
+
+    A stage takes the ``features`` of the stage before, or the ``image`` again: with such a stage the next network of a
+    chain begins. ``network`` is the name of the network that it belongs to, where there are several.
+    """
 
     file: str
     exit_name: str
     macs: Count
     parameters: Count
+    input: Literal["features", "image"] = "features"
+    network: str | None = None
 
 
 class ReferenceSample(Frozen):
@@ -139,6 +148,19 @@ class Manifest(Frozen):
                 )
         if self.score_parameters is not None and len(self.score_parameters) != exits - 1:
             raise ValueError(f"{len(self.score_parameters)} score_parameters for {exits} exits")
+
+    def takes_image(self) -> list[bool]:
+        """Per stage, whether it takes the image: the first one, and in a chain the first of each network."""
+        return [index == 0 or stage.input == "image" for index, stage in enumerate(self.stages)]
+
+    def networks(self) -> tuple[int, ...]:
+        """The first exit of each network of a chain; (0,) where there is a single one."""
+        return tuple(index for index, takes_image in enumerate(self.takes_image()) if takes_image)
+
+    def cost(self, milliseconds: tuple[float, ...] | None = None) -> Cost:
+        """The cost of the exits; ``milliseconds`` (E,) of a profile, cumulative."""
+        macs = tuple(stage.macs for stage in self.stages)
+        return Cost(macs, self.no_exit_macs, milliseconds, self.networks())
 
     def rule(self) -> ExitRule:
         """The exit rule of this bundle."""

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from erde.bundle.card import model_card
 from erde.bundle.graph_check import check_graph_file
-from erde.bundle.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from erde.bundle.manifest import FORMAT_VERSION, MANIFEST, READABLE_VERSIONS, Manifest
 from erde.common.errors import UserError, in_one_line
 from erde.common.files import replacing_folder, write_json, write_text
 
@@ -56,7 +56,7 @@ def seal_of(manifest: Manifest) -> str:
 
 def seal(folder: Path, manifest: Manifest) -> str:
     """Write ``manifest`` into ``folder`` with its seal, and return the seal. The stages must be there."""
-    value = manifest.model_dump(mode="json")
+    value = {**manifest.model_dump(mode="json"), "format_version": FORMAT_VERSION}
     value["seal"] = canonical_hash(value)
     write_json(folder / MANIFEST, value)
     return str(value["seal"])
@@ -74,7 +74,7 @@ def read(folder: Path) -> Manifest:
         raise UserError(f"no bundle at {folder}: expected a folder with {MANIFEST} and ONNX stages")
     value = _read_json(folder)
     version = value.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise UserError(
             f"bundle {folder} has format version {in_one_line(repr(version))}, this erde reads {FORMAT_VERSION}: "
             "install the erde that wrote it, or export it again"

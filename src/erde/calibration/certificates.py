@@ -1,7 +1,7 @@
 """From counts on the certify split to a promise: p-values, the fixed-sequence test, conformal risk control.
 
 Nothing here chooses: the path of thresholds and its order come from the tune split. A path is walked from its
-careful end, and the last point before the first one that fails is certified. Three guarantees:
+careful end, and the last point before the first one that fails is certified. Four guarantees:
 
 ``risk``
     ``P(risk > ε) <= 1 - confidence``: exact binomial p-values (Learn then Test, arXiv 2110.01052).
@@ -11,6 +11,8 @@ careful end, and the last point before the first one that fails is certified. Th
 ``expected_risk``
     ``E[risk] <= ε`` over the draw of the certify split, without a confidence: conformal risk control
     (arXiv 2208.02814). It needs fewer images, and it promises less.
+``disagreement``
+    the test of ``risk`` where the label of every image is the reference's answer: it needs no labels.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ METHODS: dict[Guarantee, str] = {
     "risk": "fixed-sequence test on a path of thresholds, exact binomial bound",
     "net_drop": "fixed-sequence test on a path of thresholds, exact trinomial bound",
     "expected_risk": "conformal risk control on a path of thresholds, in expectation",
+    "disagreement": "fixed-sequence test on a path of thresholds, exact binomial bound",
 }
 ASSUMPTIONS = (
     "images in use are drawn like those of the certify split, which chose nothing else; "
@@ -172,7 +175,7 @@ def upper_bound(
     if guarantee == "expected_risk":
         return None
     bound = 1.0 if lost >= images else float(beta.ppf(confidence, lost + 1, images - lost))
-    if guarantee == "risk" or bound == 1:
+    if guarantee in ("risk", "disagreement") or bound == 1:
         return bound
     refuted, passes = 0.0, bound
     while passes - refuted > 1e-7:
@@ -205,24 +208,26 @@ def certify(
 
     ``(0, None)`` where not even the first point passes.
     """
-    return certify_counts(count_along(path, certify_split), max_risk, confidence, reference, guarantee)
+    counts = count_along(path, certify_split)
+    accepted = walk(counts, max_risk, confidence, guarantee)
+    if accepted < 0:
+        return 0, None
+    return accepted, certificate_at(counts, accepted, max_risk, confidence, reference, guarantee)
 
 
-def certify_counts(
+def certificate_at(
     counts: PathCounts,
+    index: int,
     max_risk: float,
     confidence: float,
     reference: Reference,
     guarantee: Guarantee = "risk",
-) -> tuple[int, Certificate | None]:
-    """:func:`certify` for counts that are there already: they are the same for every risk."""
-    accepted = walk(counts, max_risk, confidence, guarantee)
-    if accepted < 0:
-        return 0, None
-    lost, won = int(counts.lost[accepted]), int(counts.won[accepted])
+) -> Certificate:
+    """The certificate of a point of the path that :func:`walk` passed."""
+    lost, won = int(counts.lost[index]), int(counts.won[index])
     bound = upper_bound(lost, won, counts.images, confidence, guarantee)
     seen = lost - won if guarantee == "net_drop" else lost
-    return accepted, Certificate(
+    return Certificate(
         guarantee=guarantee,
         max_risk=max_risk,
         confidence=None if guarantee == "expected_risk" else confidence,

@@ -199,7 +199,10 @@ class Request:
         }
 
     def _hash(self, settings: dict[str, Any], cost: Cost) -> str:
-        value = [settings, asdict(cost), self.tune.fingerprint()]
+        costs = asdict(cost)
+        if costs["networks"] == (0,):  # what earlier versions knew
+            del costs["networks"]
+        value = [settings, costs, self.tune.fingerprint()]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

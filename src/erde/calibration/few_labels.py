@@ -22,10 +22,10 @@ from erde import policy
 from erde.calibration.certificates import PathCounts, walk
 from erde.calibration.checks import check_splits
 from erde.calibration.choice import Choice
-from erde.calibration.logits import operating_points, seen
+from erde.calibration.logits import answers_as_labels, operating_points, seen
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
-from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path
+from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path, sweep
 from erde.common.errors import UserError, nearest
 from erde.common.files import write_text
 from erde.common.splits import CertifyLogits, Labels, TuneLogits
@@ -67,14 +67,14 @@ class FewLabels:
         Raises:
             UserError: a guarantee or a reference that needs the labels of all images.
         """
-        if settings.guarantee == "net_drop" or settings.reference != "final_exit":
+        if settings.guarantee not in ("risk", "expected_risk") or settings.reference != "final_exit":
             raise UserError(
                 "few labels certify the guarantee 'risk' or 'expected_risk' against the reference 'final_exit', got "
-                f"'{settings.guarantee}' against '{settings.reference}': give labels of all images for it"
+                f"'{settings.guarantee}' against '{settings.reference}': give labels of all images for 'net_drop', and none "
+                "for 'disagreement'"
             )
-        # The final answer stands in for the label: then "wrong" means "differs from the final exit".
-        tune_split = TuneLogits(tune, _final_answers(tune))
-        certify_split = CertifyLogits(certify, _final_answers(certify))
+        tune_split = answers_as_labels(TuneLogits(tune, _no_labels(tune)))
+        certify_split = answers_as_labels(CertifyLogits(certify, _no_labels(certify)))
         check_splits(tune_split, certify_split)
         path = search_path(ScoredSplit.of(tune_split, rule, None), cost)
         return cls(tune_split, certify_split, rule, temperatures, cost, settings, path)
@@ -112,8 +112,6 @@ class FewLabels:
         assumed = f"; {unknown:,} images without a label count as harmed" if unknown else ""
         finished = []
         for point in points:
-            assert point.tune is not None
-            said = f"{point.tune.macs_saved:.1%} of MACs saved on tune, which has no labels"
             certificate = point.certificate
             if certificate is not None:
                 certificate = certificate.model_copy(
@@ -122,9 +120,13 @@ class FewLabels:
                         f"final answer differ{assumed}"
                     }
                 )
-            note = f"{said}; {point.note}" if point.note else said
             # Without labels there is no accuracy of tune to report.
-            finished.append(point.model_copy(update={"tune": None, "note": note, "certificate": certificate}))
+            agreement = sweep(tune, [point.thresholds]).agreement(0, self.cost)
+            finished.append(
+                point.model_copy(
+                    update={"tune": None, "tune_agreement": agreement, "certificate": certificate}
+                )
+            )
         return CalibratedPolicy(
             rule=self.rule,
             temperatures=list(self.temperatures),
@@ -162,8 +164,8 @@ class FewLabels:
         )
 
 
-def _final_answers(logits: NDArray[np.float32]) -> Labels:
-    return np.asarray(logits[-1].argmax(axis=-1), dtype=np.int64)
+def _no_labels(logits: NDArray[np.float32]) -> Labels:
+    return np.full(logits.shape[1], UNKNOWN)
 
 
 def write_label_file(path: Path, images: Sequence[tuple[str, str, str]]) -> None:

@@ -60,6 +60,13 @@ class Unlabelled:
     copies: int
     fingerprint: str
 
+    def without_labels(self) -> TuneAndCertify:
+        """The same as splits, for a calibration that looks at no label: every label is -1."""
+        tune, certify = (np.full(len(part), -1) for part in (self.tune, self.certify))
+        return TuneAndCertify(
+            TuneSplit(self.tune, tune), CertifySplit(self.certify, certify), self.copies, self.fingerprint
+        )
+
 
 def load_unlabelled(
     folder: Path, shape: tuple[int, int, int], tune_share: float = 0.5, seed: int = 0

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
 from erde import policy
-from erde.calibration.certificates import certify_counts, count_along, images_needed, upper_bound
+from erde.calibration.certificates import certificate_at, count_along, images_needed, upper_bound, walk
 from erde.calibration.checks import (
     Request,
     check_budget,
@@ -26,12 +26,16 @@ from erde.calibration.checks import (
 from erde.calibration.choice import Choice, choose_score, find_contenders, try_rule
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
-from erde.calibration.thresholds import ScoredSplit, sweep
+from erde.calibration.thresholds import ScoredSplit, cheaper, sweep
 from erde.common import progress
-from erde.common.splits import CertifyLogits, TuneLogits
+from erde.common.splits import CertifyLogits, Logits, TuneLogits
 from erde.policy.cost import Cost
-from erde.policy.points import Calibration, Certificate, LeftOut, OperatingPoint, ScoreCandidate
+from erde.policy.points import Calibration, Certificate, LeftOut, OperatingPoint, Reference, ScoreCandidate
 from erde.policy.rule import PAPER_RULE
+
+AnyLogits = TypeVar("AnyLogits", bound=Logits)
+# Of a chain of networks whose early exits, at the risk in question, take more than they save.
+NOTHING_SAVED = "the networks before the last one would cost more than they save: only the last one runs"
 
 
 def fit_temperatures(tune: TuneLogits) -> list[float]:
@@ -48,6 +52,11 @@ def fit_temperatures(tune: TuneLogits) -> list[float]:
         return math.exp(float(minimum.x))
 
     return [fit(logits) for logits in tune.logits]
+
+
+def answers_as_labels(split: AnyLogits) -> AnyLogits:
+    """The split with the final exit's answers in place of labels: "wrong" then means "another answer than that"."""
+    return type(split)(split.logits, np.asarray(split.logits[-1].argmax(axis=-1), dtype=np.int64))
 
 
 def point_name(max_risk: float) -> str:
@@ -73,6 +82,9 @@ def calibrate_logits(
     What makes the promise worth less than it seems is said on stderr, with ``name`` before it.
     """
     settings = settings or Settings()
+    unlabelled = settings.guarantee == "disagreement"
+    if unlabelled:
+        tune, certify_split = answers_as_labels(tune), answers_as_labels(certify_split)
     check_splits(tune, certify_split)
     asked = settings
     if len(cost.exit_macs) == 1:
@@ -87,7 +99,9 @@ def calibrate_logits(
         paper = try_rule(tune, PAPER_RULE, cost, settings, tune_reference_right)
         choices.append(paper)
     temperatures = fit_temperatures(TuneLogits(chosen.rule.apply(tune.logits)[0], tune.labels))
-    for line in doubts(tune, certify_split, temperatures):
+    if unlabelled:
+        temperatures[-1] = 1.0  # its own answers are its labels: they say nothing of how sure it may be
+    for line in [] if unlabelled else doubts(tune, certify_split, temperatures):
         progress.say(f"{name}{': ' if name else ''}warning: {line}")
     return CalibratedPolicy(
         rule=chosen.rule,
@@ -165,6 +179,8 @@ def _operating_points(
         certificate: Certificate | None = None,
         note: str | None = None,
     ) -> OperatingPoint:
+        swept = sweep(chosen.tune, [path.thresholds[index]])
+        unlabelled = settings.guarantee == "disagreement"
         return OperatingPoint(
             name=name,
             kind=kind,
@@ -172,7 +188,8 @@ def _operating_points(
             thresholds=list(path.thresholds[index]),
             certificate=certificate,
             note=note,
-            tune=chosen.tune.measure(path.thresholds[index], cost),
+            tune=None if unlabelled else swept.measured(0, cost),
+            tune_agreement=swept.agreement(0, cost) if unlabelled else None,
         )
 
     points = [point("no-exit", "no-exit", None, 0)]
@@ -180,14 +197,19 @@ def _operating_points(
     if len(cost.exit_macs) == 1:
         return points, left_out
     counts = count_along(path, certify_scored)
+    chain = len(cost.networks) > 1 and settings.reference == "final_exit"
+    reference: Reference = "fallback" if chain else settings.reference
     for max_risk in settings.max_risks:
-        index, certificate = certify_counts(
-            counts, max_risk, settings.confidence, settings.reference, settings.guarantee
-        )
-        if certificate is None:
+        index = walk(counts, max_risk, settings.confidence, settings.guarantee)
+        if index < 0:
             left_out.append(_left_out(max_risk, len(certify_scored), settings))
-        else:
-            points.append(point(point_name(max_risk), "risk", max_risk, index, certificate))
+            continue
+        useful = cheaper(path, index)
+        note = None if useful == index else NOTHING_SAVED
+        certificate = certificate_at(
+            counts, useful, max_risk, settings.confidence, reference, settings.guarantee
+        )
+        points.append(point(point_name(max_risk), "risk", max_risk, useful, certificate, note))
     for budget in settings.budgets:
         check_budget(budget, cost)
         index = _first_within(path.macs / cost.no_exit_macs, budget)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from erde.bundle.manifest import Manifest
 from erde.calibration.bundles import calibrate_bundle, check_exits, seal_calibrated
 from erde.calibration.checks import Request, check_reuse
 from erde.calibration.few_labels import UNKNOWN, FewLabels, read_label_file, write_label_file
@@ -77,7 +78,11 @@ def recalibrate_bundle(
         raise UserError(f"{out} is there already: give another place with --out, or remove it")
     check_folder(out.parent)
     session = Session(bundle)
-    images = load_tune_and_certify(data, session.classes, session.manifest.input_shape, tune_share, seed)
+    shape = session.manifest.input_shape
+    if settings.guarantee == "disagreement":
+        images = load_unlabelled(data, shape, tune_share, seed).without_labels()
+    else:
+        images = load_tune_and_certify(data, session.classes, shape, tune_share, seed)
     copies = f"; {images.copies:,} copies left out" if images.copies else ""
     progress.say(f"data: {len(images.tune):,} images to tune, {len(images.certify):,} to certify{copies}")
     return calibrate_bundle(session, images, settings, out, [images.fingerprint])
@@ -85,6 +90,13 @@ def recalibrate_bundle(
 
 # A label costs somebody's time: no ladder of risks unless it is asked for.
 FEW = Settings(max_risks=(0.01,))
+
+
+def _promised_disagreement(manifest: Manifest, few: FewLabels) -> bool:
+    """True if the same tune images chose the rule of ``manifest``, and all that it promises needed no label."""
+    seen, certificates = manifest.calibration, [point.certificate for point in manifest.operating_points]
+    kinds = {certificate.guarantee for certificate in certificates if certificate is not None}
+    return seen is not None and seen.tune_fingerprint == few.tune.fingerprint() and kinds == {"disagreement"}
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,10 @@ class _Waiting:
             session.cost(timed=bool(settings.latency_budgets)),
             settings,
         )
-        request = Request(few.tune, few.certify, few.cost, settings, (images.fingerprint,))
-        check_reuse(session.manifest.calibration, request)
+        # Labels may follow a promise of disagreement on the same images: tune alone fixed the path of both.
+        if not _promised_disagreement(session.manifest, few):
+            request = Request(few.tune, few.certify, few.cost, settings, (images.fingerprint,))
+            check_reuse(session.manifest.calibration, request)
         return cls(session, images, few)
 
     def read(self, labels: Path | None) -> Labels:
@@ -211,7 +225,7 @@ def describe(calibrated: CalibratedPolicy, precision: Precision = "fp32") -> Ite
     yield f"score: {calibrated.rule.in_words()}"
     for point in calibrated.points:
         default = " (default)" if point.name == calibrated.default else ""
-        saved = f"{point.tune.macs_saved:.1%} of MACs saved on tune" if point.tune else None
+        saved = None if point.macs_saved is None else f"{point.macs_saved:.1%} of MACs saved on tune"
         said = None if point.note else "every image takes the final exit"
         if point.certificate:
             said = point.certificate.sentence(precision)

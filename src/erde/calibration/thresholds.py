@@ -17,7 +17,7 @@ from pydantic import PlainSerializer, PlainValidator
 from erde import policy
 from erde.common.splits import Logits
 from erde.policy.cost import Cost
-from erde.policy.points import Measured
+from erde.policy.points import Agreement, Measured
 from erde.policy.rule import ExitRule
 
 # Thresholds tried per exit: 0.4 % of the images apart on a large split.
@@ -69,6 +69,7 @@ class Sweep:
     """
 
     images: int
+    thresholds: Sequence[policy.Thresholds]
     leaving: NDArray[np.int64]
     right: NDArray[np.int64]
     lost: NDArray[np.int64]
@@ -76,13 +77,20 @@ class Sweep:
 
     def macs(self, cost: Cost) -> NDArray[np.float64]:
         """Mean MACs per image (T,)."""
-        return np.asarray(self.leaving @ np.asarray(cost.exit_macs, dtype=np.float64) / self.images)
+        costs = np.stack([cost.macs_at(vector) for vector in self.thresholds])
+        return np.asarray((self.leaving * costs).sum(axis=1) / self.images)
 
     def milliseconds(self, cost: Cost) -> NDArray[np.float64] | None:
         """Mean milliseconds per image (T,); None where the machine was not profiled."""
-        if cost.exit_milliseconds is None:
-            return None
-        return np.asarray(self.leaving @ np.asarray(cost.exit_milliseconds) / self.images)
+        costs = [cost.milliseconds_at(vector) for vector in self.thresholds]
+        known = [milliseconds for milliseconds in costs if milliseconds is not None]
+        return np.asarray((self.leaving * np.stack(known)).sum(axis=1) / self.images) if known else None
+
+    def agreement(self, index: int, cost: Cost) -> Agreement:
+        """One of the vectors, of a split whose labels are the reference's answers."""
+        measured = self.measured(index, cost)
+        shared = measured.model_dump(include={"images", "macs", "macs_saved", "milliseconds", "exit_rates"})
+        return Agreement(disagreement=measured.risk, **shared)
 
     def measured(self, index: int, cost: Cost) -> Measured:
         """One of the vectors, as it stands in manifests and results."""
@@ -123,7 +131,7 @@ def sweep(split: ScoredSplit, thresholds: Sequence[policy.Thresholds]) -> Sweep:
             leaving[part, index] = np.count_nonzero(done, axis=1)
             for kind, masks in enumerate(kinds):
                 counts[kind, part] += np.count_nonzero(done & masks[index], axis=1)
-    return Sweep(images, leaving, *counts)
+    return Sweep(images, thresholds, leaving, *counts)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -137,7 +145,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ThresholdPath:
-    """Threshold vectors from "no early exit" to "everything leaves first", each cheaper than the last."""
+    """Threshold vectors from "no early exit" to "everything leaves first", each cheaper than the last.
+
+    In a chain of networks the first one, where only the last network runs, may be cheaper than those that follow.
+    """
 
     thresholds: tuple[tuple[float | None, ...], ...]
     risk: Numbers
@@ -203,6 +214,7 @@ def search_path(tune: ScoredSplit, cost: Cost) -> ThresholdPath:
                 )
                 path_exits_cost.append(step_cost)
                 path_risk.append(float(harm[exits, images].mean()))
+    path_exits_cost[0] = float(cost.macs_at(path[0])[-1])
     return ThresholdPath(tuple(path), np.asarray(path_risk), np.asarray(path_exits_cost))
 
 
@@ -228,4 +240,11 @@ def _entry_levels(scores: NDArray[np.float64], grid: list[float]) -> NDArray[np.
 
 def best_within_risk(path: ThresholdPath, max_risk: float) -> int:
     """The cheapest point of the path whose risk on tune is at most ``max_risk``."""
-    return int(np.flatnonzero(path.risk <= max_risk)[-1]) if (path.risk <= max_risk).any() else 0
+    return cheaper(
+        path, int(np.flatnonzero(path.risk <= max_risk)[-1]) if (path.risk <= max_risk).any() else 0
+    )
+
+
+def cheaper(path: ThresholdPath, index: int) -> int:
+    """``index``, or 0 where no early exit at all costs no more: so it can be in a chain of networks."""
+    return index if path.macs[index] < path.macs[0] else 0

@@ -12,14 +12,16 @@ from erde.policy.rule import Ensemble
 
 # Whole numbers that are kept in arrays of int64.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Precision = Literal["fp32", "int8"]
-Reference = Literal["final_exit", "no_exit_network", "teacher", "given"]
-Guarantee = Literal["risk", "net_drop", "expected_risk"]
+# mixed: a chain of networks in both.
+Precision = Literal["fp32", "int8", "mixed"]
+Reference = Literal["final_exit", "no_exit_network", "teacher", "given", "fallback"]
+Guarantee = Literal["risk", "net_drop", "expected_risk", "disagreement"]
 _REFERENCE_IN_WORDS: dict[Reference, str] = {
     "final_exit": "the full network",
     "no_exit_network": "the network without exits",
     "teacher": "the teacher",
     "given": "the given reference",
+    "fallback": "the last network alone",
 }
 
 
@@ -30,7 +32,8 @@ class Certificate(Frozen):
     confidence the promise is about the risk's expectation over that draw. Of the certify ``images``, ``lost``
     are those that the reference gets right and the early answer wrong, ``won`` the other way round; ``risk`` is what
     is promised about as it was seen (lost less won for a net drop), ``upper_bound`` the one-sided bound that these
-    counts give by themselves: it describes, the promise is ``max_risk``.
+    counts give by themselves: it describes, the promise is ``max_risk``. For a disagreement ``lost`` are the images whose
+    early answer is another one than the reference's, and none is won: no label plays a part.
     """
 
     guarantee: Guarantee
@@ -55,6 +58,8 @@ class Certificate(Frozen):
         if self.guarantee == "net_drop":
             promise = f"the accuracy is at most {share} (of all images) below that of {who}"
             seen = f"{self.lost:,} lost and {self.won:,} won of {self.images:,} certify images"
+        elif self.guarantee == "disagreement":
+            promise = f"at most {share} of images get another answer than {who} gives them"
         else:
             promise = (
                 f"at most {share} of images are ones that {who} gets right and the early answer gets wrong"
@@ -76,10 +81,22 @@ class Measured(Frozen):
     exit_rates: list[float]
 
 
+class Agreement(Frozen):
+    """What an operating point does on images without labels: how often it answers otherwise than the reference."""
+
+    images: int
+    disagreement: float
+    macs: float
+    macs_saved: float
+    milliseconds: float | None = None
+    exit_rates: list[float]
+
+
 class OperatingPoint(Frozen):
     """One named setting of the policy: E-1 thresholds (None disables an exit) and what is known of it.
 
-    ``target`` is a share of images (risk), a share of the MACs (budget) or milliseconds (latency).
+    ``target`` is a share of images (risk), a share of the MACs (budget) or milliseconds (latency). Where no label was
+    looked at, ``tune_agreement`` stands in place of ``tune``.
     """
 
     name: str
@@ -90,6 +107,13 @@ class OperatingPoint(Frozen):
     note: str | None = None
     tune: Measured | None = None
     test: Measured | None = None
+    tune_agreement: Agreement | None = None
+
+    @property
+    def macs_saved(self) -> float | None:
+        """The share of the MACs that was saved on tune; None where nothing is known."""
+        seen = self.tune or self.tune_agreement
+        return None if seen is None else seen.macs_saved
 
 
 class LeftOut(Frozen):

@@ -301,7 +301,8 @@ class CalibrationConfig(Frozen):
     reference: Literal["final_exit", "no_exit_network", "teacher"] = "final_exit"
     guarantee: Guarantee = Field(
         "risk",
-        description="net_drop: of the accuracy, images won count too; expected_risk: conformal, without a confidence",
+        description="net_drop: of the accuracy, images won count too; expected_risk: conformal, without a confidence; "
+        "disagreement: another answer than the full network's, which needs no labels",
     )
     score: str = Field("auto", description="auto: what saves most MACs at the first of max_risks, on tune")
     sharpness: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
@@ -341,6 +342,11 @@ def check_guarantee(guarantee: Guarantee, reference: Reference) -> None:
         raise UserError(
             f"the guarantee 'expected_risk' needs the reference 'final_exit', got '{reference}': against any other even a "
             "network without early exits may lose images; ask for 'risk'"
+        )
+    if guarantee == "disagreement" and reference not in ("final_exit", "fallback"):
+        raise UserError(
+            f"the guarantee 'disagreement' needs the reference 'final_exit', got '{reference}': it compares answers with "
+            "those of the network's own last exit"
         )
 
 

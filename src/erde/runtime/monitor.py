@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from erde.bundle.manifest import Manifest
 from erde.common.errors import UserError
+from erde.policy.cost import first_stage
 
 if TYPE_CHECKING:
     from erde.runtime.prediction import Prediction
@@ -132,7 +133,7 @@ class DriftReport:
 
     ``images`` were counted, ``ignored`` were answered at something else than the default operating point.
     ``exit_rates`` (E,) are those of the counted images, NaN before the first, ``score_histogram`` their scores
-    at exit 0; ``expected_`` is calibration's. ``p_value`` holds for the whole life of the monitor, all looks
+    at the first exit; ``expected_`` is calibration's. ``p_value`` holds for the whole life of the monitor, all looks
     together: under no drift, the chance that it is ever ``<= x`` is at most ``x``. ``drifted_after`` is the
     number of images at which the alarm went off.
     """
@@ -153,7 +154,7 @@ class DriftReport:
 class Monitor:
     """Compares a stream of answers with calibration; the chance that it ever alarms without a drift is bounded.
 
-    What is compared: the scores of exit 0, which every image has (``Prediction.first_scores``), with
+    What is compared: the scores of the first exit, which every image has (``Prediction.first_scores``), with
     calibration's histogram, and the exits that answered with calibration's exit rates. Scores of later exits
     are not: calibration knows them for all images, the stream only for those that stayed.
 
@@ -199,19 +200,23 @@ class Monitor:
                 "erde calibrate BUNDLE --data FOLDER"
             )
         images = calibration.certify_images
+        self._point = manifest.point(None)
+        self._first = first = first_stage(manifest.networks(), self._point.thresholds)
         self._exits = np.rint(np.asarray(calibration.exit_rates) * images).astype(np.int64)
         self._scores = np.asarray(
-            calibration.score_histograms[0] if calibration.score_histograms else [], dtype=np.int64
+            calibration.score_histograms[first] if first < len(calibration.score_histograms) else [],
+            dtype=np.int64,
         )
         if len(self._exits) != exits or not images == self._scores.sum() == self._exits.sum():
             raise UserError(
                 f"bundle '{manifest.name}': its calibration lacks the exit rates or the score histogram of its "
                 f"{images:,} certify images: erde calibrate BUNDLE --data FOLDER"
             )
-        self._range = calibration.score_ranges[0]
-        self._point = manifest.point(None)
+        self._range = calibration.score_ranges[first]
         self._classes = len(manifest.classes)
-        self._macs = np.asarray([stage.macs for stage in manifest.stages], dtype=np.int64)
+        cost = manifest.cost()
+        # A chain at a point without early exits runs its last network only.
+        self._macs = np.stack([cost.exit_macs, cost.macs_at([None] * (exits - 1))]).astype(np.int64)
         self._expected_rates = tuple(calibration.exit_rates)
         self.false_alarm = false_alarm
         self._lock = threading.Lock()
@@ -285,9 +290,9 @@ class Monitor:
             )
         # An image that was carried along has the MACs of a later exit.
         if count and (
-            exits.max() >= len(self._macs)
+            exits.max() >= self._macs.shape[1]
             or not np.isin(prediction.macs, self._macs).all()
-            or (prediction.macs < self._macs[exits]).any()
+            or (prediction.macs < self._macs.min(axis=0)[exits]).any()
         ):
             raise UserError(
                 "these answers are of another bundle (other exits or MACs): add answers of this monitor's session"
@@ -339,7 +344,7 @@ class Monitor:
         bins = len(self._scores)
         if cut < bins - 1:
             low, high = self._range
-            event = f"score below {low + (high - low) * (cut + 1) / bins:.3g} at exit 0"
+            event = f"score below {low + (high - low) * (cut + 1) / bins:.3g} at exit {self._first}"
             seen, expected = scores[: cut + 1], self._scores[: cut + 1]
         else:
             cut -= bins - 1

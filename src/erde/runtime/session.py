@@ -17,7 +17,7 @@ from erde import bundle, policy
 from erde.bundle.profile import PROFILE, Profile
 from erde.common.errors import UserError, in_one_line
 from erde.common.splits import ImageSource
-from erde.policy.cost import Cost
+from erde.policy.cost import Cost, first_stage
 from erde.runtime.monitor import Monitor
 from erde.runtime.prediction import Prediction
 from erde.runtime.stages import Providers, StageRunner
@@ -56,9 +56,17 @@ class Session:
         self.rule = self.manifest.rule()
         self._threads = threads
         self._stages = StageRunner(
-            [folder / stage.file for stage in self.manifest.stages], threads, providers, spinning
+            [folder / stage.file for stage in self.manifest.stages],
+            threads,
+            providers,
+            spinning,
+            self.manifest.takes_image(),
         )
+        self._networks = self.manifest.networks()
         self._macs = np.asarray([stage.macs for stage in self.manifest.stages], dtype=np.int64)
+        # MACs where every early exit is disabled: of a chain the last network runs alone.
+        nowhere = [None] * (len(self._macs) - 1)
+        self._alone_macs = self.manifest.cost().macs_at(nowhere).astype(np.int64)
         self._temperatures = np.asarray(self.manifest.temperatures)
         self._profile = self._profile_at_hand()
         self._check_reference_sample(folder)
@@ -88,7 +96,7 @@ class Session:
             except UserError:
                 if timed:
                     raise
-        return Cost(tuple(self._macs.tolist()), self.manifest.no_exit_macs, milliseconds)
+        return self.manifest.cost(milliseconds)
 
     def profile(
         self,
@@ -161,22 +169,23 @@ class Session:
     def _time_stages(self, images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
         """Seconds of each stage with its decision, for a batch that stays whole, and of taking an image over to the
         next stage."""
-        x: NDArray[Any] | None = images
+        features: NDArray[Any] | None = None
         so_far: list[NDArray[Any]] = []
         seconds, per_row = [], []
         every = np.arange(len(images))
-        for index in range(len(self._stages)):
+        for index, takes_image in enumerate(self._stages.takes_image):
+            x = images if takes_image else features
             assert x is not None
             final = index == len(self._stages) - 1
+            if index:
+                started = time.perf_counter()
+                self._stages.gather(index, x, every)
+                per_row.append((time.perf_counter() - started) / len(images))
             started = time.perf_counter()
-            x, logits = self._stages.run_bound(index, x)
+            features, logits = self._stages.run_bound(index, x)
             so_far = [*so_far, logits]
             self.rule.decide_on(so_far, self.rule.answer(so_far, final), final)
             seconds.append(time.perf_counter() - started)
-            if x is not None:
-                started = time.perf_counter()
-                self._stages.gather(index + 1, x, every)
-                per_row.append((time.perf_counter() - started) / len(images))
         return seconds, per_row
 
     def predict(
@@ -292,8 +301,9 @@ class Session:
         x: NDArray[Any] = images
         so_far: list[NDArray[Any]] = []  # their logits at every exit they passed, where the rule looks back
         final = len(self._stages) - 1
-        clock = [time.perf_counter()]
-        for index in range(last + 1):
+        start = first_stage(self._networks, thresholds) if last == final else 0
+        clock = [time.perf_counter()] * (start + 1)  # stages before the first one take no time
+        for index in range(start, last + 1):
             features, stage_logits = self._stages.run_bound(index, x)
             so_far = [*so_far, stage_logits] if self.rule.looks_back else [stage_logits]
             left = len(present)
@@ -301,10 +311,12 @@ class Session:
                 carried.append((present[~undecided], index))
                 left = int(np.count_nonzero(undecided))
             threshold = thresholds[index] if index < last else None
-            if index in (0, last) or threshold is not None:  # nobody asks for the score of a disabled exit
+            if (
+                index in (start, last) or threshold is not None
+            ):  # nobody asks for the score of a disabled exit
                 answer = self.rule.answer(so_far, index == final)
                 scores = self.rule.decide_on(so_far, answer, index == final)
-                if index == 0:
+                if index == start:
                     first_scores = scores
                 if index == last:
                     done = undecided
@@ -318,24 +330,35 @@ class Session:
                     parts.append((present[done], index, answer[done], scores[done]))
                     undecided = ~done if undecided is None else undecided & ~done
                 left -= leaving
-            if left:
-                assert features is not None
-                x = features
-                if undecided is not None and self._pays_to_gather(index, len(present), left):
+            if left and index < last:
+                keep: NDArray[np.intp] | None = None  # rows that go on; None for all
+                takes_image = self._stages.takes_image[index + 1]
+                if undecided is not None and (takes_image or self._pays_to_gather(index, len(present), left)):
                     keep = np.flatnonzero(undecided)
-                    x = self._stages.gather(index + 1, features, keep)
                     so_far = [logits[keep] for logits in so_far]
                     present, undecided = present[keep], None
+                if takes_image:
+                    x = (
+                        images
+                        if len(present) == len(images)
+                        else self._stages.gather(index + 1, images, present)
+                    )
+                else:
+                    assert features is not None
+                    x = features if keep is None else self._stages.gather(index + 1, features, keep)
             clock.append(time.perf_counter())
             if not left:
                 break
-        return self._prediction(parts, carried, len(images), first_scores, capped, operating_point, clock)
+        return self._prediction(
+            parts, carried, len(images), start, first_scores, capped, operating_point, clock
+        )
 
     def _prediction(
         self,
         parts: list[tuple[NDArray[np.intp], int, NDArray[Any], NDArray[np.float64]]],
         carried: list[tuple[NDArray[np.intp], int]],
         count: int,
+        start: int,
         first_scores: NDArray[np.float64],
         capped: bool,
         operating_point: str | None,
@@ -363,7 +386,7 @@ class Session:
             logits=logits,
             exits=exits,
             scores=scores,
-            macs=self._macs[reached],
+            macs=(self._alone_macs if start else self._macs)[reached],
             capped=capped,
             milliseconds=tuple(1e3 * (after - before) for before, after in itertools.pairwise(clock)),
             first_scores=first_scores,

@@ -24,11 +24,14 @@ class StageRunner:
     """The stages, each an ONNX Runtime session; several threads may share one.
 
     Args:
-        paths: the graphs in order; all but the last give ``features`` and ``logits``, the last ``logits`` only.
+        paths: the graphs in order; each gives ``features`` and ``logits``, but where the next one takes the image: those
+            and the last give ``logits`` only.
         threads: of ONNX Runtime within a stage; None leaves the choice to it.
         providers: ONNX Runtime's execution providers; the CPU by default.
         spinning: whether idle threads of ONNX Runtime wait actively: quicker where the machine is this
             program's own, at the cost of a busy core. With one thread there is none that could.
+        takes_image: per stage, whether it takes the image and not what the stage before gave; the first one only
+            without it.
 
     Raises:
         UserError: a graph that ONNX Runtime does not take, or a provider that it does not have.
@@ -40,6 +43,7 @@ class StageRunner:
         threads: int | None = None,
         providers: Providers | None = None,
         spinning: bool = True,
+        takes_image: Sequence[bool] | None = None,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and need not stand on the terminal besides
@@ -54,16 +58,20 @@ class StageRunner:
         options.add_session_config_entry("session.load_model_format", "ONNX")
         chosen = list(providers or [CPU])
         _check_available(chosen)
+        self.takes_image = list(takes_image or [index == 0 for index in range(len(paths))])
+        self._gives_features = [not takes_image for takes_image in [*self.takes_image[1:], True]]
         self._sessions = []
-        for path in paths:
+        for path, gives_features in zip(paths, self._gives_features, strict=True):
             try:
                 session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
             except Exception as error:  # ONNX Runtime raises types of its own for each kind of bad model
                 raise UserError(f"ONNX Runtime cannot load {path}: {in_one_line(str(error))}") from error
             self._sessions.append(session)
-            _check_names(path, session, is_last=len(self._sessions) == len(paths))
+            _check_names(path, session, gives_features)
         self._inputs = [session.get_inputs()[0].name for session in self._sessions]
         self._empty = [_empty_outputs(session) for session in self._sessions]
+        # A network of another program may take one image at a time only.
+        self._single = [session.get_inputs()[0].shape[0] == 1 for session in self._sessions]
         # On another device ONNX Runtime places what it computes by itself.
         self._binds = chosen == [CPU]
         self._local = threading.local()
@@ -77,28 +85,28 @@ class StageRunner:
         return tuple(self._sessions[0].get_inputs()[0].shape[1:])
 
     def run(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
-        """Stage ``index`` on a batch: its feature map (None for the last stage) and its raw logits (B, K)."""
+        """Stage ``index`` on a batch: its feature map (None at a network's last stage) and its raw logits (B, K)."""
         empty = self._empty[index] if len(x) == 0 else None
         if empty is not None:
-            return (None, empty[-1]) if index == len(self._sessions) - 1 else (empty[0], empty[1])
+            return (empty[0], empty[1]) if self._gives_features[index] else (None, empty[-1])
+        if self._single[index] and len(x) > 1:
+            return None, np.concatenate([self.run(index, x[row : row + 1])[1] for row in range(len(x))])
         try:
             outputs = self._sessions[index].run(None, {self._inputs[index]: x})
         except Exception as error:
             raise _failed(index, x, str(error)) from error
         if any(np.shape(output)[:1] != x.shape[:1] for output in outputs):
             raise _failed(index, x, "it does not give one row for each image")
-        if index == len(self._sessions) - 1:
-            return None, outputs[0]
-        return outputs[0], outputs[1]
+        return (outputs[0], outputs[1]) if self._gives_features[index] else (None, outputs[0])
 
     def run_bound(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
         """Run a stage as :meth:`run` does, into buffers of this thread, which its next call overwrites.
 
         ``x`` is C-contiguous and of the type that the stage takes: nothing is checked or copied.
         """
-        slot = self._slots()[index] if self._binds else None
+        slot = self._slots()[index] if self._binds and not self._single[index] else None
         try:
-            if slot is None or not slot.bind(x, ours=index > 0):
+            if slot is None or not slot.bind(x, ours=not self.takes_image[index]):
                 return self.run(index, x)
             slot.run()
         except UserError:
@@ -108,7 +116,7 @@ class StageRunner:
         return slot.features, slot.logits
 
     def gather(self, index: int, features: NDArray[Any], keep: NDArray[np.intp]) -> NDArray[Any]:
-        """The rows ``keep`` of ``features``, side by side as the input of stage ``index``; gone as above."""
+        """The rows ``keep`` of ``features`` (of the images), side by side as the input of stage ``index``; gone as above."""
         slot = self._slots()[index]
         if slot is None or features.nbytes > KEPT_BYTES:
             return features[keep]
@@ -123,11 +131,13 @@ class StageRunner:
         """Raw logits (E, N, K) of every exit for uint8 images (N, H, W, C); nothing leaves early."""
         parts = []
         for start in range(0, max(1, len(images)), batch_size):  # once for no images: shapes stay right
-            x: NDArray[Any] | None = images[start : start + batch_size]
+            batch: NDArray[Any] = images[start : start + batch_size]
+            x: NDArray[Any] | None = None
             rows = []
             for index in range(len(self)):
-                assert x is not None
-                x, logits = self.run(index, x)
+                taken = batch if self.takes_image[index] else x
+                assert taken is not None
+                x, logits = self.run(index, taken)
                 rows.append(logits)
             parts.append(np.stack(rows))
         return np.concatenate(parts, axis=1)
@@ -165,11 +175,11 @@ def _check_available(providers: Providers) -> None:
             )
 
 
-def _check_names(path: Path, session: onnxruntime.InferenceSession, is_last: bool) -> None:
+def _check_names(path: Path, session: onnxruntime.InferenceSession, gives_features: bool) -> None:
     inputs, outputs = len(session.get_inputs()), [output.name for output in session.get_outputs()]
     # What comes alone is taken for logits, whatever its name: plain graphs of other programs run too.
-    if inputs != 1 or (len(outputs) != 1 if is_last else outputs != ["features", "logits"]):
-        expected = "one output" if is_last else "the outputs features and logits"
+    if inputs != 1 or (outputs != ["features", "logits"] if gives_features else len(outputs) != 1):
+        expected = "the outputs features and logits" if gives_features else "one output"
         raise UserError(
             f"{path} cannot be run as a stage: it has {inputs} inputs and the outputs {in_one_line(repr(outputs))}, "
             f"expected one input and {expected}"
