@@ -70,7 +70,8 @@ def test_each_image_runs_to_its_exit_and_no_further(
     assert np.array_equal(answer.logits, answers[exits, np.arange(count)])
     macs = 100 * (exits + 1) - (100 * networks[-1] if alone else 0)
     assert answer.macs.tolist() == macs.tolist()
-    assert answer.macs.tolist() == session.cost().macs_at(levels)[exits].tolist()
+    if last == EXITS - 1:
+        assert answer.macs.tolist() == session.cost().macs_at(levels)[exits].tolist()
     if count:
         seen_first = networks[-1] if alone else 0
         assert np.array_equal(answer.first_scores, session.rule.apply(pixel_logits(images))[1][seen_first])
