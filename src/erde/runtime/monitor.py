@@ -201,7 +201,14 @@ class Monitor:
             )
         images = calibration.certify_images
         self._point = manifest.point(None)
-        self._first = first = first_stage(manifest.networks(), self._point.thresholds)
+        # A chain at a point without early exits runs its last network only.
+        alone = first_stage(manifest.networks(), self._point.thresholds) > 0
+        if alone and manifest.score == "patience":
+            raise UserError(
+                f"'{self._point.name}' of this chain runs the last network only, and 'patience' is no score of a single "
+                "network: calibrate with another score to watch it"
+            )
+        self._first = first = exits - 1 if alone else 0
         self._exits = np.rint(np.asarray(calibration.exit_rates) * images).astype(np.int64)
         self._scores = np.asarray(
             calibration.score_histograms[first] if first < len(calibration.score_histograms) else [],
@@ -215,7 +222,6 @@ class Monitor:
         self._range = calibration.score_ranges[first]
         self._classes = len(manifest.classes)
         cost = manifest.cost()
-        # A chain at a point without early exits runs its last network only.
         self._macs = np.stack([cost.exit_macs, cost.macs_at([None] * (exits - 1))]).astype(np.int64)
         self._expected_rates = tuple(calibration.exit_rates)
         self.false_alarm = false_alarm

@@ -26,8 +26,8 @@ class Prediction:
 
     ``milliseconds`` are measured: one number per stage that ran, for the whole batch, decision included.
 
-    ``first_scores`` (N,) are the scores of exit 0, wherever the image left (of the first exit of the last network, where
-    a chain runs that one only); ``operating_point`` is the one that decided, None where thresholds were given.
+    ``first_scores`` (N,) are the scores of exit 0, wherever the image left (of the final exit, where a chain runs its last
+    network only); ``operating_point`` is the one that decided, None where thresholds were given.
     """
 
     labels: NDArray[np.int64]

@@ -302,6 +302,7 @@ class Session:
         so_far: list[NDArray[Any]] = []  # their logits at every exit they passed, where the rule looks back
         final = len(self._stages) - 1
         start = first_stage(self._networks, thresholds) if last == final else 0
+        first_scored = last if start else 0
         clock = [time.perf_counter()] * (start + 1)  # stages before the first one take no time
         for index in range(start, last + 1):
             features, stage_logits = self._stages.run_bound(index, x)
@@ -311,12 +312,11 @@ class Session:
                 carried.append((present[~undecided], index))
                 left = int(np.count_nonzero(undecided))
             threshold = thresholds[index] if index < last else None
-            if (
-                index in (start, last) or threshold is not None
-            ):  # nobody asks for the score of a disabled exit
+            # Nobody asks for the score of a disabled exit.
+            if index in (first_scored, last) or threshold is not None:
                 answer = self.rule.answer(so_far, index == final)
                 scores = self.rule.decide_on(so_far, answer, index == final)
-                if index == start:
+                if index == first_scored:
                     first_scores = scores
                 if index == last:
                     done = undecided
