@@ -1,0 +1,158 @@
+"""``erde cascade``: networks that exist already, put one behind another, calibrated and sealed. No training, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erde.bundle.manifest import Manifest
+from erde.calibration.bundles import calibrate_bundle
+from erde.calibration.labelled_images import (
+    TuneAndCertify,
+    load_tune_and_certify,
+    load_unlabelled,
+)
+from erde.calibration.policy_file import CalibratedPolicy
+from erde.calibration.settings import Settings
+from erde.chains.building import built_chain, check_chain, class_names, common_shape
+from erde.chains.networks import Network, open_network
+from erde.chains.preprocessing import Preprocessing
+from erde.common import progress
+from erde.common.errors import UserError
+from erde.common.files import check_folder
+from erde.policy.rule import softmax
+from erde.runtime.session import Session
+
+SAMPLE_IMAGES = 2
+# A front that answers otherwise than the fallback this often saves next to nothing at a small risk.
+MUCH_DISAGREEMENT = 0.3
+
+
+def cascade(
+    networks: Sequence[str | Path],
+    images: str | Path,
+    out: str | Path,
+    *,
+    settings: Settings | None = None,
+    preprocessing: Sequence[Preprocessing] = (),
+    classes: Sequence[str] | None = None,
+    tune_share: float = 0.5,
+    seed: int = 0,
+) -> CalibratedPolicy:
+    """Chain ``networks``, the cheapest first, calibrate and certify the chain on ``images``, and seal it at ``out``.
+
+    Args:
+        networks: folders of bundles and ONNX files; the last one is the fallback, which the early answers are held
+            against.
+        images: a folder of images. With a sub-folder per class the promise is about images that the fallback gets right
+            and the early answer wrong; else, without labels, about answers that differ.
+        settings: those of calibration; its guarantee follows from the images unless it is another than ``risk``.
+        preprocessing: of the ONNX files, in their order; a single one is for all. Without it, a
+            ``preprocessor_config.json`` or ``config.json`` beside the file.
+        classes: names, where no network has any.
+        tune_share: of the images, for choosing thresholds; the rest certifies.
+        seed: of the split.
+
+    Raises:
+        UserError: networks that cannot stand behind one another, or images that cannot be used; nothing is written.
+    """
+    out, folder = Path(out), Path(images)
+    settings = settings or Settings()
+    if out.exists():
+        raise UserError(f"{out} is there already: give another place with --out, or remove it")
+    check_folder(out.parent)
+    opened = open_networks([Path(network) for network in networks], preprocessing)
+    check_chain(opened)
+    names = class_names(opened, classes)
+    data = load_images(folder, names, common_shape(opened), settings, tune_share, seed)
+    if not data.labelled:
+        settings = settings.model_copy(update={"guarantee": "disagreement"})
+    splits = data.splits
+    with built_chain(opened, out, splits.tune.images[slice(SAMPLE_IMAGES)], names) as chain:
+        session = Session(chain)
+        for line in first_answers(session, splits.tune.images[slice(1)]):
+            progress.say(line)
+        return calibrate_bundle(session, splits, settings, out, [splits.fingerprint])
+
+
+def open_networks(paths: Sequence[Path], preprocessing: Sequence[Preprocessing] = ()) -> list[Network]:
+    """The networks at ``paths``; each ONNX file takes the next of ``preprocessing``, a single one is for all."""
+    files = [path for path in paths if path.suffix == ".onnx"]
+    if len(preprocessing) not in (0, 1, len(files)):
+        raise UserError(
+            f"{len(preprocessing)} preprocessings for {len(files)} ONNX files: give one for each, in their order, or one "
+            "for all"
+        )
+    given = list(preprocessing) * (len(files) if len(preprocessing) == 1 else 1)
+    return [open_network(path, given.pop(0) if path in files and given else None) for path in paths]
+
+
+class Images:
+    """Images of a calibration: splits, and whether their labels are known."""
+
+    def __init__(self, splits: TuneAndCertify, labelled: bool) -> None:
+        self.splits, self.labelled = splits, labelled
+
+
+def load_images(
+    folder: Path,
+    classes: list[str],
+    shape: tuple[int, int, int],
+    settings: Settings,
+    tune_share: float,
+    seed: int,
+) -> Images:
+    """The images below ``folder``, with labels where it has sub-folders named by classes."""
+    labelled = is_labelled(folder, classes) and settings.guarantee != "disagreement"
+    if not labelled and settings.guarantee not in ("risk", "disagreement"):
+        raise UserError(
+            f"the guarantee '{settings.guarantee}' needs labels, and {folder} has no sub-folders named by classes "
+            f"(such as {classes[0]}): sort the images by class, or ask for 'disagreement'"
+        )
+    if labelled:
+        splits = load_tune_and_certify(folder, classes, shape, tune_share, seed)
+    else:
+        splits = load_unlabelled(folder, shape, tune_share, seed).without_labels()
+    copies = f"; {splits.copies:,} copies left out" if splits.copies else ""
+    kind = "with labels" if labelled else "without labels"
+    progress.say(
+        f"data: {len(splits.tune):,} images to tune, {len(splits.certify):,} to certify, {kind}{copies}"
+    )
+    return Images(splits, labelled)
+
+
+def is_labelled(folder: Path, classes: Sequence[str]) -> bool:
+    """True if most of the folder's sub-folders are named by classes."""
+    if not folder.is_dir():
+        raise UserError(f"no folder at {folder}: expected images")
+    inside = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return 2 * sum(name in set(classes) for name in inside) > len(inside)
+
+
+def first_answers(session: Session, image: NDArray[np.uint8]) -> list[str]:
+    """What each network says to one image, a line each: wrong preprocessing shows at once."""
+    logits = session.all_logits(image)[:, 0]
+    stages = session.manifest.stages
+    lasts = [index - 1 for index in session.manifest.networks()[1:]] + [len(stages) - 1]
+    lines = []
+    for index in lasts:
+        probabilities = softmax(logits[index])
+        label = int(probabilities.argmax())
+        lines.append(
+            f"first image: {stages[index].network} says '{session.classes[label]}' ({probabilities[label]:.1%})"
+        )
+    return lines
+
+
+def agreement_lines(manifest: Manifest, calibrated: CalibratedPolicy) -> list[str]:
+    """Lines on what the chain gains, for whoever asked for it."""
+    default = calibrated.default_point()
+    if default.macs_saved is None or default.macs_saved > 0:
+        return []
+    return [
+        "nothing is gained at this risk: the networks in front answer otherwise than the last one too often; a better front, "
+        "a larger risk or more images would help"
+    ]
