@@ -35,7 +35,7 @@ TABLE = {
     "shapes and places": "Col2Im Concat Constant ConstantOfShape DepthToSpace Expand EyeLike Flatten Gather GatherElements "
     "GatherND Pad Range Reshape Resize ScatterElements ScatterND Shape Size Slice SpaceToDepth Split Squeeze Tile Transpose "
     "Trilu Unsqueeze",
-    "int8": "DequantizeLinear QuantizeLinear",
+    "int8": "ConvInteger DequantizeLinear DynamicQuantizeLinear MatMulInteger QLinearConv QLinearMatMul QuantizeLinear",
 }
 OPERATORS = frozenset(name for names in TABLE.values() for name in names.split())
 DOMAINS = ("", "ai.onnx")
