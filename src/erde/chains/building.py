@@ -27,7 +27,9 @@ TOLERANCE = 1e-3
 def check_chain(networks: Sequence[Network]) -> None:
     """:class:`UserError` where networks cannot stand behind one another, or never could save anything."""
     if len(networks) < 2:
-        raise UserError("a chain has two networks or more: a cheap one in front, and the one that answers the rest")
+        raise UserError(
+            "a chain has two networks or more: a cheap one in front, and the one that answers the rest"
+        )
     last = networks[-1]
     for network in networks[:-1]:
         if network.class_count != last.class_count:
@@ -67,7 +69,9 @@ def class_names(networks: Sequence[Network], given: Sequence[str] | None = None)
                 "export one of them again with the order of the other"
             )
         odd = next(name for name in names if name not in lists[0])
-        raise UserError(f"two networks have other classes ('{odd}' is in one only): give networks of one task")
+        raise UserError(
+            f"two networks have other classes ('{odd}' is in one only): give networks of one task"
+        )
     return lists[0] if lists else [str(label) for label in range(count)]
 
 
@@ -130,7 +134,7 @@ def built_chain(
         for leftover in (folder, stages_folder):
             shutil.rmtree(leftover, ignore_errors=True)
         make_folder(stages_folder)
-        shape: Shape = tuple(sample.shape[1:])  # type: ignore[assignment]
+        shape: Shape = tuple(sample.shape[1:])
         stages = chain_stages(networks)
         rest = stages
         for network in networks:
@@ -169,7 +173,9 @@ def _manifest(
         std=front.manifest.std if isinstance(front, BundleNetwork) else [1.0] * channels,
         resize="shorter side, then centre crop; bilinear",
         precision=precision,
-        opset=max((network.manifest.opset for network in networks if isinstance(network, BundleNetwork)), default=18),
+        opset=max(
+            (network.manifest.opset for network in networks if isinstance(network, BundleNetwork)), default=18
+        ),
         stages=stages,
         no_exit_macs=last.macs,
         no_exit_parameters=last.parameters,

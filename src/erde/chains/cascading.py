@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from erde.bundle.manifest import Manifest
 from erde.calibration.bundles import calibrate_bundle
 from erde.calibration.labelled_images import (
     TuneAndCertify,
@@ -27,8 +26,6 @@ from erde.policy.rule import softmax
 from erde.runtime.session import Session
 
 SAMPLE_IMAGES = 2
-# A front that answers otherwise than the fallback this often saves next to nothing at a small risk.
-MUCH_DISAGREEMENT = 0.3
 
 
 def cascade(
@@ -147,12 +144,9 @@ def first_answers(session: Session, image: NDArray[np.uint8]) -> list[str]:
     return lines
 
 
-def agreement_lines(manifest: Manifest, calibrated: CalibratedPolicy) -> list[str]:
-    """Lines on what the chain gains, for whoever asked for it."""
-    default = calibrated.default_point()
-    if default.macs_saved is None or default.macs_saved > 0:
-        return []
-    return [
-        "nothing is gained at this risk: the networks in front answer otherwise than the last one too often; a better front, "
-        "a larger risk or more images would help"
-    ]
+def read_class_names(path: Path) -> list[str]:
+    """A text file with a name per line; empty lines at its end are left out."""
+    try:
+        return path.read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: expected a class name per line") from error

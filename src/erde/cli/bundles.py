@@ -6,12 +6,17 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from erde.cli.options import Json, finish
 from erde.common.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from erde.calibration.policy_file import CalibratedPolicy
+    from erde.calibration.settings import Settings
+    from erde.policy.points import Precision
 
 # More than any machine has.
 MAX_THREADS = 1024
@@ -116,6 +121,93 @@ def bench(
         figure = write_figure(result, out.with_suffix(".png"))
         print(f"{out}" + (f" and {figure}" if figure else " (no figure: pip install 'erde[analysis]')"))
     finish(as_json, result.model_dump(mode="json"))
+
+
+def cascade(
+    networks: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Bundles and ONNX files, the cheapest first; the last one answers what the others are not sure of."
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Option(help="A folder of images; sub-folders named by classes make them labelled.")
+    ],
+    out: Annotated[Path, typer.Option(help="The new bundle.")],
+    max_risk: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="To certify, such as 0.5%, 1% without it; repeat it for several, the default point first."
+        ),
+    ] = None,
+    confidence: Annotated[str | None, typer.Option(help="Of the certificates; 90% without it.")] = None,
+    guarantee: Annotated[
+        str | None,
+        typer.Option(
+            help="disagreement: labels are not looked at. With labels also risk (the default), net_drop or expected_risk."
+        ),
+    ] = None,
+    preprocessing: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Of the ONNX files, in their order: a JSON file, such as preprocessor_config.json. One is for all."
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="A text file with a class name per line, in the order of the logits.")
+    ] = None,
+    tune_share: Annotated[
+        str | None, typer.Option(help="Of the images, for tune, 50% without it; the rest certifies.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split into tune and certify.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Put networks that exist already one behind another, and certify how often their answers change. No training.
+
+    Without labels the promise is about answers that differ from those of the last network.
+    """
+    from erde.bundle.sealing import read
+    from erde.calibration.recalibration import parse_share, settings_of
+    from erde.chains.cascading import cascade as build
+    from erde.chains.cascading import read_class_names
+    from erde.chains.preprocessing import read_preprocessing
+
+    settings = settings_of({
+        "max_risks": max_risk or ["1%"], "confidence": confidence, "guarantee": guarantee,
+    })  # fmt: skip
+    calibrated = build(
+        networks,
+        data,
+        out,
+        settings=settings,
+        preprocessing=[read_preprocessing(path) for path in preprocessing or ()],
+        classes=None if classes is None else read_class_names(classes),
+        tune_share=parse_share(tune_share or "50%", "--tune-share"),
+        seed=seed,
+    )
+    print(f"bundle: {out}")
+    show_calibrated(calibrated, settings, out, read(out).precision)
+    finish(as_json, {"out": str(out), **calibrated.summary()})
+
+
+def show_calibrated(
+    calibrated: CalibratedPolicy, settings: Settings, out: Path, precision: Precision
+) -> None:
+    """Print what was chosen and certified, and warn where nothing leaves early by default."""
+    from erde.calibration.logits import point_name
+    from erde.calibration.recalibration import describe
+
+    for line in describe(calibrated, precision):
+        print(line)
+    if calibrated.default == "no-exit":
+        others = [point.name for point in calibrated.points if point.name != "no-exit"]
+        asked = point_name(settings.max_risks[0])
+        named = f"name {' or '.join(others)} where you use it, or " if others else ""
+        print(
+            f"warning: {asked} could not be certified, so the default operating point is no-exit: {out} never leaves early "
+            f"by default; {named}give more images or a larger risk",
+            file=sys.stderr,
+        )
 
 
 def _whole_numbers(option: str, text: str, highest: int = 100_000) -> list[int]:

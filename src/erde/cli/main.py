@@ -252,7 +252,10 @@ def calibrate(
         Path, typer.Argument(metavar="RUN|BUNDLE|LOGITS.npz", help="A run, a sealed bundle, or saved logits.")
     ],
     data: Annotated[
-        Path | None, typer.Option(help="For a bundle: labelled images, a sub-folder per class.")
+        Path | None,
+        typer.Option(
+            help="For a bundle: labelled images, a sub-folder per class; for --guarantee disagreement any images."
+        ),
     ] = None,
     labels_out: Annotated[
         Path | None,
@@ -276,7 +279,8 @@ def calibrate(
         list[str] | None, typer.Option(help="Mean time per image, such as 2ms; needs a profile.json.")
     ] = None,
     guarantee: Annotated[
-        str | None, typer.Option(help="risk (the default), net_drop or expected_risk.")
+        str | None,
+        typer.Option(help="risk (the default), net_drop, expected_risk, or disagreement: no labels."),
     ] = None,
     score: Annotated[str | None, typer.Option(help="auto (the default), or one of erde list scores.")] = None,
     sharpness: Annotated[float | None, typer.Option(help="Of the score; chosen on tune without it.")] = None,
@@ -316,9 +320,7 @@ def calibrate(
         _next_step(target, "calibrate", "erde evaluate", as_json)
         return
     from erde.bundle.sealing import read as read_bundle
-    from erde.calibration.logits import point_name
     from erde.calibration.recalibration import (
-        describe,
         parse_share,
         recalibrate_bundle,
         recalibrate_with_labels,
@@ -368,17 +370,7 @@ def calibrate(
             target, settings, out, macs=per_exit, no_exit_macs=no_exit_macs, tune_share=share, seed=seed or 0
         )
         print(f"policy: {out}")
-    for line in describe(calibrated, precision):
-        print(line)
-    if calibrated.default == "no-exit":
-        others = [point.name for point in calibrated.points if point.name != "no-exit"]
-        asked = point_name(settings.max_risks[0])
-        named = f"name {' or '.join(others)} where you use it, or " if others else ""
-        print(
-            f"warning: {asked} could not be certified, so the default operating point is no-exit: {out} never leaves early "
-            f"by default; {named}give more images or a larger risk",
-            file=sys.stderr,
-        )
+    bundles.show_calibrated(calibrated, settings, out, precision)
     finish(as_json, {"out": str(out), **calibrated.summary()})
 
 
@@ -647,6 +639,9 @@ def _summary(results: Results, folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- bundles
 
 app.command(epilog="Example: erde predict runs/a/bundle photos/ --out answers.csv")(bundles.predict)
+app.command(epilog="Example: erde cascade front/bundle model.onnx --data photos/ --max-risk 1% --out chain")(
+    bundles.cascade
+)
 app.command(epilog="Example: erde bench runs/a/bundle --out bench.json")(bundles.bench)
 app.add_typer(bundles.bundle_app, name="bundle")
 

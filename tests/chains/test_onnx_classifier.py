@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from erde.bundle.graph_check import check_graph_file
-from erde.cascade.onnx_batch import probe_images
-from erde.cascade.onnx_classifier import OnnxClassifier, read_classifier, resize_input, write_stage
-from erde.cascade.preprocessing import Preprocessing
+from erde.chains.onnx_batch import probe_images
+from erde.chains.onnx_classifier import OnnxClassifier, read_classifier, resize_input, write_stage
+from erde.chains.preprocessing import Preprocessing
 from erde.common.images import to_array
 from tests.helpers.checks import entries, user_error
 from tests.helpers.foreign import CLASSES, MEAN, SIDE, STD, export, hand_made, random_network, saved

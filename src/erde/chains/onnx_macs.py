@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from erde.bundle.graph_check import DOMAINS
-from erde.cascade.onnx_files import copied, image_dependent, import_onnx, open_session, tensors
+from erde.chains.onnx_files import copied, image_dependent, import_onnx, open_session, tensors
 from erde.common.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import mobilenet_v2, resnet18
 
 from erde.bundle import read
-from erde.cascade.onnx_macs import count_macs, count_parameters
+from erde.chains.onnx_macs import count_macs, count_parameters
 from tests.helpers.foreign import export, hand_made
 
 node = helper.make_node

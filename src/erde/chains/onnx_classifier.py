@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde.bundle.graph_check import check_graph_file
-from erde.cascade.onnx_batch import (
+from erde.chains.onnx_batch import (
     BATCH_AXIS,
     are_close,
     open_batch,
@@ -19,7 +19,7 @@ from erde.cascade.onnx_batch import (
     run_one_by_one,
     tolerance_of,
 )
-from erde.cascade.onnx_files import (
+from erde.chains.onnx_files import (
     IR_VERSION,
     add_constant,
     check_operators,
@@ -31,8 +31,8 @@ from erde.cascade.onnx_files import (
     opset_of,
     save,
 )
-from erde.cascade.onnx_macs import count_macs, count_parameters
-from erde.cascade.preprocessing import UNSET, Layout, Preprocessing, preprocessing_beside
+from erde.chains.onnx_macs import count_macs, count_parameters
+from erde.chains.preprocessing import UNSET, Layout, Preprocessing, preprocessing_beside
 from erde.common.errors import UserError, in_one_line, listed
 
 OutputKind = Literal["logits", "probabilities"]

@@ -11,8 +11,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from erde.cascade.onnx_files import add_constant, copied, image_dependent, open_session, tensors
-from erde.cascade.onnx_macs import shapes_for_one_image
+from erde.chains.onnx_files import add_constant, copied, image_dependent, open_session, tensors
+from erde.chains.onnx_macs import shapes_for_one_image
 from erde.common.errors import UserError, in_one_line
 
 PROBES = 3

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erde.cascade.preprocessing import UNSET, Preprocessing, preprocessing_beside, read_preprocessing
+from erde.chains.preprocessing import UNSET, Preprocessing, preprocessing_beside, read_preprocessing
 from tests.helpers.checks import user_error
 
 IMAGENET: dict[str, Any] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
