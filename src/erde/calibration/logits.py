@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from erde import policy
 from erde.calibration.certificates import certify_counts, count_along, images_needed, upper_bound
 from erde.calibration.checks import (
     Request,
@@ -29,6 +28,7 @@ from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, sweep
 from erde.common import progress
 from erde.common.splits import CertifyLogits, TuneLogits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.points import Calibration, Certificate, LeftOut, OperatingPoint, ScoreCandidate
 from erde.policy.rule import PAPER_RULE

@@ -493,7 +493,7 @@ class Config(Section):
             )
         if self.export.arm not in self.arms:
             raise UserError(
-                f"export.arm is '{self.export.arm}', which is no arm{nearest(self.export.arm, self.arms)}"
+                f"export.arm is '{self.export.arm}', which is not an arm{nearest(self.export.arm, self.arms)}"
             )
         for arm in self.arms:
             if arm == TEACHER or not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():
