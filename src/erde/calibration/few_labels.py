@@ -113,7 +113,7 @@ class FewLabels:
         finished = []
         for point in points:
             assert point.tune is not None
-            said = f"{point.tune.macs_saved:.1%} of MACs saved on tune, which has no labels"
+            said = f"{100 * point.tune.macs_saved:.1f} % of MACs saved on tune, which has no labels"
             certificate = point.certificate
             if certificate is not None:
                 certificate = certificate.model_copy(

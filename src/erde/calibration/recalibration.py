@@ -211,7 +211,7 @@ def describe(calibrated: CalibratedPolicy, precision: Precision = "fp32") -> Ite
     yield f"score: {calibrated.rule.in_words()}"
     for point in calibrated.points:
         default = " (default)" if point.name == calibrated.default else ""
-        saved = f"{point.tune.macs_saved:.1%} of MACs saved on tune" if point.tune else None
+        saved = f"{100 * point.tune.macs_saved:.1f} % of MACs saved on tune" if point.tune else None
         said = None if point.note else "every image takes the final exit"
         if point.certificate:
             said = point.certificate.sentence(precision)
