@@ -284,6 +284,12 @@ def test_finished_arms_need_neither_their_starting_weights_nor_timms(
         open_run(recipe(tmp_path, *overrides), run_copy, resume=True)
 
 
+def test_calibrating_does_not_read_the_bundle(run_copy: Path) -> None:
+    (run_copy / "bundle" / "profile.json").write_text("damaged")
+    with existing_run(run_copy) as run:
+        calibrate(run)
+
+
 def test_a_new_policy_takes_the_old_results_away(run_copy: Path) -> None:
     with existing_run(run_copy) as run:
         calibrate(run)
