@@ -101,7 +101,7 @@ def prepare(given: argparse.Namespace, folder: Path) -> Subject:
     run_path, data = given.run, given.data
     recipe = run_path / "config.yaml"
     if not recipe.is_file():
-        raise UserError(f"{run_path} is no run folder: it has no config.yaml (erde run writes one)")
+        raise UserError(f"{run_path} is not a run folder: it has no config.yaml (erde run writes one)")
     if not data.is_dir():
         raise UserError(f"--data: there is no folder {data}")
     config = load_config(recipe)

@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, binomtest
 
-from erde import policy
 from erde.calibration.certificates import PathCounts, walk
 from erde.calibration.choice import choose_score
 from erde.calibration.logits import calibrate_logits
@@ -32,6 +31,7 @@ from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path
 from erde.common.files import write_json
 from erde.common.splits import CertifyLogits, Logits, TestLogits, TuneLogits
 from erde.evaluation.logits_file import LogitsFile
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.points import Guarantee
 from erde.policy.rule import ExitRule

@@ -68,7 +68,7 @@ def test_wrong_environments_are_one_line_and_exit_code_2(
     assert "earlyon is not installed" in said(Path(sys.executable))
     assert "earlyon 0.2.0" in said(fake_python(tmp_path, earlyon="0.2.0"))
     assert "onnxruntime 1.0.0" in said(fake_python(tmp_path, onnxruntime="1.0.0"))
-    assert "is no run folder" in said(fake_python(tmp_path))
+    assert "is not a run folder" in said(fake_python(tmp_path))
     not_python = tmp_path / "no-python"
     not_python.write_text("hello")
     assert "is no Python" in said(not_python)

@@ -18,9 +18,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from erde.recipe.keys import keys_of
 from erde.recipe.load import load_config, shipped_recipes
-from erde.recipe.losses import LOSSES
+from erde.recipe.losses import ControllerConfig, LossConfig
 from erde.recipe.schema import Config
+from tests.helpers import key_tables
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -167,13 +169,6 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
     assert not missing
 
 
-def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """(model, key) of a model and of all models among the types of its fields."""
-    for key, field in model.model_fields.items():
-        yield model.__name__, key
-        yield from (found for inner in models_in(field.annotation) for found in keys_of(inner))
-
-
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -181,55 +176,24 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from models_in(argument)
 
 
-def section(text: str, heading: str) -> str:
-    """The part of a document from ``heading`` to the next one of the same or a higher level."""
-    level = heading.split(" ")[0]
-    found = re.search(rf"^{re.escape(heading)}$(.*?)(?=^#{{1,{len(level)}}} |\Z)", text, re.M | re.S)
-    assert found is not None, heading
-    return found[1]
+@pytest.mark.parametrize("path", key_tables.DOCUMENTS, ids=lambda path: path.name)
+def test_key_tables_are_those_of_the_models(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text == key_tables.written(text), f"write the tables anew: {key_tables.COMMAND}"
 
 
-def test_formats_names_every_key_of_the_recipe() -> None:
-    recipe = section((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), "## Recipe")
-    rows = set(re.findall(r"^\| `(\w+)` \|", recipe, re.M))
-    keys = set(keys_of(Config))
-    keys |= {key for config in LOSSES.values() for key in keys_of(config)}
-    assert {"milestones", "cutout", "max_risks", "kl_on_wrong", "disjoint"} <= {key for _, key in keys}
-    unnamed = {(model, key) for model, key in keys if key not in rows}
-    assert not unnamed
-
-
-# Key of the recipe -> heading in formats.md.
-SECTIONS = {
-    "": "### Top level",
-    "data": "### `data`",
-    "student": "### `student` and `teacher`",
-    "teacher": "### `student` and `teacher`",
-    "distillation": "### `distillation`",
-    "train": "### `train`",
-    "export": "### `export`",
-    "calibration": "### `calibration`",
-}
-
-
-@pytest.mark.parametrize("group", SECTIONS)
-def test_formats_has_the_keys_and_defaults_of_each_section(group: str) -> None:
-    text = section((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), SECTIONS[group])
-    rows = {
-        cells[1].strip(" `"): cells[3].strip()
-        for line in text.splitlines()
-        if line.startswith("| `") and len(cells := re.split(r"(?<!\\)\|", line)) > 4
-    }
-    model = next(models_in(Config.model_fields[group].annotation)) if group else Config
-    for key, field in model.model_fields.items():
-        assert key in rows, f"{group}.{key}"
-        default = field.get_default(call_default_factory=True)
-        if field.is_required() or isinstance(default, BaseModel):
-            continue
-        written = re.findall(r"`([^`]*)`", rows[key])
-        which = -1 if group == "teacher" else 0
-        default = list(default) if isinstance(default, tuple) else default
-        assert yaml.safe_load(written[which]) == default, f"{group}.{key}: {rows[key]}"
+def test_every_key_has_a_meaning_and_is_in_one_table() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in key_tables.DOCUMENTS)
+    tables = re.findall(r"<!-- keys of (.+?) -->", text)
+    # ce has no keys of its own.
+    assert sorted([*tables, "the loss `ce`"]) == sorted(key_tables.PLACES)
+    # A controller's keys are those of dynamickd.
+    known = {*key_tables.PLACES.values(), LossConfig, ControllerConfig}
+    for place, model in key_tables.PLACES.items():
+        for field in model.model_fields.values():
+            assert set(models_in(field.annotation)) <= known
+        for key in keys_of(model):
+            assert key.meaning or key.name == "name", f"{key.name} of {place} has no meaning"
 
 
 def named_functions() -> list[tuple[str, str]]:

@@ -438,7 +438,7 @@ def test_swapped_stages_with_new_checksums(first: int, second: int, bundle_copy:
 def test_a_stage_named_for_ort_s_own_format(bundle_copy: Path) -> None:
     (bundle_copy / "stage_1.onnx").rename(bundle_copy / "stage_1.ort")
     forge(bundle_copy, rename_stage("stage_1.ort"))
-    with user_error(rf"^bundle {bundle_copy}: the stage stage_1\.ort is no \.onnx file"):
+    with user_error(rf"^bundle {bundle_copy}: the stage stage_1\.ort is not an \.onnx file"):
         Session(bundle_copy)
 
 

@@ -5,7 +5,6 @@ import pytest
 import scipy.stats
 from numpy.typing import NDArray
 
-from erde import policy
 from erde.calibration.certificates import (
     METHODS,
     PathCounts,
@@ -19,6 +18,7 @@ from erde.calibration.certificates import (
 )
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path
 from erde.common.splits import CertifyLogits, TuneLogits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule
 from tests.helpers.oracles import synthetic_logits

@@ -208,7 +208,7 @@ def test_filled_files_that_are_refused(
         assert not (tmp_path / "new").exists()
 
     write(ask, [{**rows[0], "label": "eleven"}, *rows[1:]])
-    refused("ask.csv, line 2: 'eleven' is no class of this bundle")
+    refused("ask.csv, line 2: 'eleven' is not a class of this bundle")
     write(ask, rows[1:])
     refused(
         f"ask.csv has no row for 1 of the images whose label is needed .first: {rows[0]['image']}.: rows were deleted"

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from erde import policy
 from erde.calibration import harm
 from erde.common.splits import TuneLogits
+from erde.policy import rule as policy
 from tests.helpers.oracles import synthetic_logits
 
 

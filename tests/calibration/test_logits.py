@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import erde
-from erde import policy
 from erde.calibration.checks import Request, check_reuse, doubts, seen_before
 from erde.calibration.choice import MOST_FRAGILE, choose_score
 from erde.calibration.logits import calibrate_logits, fit_temperatures, point_name
@@ -18,6 +17,7 @@ from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import AUTO_SCORES, AUTO_SHARPNESS, SHARPNESS_GRID, Settings
 from erde.calibration.thresholds import ScoredSplit, best_within_risk, search_path
 from erde.common.splits import CertifyLogits, Logits, TestLogits, TuneLogits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import PAPER_RULE, ExitRule
 from erde.recipe.validation import validate
@@ -423,13 +423,13 @@ def test_doubts() -> None:
     seen = Logits(logits, labels)
     lines = doubts(seen, seen, [0.05, 0.3, 0.0500001])
     assert lines[0].startswith(
-        "the final exit is right on 100.0% of the certify images: if the network was trained on them"
+        "the final exit is right on 100.0 % of the certify images: if the network was trained on them"
     )
     assert lines[1].startswith("the temperature of exit 0, 2 ran to its bound")
     wrong_late = logits.copy()
     wrong_late[-1, :100] = generator.normal(size=(100, 5))
     (line,) = doubts(seen, Logits(wrong_late, labels), [1.0] * 3)
-    assert "an earlier exit on 100.0%" in line
+    assert "an earlier exit on 100.0 %" in line
     assert doubts(tune_logits(), certify_logits(), [1.0] * 3) == []
 
 

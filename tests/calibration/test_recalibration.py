@@ -80,7 +80,7 @@ def test_folders_that_are_refused(photos: Path, tmp_path: Path) -> None:
         load_tune_and_certify(tmp_path / "empty", CLASSES, (8, 8, 1))
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     (folder / "7").rename(folder / "seven")
-    with user_error("photos/seven is no class of this bundle.*its classes are: 0, 1"):
+    with user_error("photos/seven is not a class of this bundle.*its classes are: 0, 1"):
         load_tune_and_certify(folder, CLASSES, (8, 8, 1))
     many = [f"class-{number}" for number in range(1000)]
     with user_error("class-39 and 960 more$"):

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from erde import policy
 from erde.calibration.thresholds import (
     GRID_LEVELS,
     ScoredSplit,
@@ -16,6 +15,7 @@ from erde.calibration.thresholds import (
     sweep,
 )
 from erde.common.splits import CertifyLogits, TestLogits, TuneLogits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule
 from tests.helpers.oracles import synthetic_logits

@@ -8,9 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from erde.cli import about, main
 from erde.networks.attach import attach_exits
@@ -18,8 +20,9 @@ from erde.networks.backbones import build_backbone
 from erde.networks.cost import NetworkCost, network_cost
 from erde.policy.rule import SCORES
 from erde.recipe.backbones import BACKBONES
-from erde.recipe.load import shipped_recipes
+from erde.recipe.load import load_config, shipped_recipes
 from erde.recipe.losses import LOSSES
+from erde.recipe.schema import ArmConfig
 
 
 def run(
@@ -33,12 +36,22 @@ def run(
     return stopped.value.code, captured.out, captured.err
 
 
+def keys_in(section: BaseModel, place: str = "") -> Iterator[str]:
+    """The dotted keys below a section of a recipe."""
+    for key, value in section:
+        if isinstance(value, BaseModel):
+            yield from keys_in(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}"
+
+
 @pytest.mark.parametrize(
     ("what", "names"),
     [
         ("recipes", set(shipped_recipes())),
         ("backbones", {*BACKBONES, "timm/<name>"}),
         ("losses", set(LOSSES)),
+        ("keys", {*keys_in(load_config("digits")), *(f"arms.<arm>.{key}" for key in ArmConfig.model_fields)}),
         ("scores", set(SCORES)),
         ("datasets", {"digits", "cifar10", "cifar100", "svhn"}),
     ],

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erde import policy
 from erde.bundle.sealing import read
 from erde.data.load import load_splits
 from erde.evaluation.results import Results
+from erde.policy import rule as policy
 from erde.recipe.load import load_config
 from erde.runtime.session import Session
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erde import policy
 from erde.common.splits import TestLogits
 from erde.evaluation.comparison import Answers, compare, compare_arms, mcnemar, paired_intervals
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import PAPER_RULE, ExitRule
 from tests.helpers.hand_made import COST, hand_made_policy

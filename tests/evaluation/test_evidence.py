@@ -12,11 +12,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from erde import policy
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, sweep
 from erde.common.splits import TestLogits
 from erde.evaluation import evidence
 from erde.evaluation.evidence import ArmEvidence, ArmInput, collect, encode
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule
 from tests.helpers.hand_made import COST, hand_made_policy

@@ -237,7 +237,7 @@ def test_a_policy_whose_parts_do_not_fit(key: str, whole: Path, tmp_path: Path) 
     policy.write_text(json.dumps({**json.loads(policy.read_text()), key: EDITS[key]}))
     with user_error("is not a policy that erde calibrate LOGITS.npz wrote"):
         evaluate_file(whole, policy)
-    with user_error("is there and is no policy of this erde: remove it, or give another --out"):
+    with user_error("is there and is not a policy of this erde: remove it, or give another --out"):
         calibrate_file(whole, SETTINGS, policy)
 
 

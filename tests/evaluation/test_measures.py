@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from erde import policy
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.thresholds import ScoredSplit, sweep, wilson_interval
 from erde.common.splits import TestLogits
@@ -35,6 +34,7 @@ from erde.evaluation.measures import (
     reliability,
     score_outcomes,
 )
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import PAPER_RULE, ExitRule, HarmParameters
 from tests.helpers import oracles

@@ -698,7 +698,7 @@ def test_heads_that_are_refused(head: str, message: str) -> None:
         (True, "exits=True: expected a whole number, or a list"),
         (None, "exits=None: expected a whole number, or a list"),
         ("blocks.1", r"exits='blocks\.1' is a single name: write exits=\['blocks\.1'\]"),
-        (["blocks.1", 3], r"exits=\['blocks.1', 3\]: 3 is no module path"),
+        (["blocks.1", 3], r"exits=\['blocks.1', 3\]: 3 is not a module path"),
     ],
 )
 @pytest.mark.parametrize("own", [True, False])

@@ -277,7 +277,7 @@ def test_load_weights_that_do_not_fit(tmp_path: Path) -> None:
     [
         ({"erde": "{"}, "its metadata is not JSON"),
         ({"erde": "[" * 100_000}, "its metadata is not JSON"),
-        ({"erde": "3"}, "its metadata is no JSON object"),
+        ({"erde": "3"}, "its metadata is not a JSON object"),
         ({"erde": '{"format_version": 2}'}, "of format version 2, this erde reads 1"),
     ],
 )

@@ -232,7 +232,7 @@ def test_wrong_type_or_range(recipe: Path, override: str, start: str, got: str) 
         ("arms.erde.loss={name: [ce]}", "arms.erde.loss: unknown loss '['ce']' (did you mean 'ce'?)"),
         ("arms.erde.loss=3", "arms.erde.loss: a loss needs a name, got 3; for example {name: erde}"),
         ("calibration.score=entropi", "calibration.score: unknown score 'entropi' (did you mean 'entropy'?)"),
-        ("export.arm=erd", "export.arm is 'erd', which is no arm (did you mean 'erde'?)"),
+        ("export.arm=erd", "export.arm is 'erd', which is not an arm (did you mean 'erde'?)"),
         ("export.precisions=[int8]", "export: precisions must hold fp32: int8 is made from it"),
         ("export.precisions=[]", "export: precisions must hold fp32: int8 is made from it"),
         ("export.precisions=[fp32, int8, int8]", "export: each of precisions once"),
@@ -347,7 +347,7 @@ def test_the_only_arm_with_early_exits_is_exported(text: str, arm: str, tmp_path
     "text", ["arms: {kd: {loss: kd}, ce: {loss: ce}}", "arms: {kd: {loss: kd}}\nexport: {arm: erde}"]
 )
 def test_between_several_the_recipe_must_say(text: str, tmp_path: Path) -> None:
-    with user_error("export.arm is 'erde', which is no arm"):
+    with user_error("export.arm is 'erde', which is not an arm"):
         own_recipe(tmp_path, text)
 
 

@@ -389,8 +389,8 @@ def test_of_a_thousand_classes_those_that_pay_most_are_shown(results: Results) -
     [
         ((0.3, 0.4, 0.71), 10, None),
         ((0.3, 0.72, 0.71), 10, None),
-        ((0.778, 0.222, 0.106), 10, "right on 10.6% of the test images, an earlier exit on 77.8%: a promise against it"),
-        ((0.1, 0.2, 0.45), 10, "right on 45.0% of the test images: a promise against it says little"),
+        ((0.778, 0.222, 0.106), 10, "right on 10.6 % of the test images, an earlier exit on 77.8 %: a promise against it"),
+        ((0.1, 0.2, 0.45), 10, "right on 45.0 % of the test images: a promise against it says little"),
         ((0.1, 0.2, 0.45), 1000, None),
     ],
 )  # fmt: skip

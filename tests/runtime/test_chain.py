@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erde import policy
 from erde.bundle.sealing import read
+from erde.policy import rule as policy
 from erde.policy.rule import ExitRule
 from erde.runtime.session import Session
 from tests.helpers.checks import user_error

@@ -19,9 +19,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erde import bundle, policy
+from erde import bundle
 from erde.bundle.profile import PROFILE
 from erde.data.load import DataSplits
+from erde.policy import rule as policy
 from erde.runtime.prediction import Prediction
 from erde.runtime.session import Session
 from erde.runtime.stages import StageRunner

@@ -98,7 +98,7 @@ def read(folder: Path) -> Manifest:
     for stage in manifest.stages:
         # ONNX Runtime tells formats by the name too, and graph_check.py looks at ONNX only.
         if not stage.file.endswith(".onnx"):
-            raise UserError(f"bundle {folder}: the stage {stage.file} is no .onnx file")
+            raise UserError(f"bundle {folder}: the stage {stage.file} is not an .onnx file")
     for name, expected in manifest.files.items():
         if file_hash(folder / name) != expected:
             raise UserError(

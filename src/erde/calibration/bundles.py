@@ -76,7 +76,7 @@ def calibrate(
         )
     target = Path(out or path)
     if target.exists() and not (target / bundle.MANIFEST).is_file():
-        raise UserError(f"{target} is there already and is no bundle: give another place for the new one")
+        raise UserError(f"{target} is there already and is not a bundle: give another place for the new one")
     return calibrate_bundle(Session(path), data, request, target)
 
 

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from scipy.special import bdtr
 from scipy.stats import beta, binom, norm
 
-from erde import policy
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, sweep
+from erde.policy import rule as policy
 from erde.policy.points import Certificate, Guarantee, Reference
 
 METHODS: dict[Guarantee, str] = {

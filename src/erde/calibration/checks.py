@@ -87,8 +87,8 @@ def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list
     final, early = float(right[-1]), float(right[:-1].max(initial=0.0))
     if final >= NEARLY_ALWAYS and len(certify) >= 200:
         lines.append(
-            f"the final exit is right on {final:.1%} of the certify images: if the network was trained on them (weights from "
-            "elsewhere?), the promise does not hold for new images"
+            f"the final exit is right on {100 * final:.1f} % of the certify images: if the network was trained on them "
+            "(weights from elsewhere?), the promise does not hold for new images"
         )
     lines.append(poor_network(final, early, classes, "certify"))
     bound = [
@@ -106,9 +106,9 @@ def poor_network(final: float, early: float, classes: int, split: str) -> str | 
     """A line where the final exit, or a far better earlier one, shows that a promise against it is easily kept."""
     if final >= min(0.5, 5 / classes) and final >= early - 0.02:
         return None
-    beside = f", an earlier exit on {early:.1%}" if early > final else ""
+    beside = f", an earlier exit on {100 * early:.1f} %" if early > final else ""
     return (
-        f"the full network is right on {final:.1%} of the {split} images{beside}: a promise against it says little; "
+        f"the full network is right on {100 * final:.1f} % of the {split} images{beside}: a promise against it says little; "
         "train it better first"
     )
 
@@ -126,8 +126,8 @@ def seen_before(certify: Logits, test: Logits) -> str | None:
     if on_certify - on_test < max(0.03, 4 * error):
         return None
     return (
-        f"the final exit is right on {on_certify:.1%} of certify and on {on_test:.1%} of test: if it was trained on certify, "
-        "the promise does not hold; if test is another kind of images, it is not about them"
+        f"the final exit is right on {100 * on_certify:.1f} % of certify and on {100 * on_test:.1f} % of test: "
+        "if it was trained on certify, the promise does not hold; if test is another kind of images, it is not about them"
     )
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from erde import policy
 from erde.calibration.harm import fit_harm, out_of_fold_scores
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, best_within_risk, search_path
 from erde.common.splits import TuneLogits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import PAPER_RULE, ExitRule
 

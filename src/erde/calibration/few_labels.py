@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from erde import policy
 from erde.calibration.certificates import PathCounts, walk
 from erde.calibration.checks import check_splits
 from erde.calibration.choice import Choice
@@ -29,6 +28,7 @@ from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path,
 from erde.common.errors import UserError, nearest
 from erde.common.files import write_text
 from erde.common.splits import CertifyLogits, Labels, TuneLogits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule
 
@@ -218,7 +218,7 @@ def read_label_file(
             )
         if label and label not in classes:
             raise UserError(
-                f"{path}, line {number}: '{label}' is no class of this bundle{nearest(label, classes)}; leave it empty where "
+                f"{path}, line {number}: '{label}' is not a class of this bundle{nearest(label, classes)}; leave it empty where "
                 "no class fits"
             )
         value = classes.index(label) if label else UNKNOWN

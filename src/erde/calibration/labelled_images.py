@@ -156,7 +156,7 @@ def load_tune_and_certify(
         name = class_folder.name
         if name not in classes:
             raise UserError(
-                f"{class_folder} is no class of this bundle{nearest(name, classes)}; its classes are: {listed(classes)}"
+                f"{class_folder} is not a class of this bundle{nearest(name, classes)}; its classes are: {listed(classes)}"
             )
     paths, labels, copies = [], [], 0
     seen: dict[bytes, Path] = {}

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from erde import policy
 from erde.calibration.certificates import certificate_at, count_along, images_needed, upper_bound, walk
 from erde.calibration.checks import (
     Request,
@@ -29,6 +28,7 @@ from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, cheaper, sweep
 from erde.common import progress
 from erde.common.splits import CertifyLogits, Logits, TuneLogits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.points import Calibration, Certificate, LeftOut, OperatingPoint, Reference, ScoreCandidate
 from erde.policy.rule import PAPER_RULE

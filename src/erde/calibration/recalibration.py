@@ -225,7 +225,7 @@ def describe(calibrated: CalibratedPolicy, precision: Precision = "fp32") -> Ite
     yield f"score: {calibrated.rule.in_words()}"
     for point in calibrated.points:
         default = " (default)" if point.name == calibrated.default else ""
-        saved = None if point.macs_saved is None else f"{point.macs_saved:.1%} of MACs saved on tune"
+        saved = None if point.macs_saved is None else f"{100 * point.macs_saved:.1f} % of MACs saved on tune"
         said = None if point.note else "every image takes the final exit"
         if point.certificate:
             said = point.certificate.sentence(precision)

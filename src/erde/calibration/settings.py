@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from erde import policy
+from erde.policy import rule as policy
 from erde.policy.rule import Ensemble, ExitRule
 from erde.recipe.schema import CalibrationConfig, check_guarantee
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PlainSerializer, PlainValidator
 
-from erde import policy
 from erde.common.splits import Logits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.points import Agreement, Measured
 from erde.policy.rule import ExitRule

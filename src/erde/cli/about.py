@@ -1,4 +1,4 @@
-"""The commands that need no run: costs of a network, and the names of recipes, backbones, losses, ..."""
+"""The commands that need no run: costs of a network, and the names of recipes, keys, backbones, ..."""
 
 from __future__ import annotations
 
@@ -149,8 +149,20 @@ def _list_datasets() -> dict[str, str]:
     return {name: source.hub_id if source else "comes with scikit-learn" for name, source in SHIPPED.items()}
 
 
+def _list_keys() -> dict[str, str]:
+    from erde.recipe.keys import SECTIONS, keys_of
+
+    return {
+        f"{place}.{key.name}".lstrip("."): f"{key.meaning} {f'Default: {key.default}' if key.default else ''}"
+        for place, section in SECTIONS.items()
+        for key in keys_of(section)
+        if key.type != "section"
+    }
+
+
 LISTS: dict[str, Callable[[], dict[str, str]]] = {
     "recipes": _list_recipes,
+    "keys": _list_keys,
     "backbones": _list_backbones,
     "losses": _list_losses,
     "scores": _list_scores,
@@ -160,11 +172,11 @@ LISTS: dict[str, Callable[[], dict[str, str]]] = {
 
 def list_names(
     kind: Annotated[
-        str, typer.Argument(metavar="WHAT", help="recipes, backbones, losses, scores or datasets.")
+        str, typer.Argument(metavar="WHAT", help="recipes, keys, backbones, losses, scores or datasets.")
     ],
     as_json: Json = False,
 ) -> None:
-    """List shipped recipes, backbones, losses, scores or data sets, by name."""
+    """List shipped recipes, keys of a recipe, backbones, losses, scores or data sets, by name."""
     if kind not in LISTS:
         raise UserError(f"nothing to list under '{kind}'{nearest(kind, LISTS)}")
     names = LISTS[kind]()

@@ -43,7 +43,7 @@ def read_yaml(text: str, where: str) -> Any:
             contain themselves.
     """
     if len(text) > MAX_BYTES:
-        raise UserError(f"{where} is longer than {MAX_BYTES:,} bytes: it is no recipe")
+        raise UserError(f"{where} is longer than {MAX_BYTES:,} bytes: it is not a recipe")
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # characters that YAML does not know

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from erde import policy
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.thresholds import ScoredSplit
 from erde.common.splits import TestLogits
 from erde.evaluation.results import Comparison, Interval
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 
 DRAWS = 10_000
@@ -25,7 +25,7 @@ PLACES: tuple[At, ...] = ("default", "no-exit")
 
 @dataclass(frozen=True)
 class Answers:
-    """How an arm answers N images: the exits (N,), whether they are right (N,), the MACs of each exit (E,)."""
+    """The answers of an arm to N images: the exits (N,), whether they are right (N,), the MACs of each exit (E,)."""
 
     exits: NDArray[np.int64]
     right: NDArray[np.bool_]

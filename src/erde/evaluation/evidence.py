@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from erde import policy
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath
 from erde.common.splits import ImageSource, TestLogits
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 
 # More test images than this are sampled, and so are fewer where many arms and exits would make a large page.

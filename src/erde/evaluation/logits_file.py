@@ -190,7 +190,7 @@ def calibrate_file(
             earlier = read_policy(out).policy.calibration
         except UserError as error:
             raise UserError(
-                f"{out} is there and is no policy of this erde: remove it, or give another --out"
+                f"{out} is there and is not a policy of this erde: remove it, or give another --out"
             ) from error
         check_reuse(earlier, request)
     # Another --out is no new set of images. What lies there under this name and is no policy says nothing.

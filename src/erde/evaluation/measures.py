@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from erde import policy
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, sweep, wilson_interval
 from erde.common.splits import Labels, TestLogits
@@ -26,6 +25,7 @@ from erde.evaluation.results import (
     Reliability,
     ScoreOutcome,
 )
+from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.points import OperatingPoint
 from erde.policy.rule import PAPER_RULE, ExitRule

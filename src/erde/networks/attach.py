@@ -90,7 +90,7 @@ def _check_exits(exits: Any) -> int | list[str]:
     names = list(exits)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
-        raise UserError(f"exits={names!r}: {wrong[0]!r} is no module path; {expected}")
+        raise UserError(f"exits={names!r}: {wrong[0]!r} is not a module path; {expected}")
     return names
 
 

@@ -53,7 +53,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its metadata is not JSON; remove it") from error
     if not isinstance(state, dict):
-        raise UserError(f"{path} is damaged: its metadata is no JSON object; remove it")
+        raise UserError(f"{path} is damaged: its metadata is not a JSON object; remove it")
     if state and state.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} is a checkpoint of format version {state.get('format_version')!r}, this erde reads {FORMAT_VERSION}: "

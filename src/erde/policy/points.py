@@ -68,7 +68,7 @@ class Certificate(Frozen):
 
 
 class Measured(Frozen):
-    """What an operating point does on one split: shares of images; MACs, and milliseconds if known, per image."""
+    """An operating point on one split: shares of images; MACs, and milliseconds if known, per image."""
 
     images: int
     accuracy: float
@@ -139,7 +139,7 @@ class ScoreCandidate(Frozen):
 
 
 class Calibration(Frozen):
-    """What calibration saw: exit rates and score histograms on certify, at the default point, and which splits.
+    """Facts of a calibration: exit rates and score histograms on certify, at the default point, and its splits.
 
     Histograms have 20 equal bins over ``score_ranges``; what lies beyond is in the outermost. ``choices`` is a
     hash of the settings, the costs and the tune split; it tells a repeated calibration from a second choice on the

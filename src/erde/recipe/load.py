@@ -12,10 +12,6 @@ from erde.common.yaml_reader import read_yaml, read_yaml_file
 from erde.recipe.schema import Config
 from erde.recipe.validation import validate
 
-# Keys that a later version added, with the value that a saved recipe without the key means, if that is not the key's
-# default. Only keys of train, data, ..., as "train.some_key": teacher.train and arms inherit them from there.
-ADDED_LATER: dict[str, Any] = {}
-
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package."""
@@ -45,17 +41,13 @@ def _with_overrides(value: Any, where: str, overrides: Iterable[str]) -> Config:
 
 
 def load_saved_config(path: Path) -> Config:
-    """The recipe in a run's folder, of this version or an earlier one: see ``ADDED_LATER``.
+    """The recipe in a run's folder. A key that came after the run's version has its default.
 
     Raises:
         UserError: a file that is damaged, or of a later version.
     """
     where = str(path)
     tree = _as_tree(read_yaml_file(path, where), where)
-    for key, value in ADDED_LATER.items():
-        group, name = key.split(".")
-        if isinstance(tree.setdefault(group, {}), dict):
-            tree[group].setdefault(name, value)
     try:
         return validate(Config, tree)
     except UserError as error:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, WithJsonSchema
 
 from erde.common.errors import UserError, nearest
-from erde.common.model import Frozen
 from erde.common.yaml_reader import shorten
-from erde.recipe.types import Count, NotNegative, Positive, Share, SmallShare
+from erde.recipe.types import Count, NotNegative, Positive, Section, Share, SmallShare
 from erde.recipe.validation import validate
 
 # A loss may ask for these beyond logits and labels; the loop gives them by these names.
@@ -18,7 +17,7 @@ Extra = Literal["student_features", "teacher_features", "indices", "held_out_log
 EntropyForm = Literal["negentropy", "uniform_kl", "teacher"]
 
 
-class LossConfig(Frozen):
+class LossConfig(Section):
     """A loss and its own keys.
 
     ``extras`` names further inputs of the loss: ``student_features`` and ``teacher_features``, the stages' outputs, lists
@@ -63,21 +62,23 @@ class KDConfig(LossConfig):
     summary = "cross-entropy and T² KL(teacher || student), exit by exit"
 
     name: Literal["kd"] = "kd"
-    standardise: bool = Field(
-        False, description="z-score both sides' logits before the KL (arXiv 2403.01427)"
-    )
-    weight: Positive = Field(1.0, description="a factor of the KL")
+    standardise: bool = False
+    """Z-score both sides' logits before the KL (arXiv 2403.01427)."""
+    weight: Positive = 1.0
+    """A factor of the KL."""
 
 
-class ControllerConfig(Frozen):
+class ControllerConfig(Section):
     """An entropy controller: the numbers it has, and how fast they move."""
 
-    per_exit: bool = Field(False, description="one number for each exit")
-    per_class: bool = Field(False, description="one number for each class's logit")
-    per_sample: bool = Field(False, description="one number for each train image")
-    gradient_factor: NotNegative = Field(
-        0.1, description="of the controller's gradient; 0 freezes it: plain KD"
-    )
+    per_exit: bool = False
+    """A number for each exit."""
+    per_class: bool = False
+    """A number for each class, on that class's logit."""
+    per_sample: bool = False
+    """A number for each train image."""
+    gradient_factor: NotNegative = 0.1
+    """A factor of the controller's gradient. 0: the controller stays as it is, and the loss is plain `kd`."""
 
 
 def _indices(controller: ControllerConfig | None) -> tuple[Extra, ...]:
@@ -90,31 +91,30 @@ class ERDEConfig(LossConfig):
     summary = "KD, with entropy at intermediate exits where the teacher is wrong"
 
     name: Literal["erde"] = "erde"
-    beta: NotNegative | list[NotNegative] = Field(0.2, description="of the entropy term; a list: per exit")
-    kl_on_wrong: bool = Field(
-        False, description="keep the KL on teacher-wrong images, beside the entropy term"
-    )
-    ce_on_wrong: bool = Field(
-        True, description="keep the cross-entropy of intermediate exits on teacher-wrong images"
-    )
-    wrong_test: Literal["exit", "final", "uncertain", "held_out"] = Field(
-        "exit",
-        description="the teacher is wrong by its paired exit; by its final exit; by its paired exit being wrong or its "
-        "largest probability under `uncertainty`; by the paired exit of a teacher that did not see the image",
-    )
-    uncertainty: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="see wrong_test")
-    entropy_form: EntropyForm = Field("negentropy", description="see erde.losses.erde.entropy_penalty")
-    entropy_exits: Literal["intermediate", "all"] = Field(
-        "intermediate", description="all: the final exit's entropy too"
-    )
-    distillation_form: Literal["kl", "dkd"] = Field(
-        "kl", description="dkd: target_weight TCKD + non_target_weight NCKD in place of the KL"
-    )
-    target_weight: NotNegative = Field(1.0, description="see distillation_form")
-    non_target_weight: NotNegative = Field(8.0, description="see distillation_form")
-    controller: ControllerConfig | None = Field(
-        None, description="learns a factor of the student's logits in the KL"
-    )
+    beta: NotNegative | list[NotNegative] = 0.2
+    """Weight of the entropy term. A list: per exit."""
+    kl_on_wrong: bool = False
+    """Keep the KL on images that the teacher gets wrong, beside the entropy term."""
+    ce_on_wrong: bool = True
+    """Keep the cross-entropy of intermediate exits on these images."""
+    wrong_test: Literal["exit", "final", "uncertain", "held_out"] = "exit"
+    """The teacher's answer that decides whether it is wrong. `exit`: of the paired exit. `final`: of its final exit.
+    `uncertain`: of the paired exit, which also counts as wrong if its largest probability is below `uncertainty`.
+    `held_out`: of the paired exit of a teacher that did not see the image."""
+    uncertainty: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """For `wrong_test: uncertain`: the least probability of an answer that is not wrong."""
+    entropy_form: EntropyForm = "negentropy"
+    """The formula of the entropy term."""
+    entropy_exits: Literal["intermediate", "all"] = "intermediate"
+    """The exits that have the entropy term."""
+    distillation_form: Literal["kl", "dkd"] = "kl"
+    """The distillation loss on images that the teacher gets right."""
+    target_weight: NotNegative = 1.0
+    """For `dkd`: weight of the target class."""
+    non_target_weight: NotNegative = 8.0
+    """For `dkd`: weight of the other classes."""
+    controller: ControllerConfig | None = None
+    """An entropy controller, with the keys of `dynamickd`."""
 
     @property
     def extras(self) -> tuple[Extra, ...]:
@@ -142,10 +142,14 @@ class DKDConfig(LossConfig):
     summary = "KD with the target class and the other classes weighted apart"
 
     name: Literal["dkd"] = "dkd"
-    target_weight: NotNegative = Field(1.0, description="the paper's alpha")
-    non_target_weight: NotNegative = Field(8.0, description="the paper's beta")
-    standardise: bool = Field(False, description="z-score both sides' logits first (arXiv 2403.01427)")
-    warmup_epochs: NotNegative = Field(0.0, description="the distillation rises linearly from 0 over them")
+    target_weight: NotNegative = 1.0
+    """Weight of the target class; the paper's alpha."""
+    non_target_weight: NotNegative = 8.0
+    """Weight of the other classes; the paper's beta."""
+    standardise: bool = False
+    """Z-score both sides' logits first (arXiv 2403.01427)."""
+    warmup_epochs: NotNegative = 0.0
+    """Epochs over which the distillation rises linearly from 0."""
 
 
 class CRDConfig(LossConfig):
@@ -154,13 +158,20 @@ class CRDConfig(LossConfig):
     summary = "cross-entropy and a contrast of student and teacher features against a memory of all images"
 
     name: Literal["crd"] = "crd"
-    weight: NotNegative = Field(0.8, description="of the contrastive term, beside the cross-entropy")
-    with_kd: bool = Field(False, description="beside kd's loss in place of the cross-entropy")
-    exits: Literal["final", "all"] = Field("final", description="the exits whose features are compared")
-    dimensions: Count = Field(128, description="of the space that both sides are projected to")
-    negatives: Count = Field(16384, description="for each image; at most all images of other classes")
-    momentum: SmallShare = Field(0.5, description="share of the old entry when a memory is updated")
-    temperature: Positive = Field(0.07, description="of the agreement; not the one of distillation")
+    weight: NotNegative = 0.8
+    """Weight of the contrastive term, beside the cross-entropy."""
+    with_kd: bool = False
+    """Put `kd`'s loss in place of the cross-entropy."""
+    exits: Literal["final", "all"] = "final"
+    """The exits whose features are compared, each with its own memories."""
+    dimensions: Count = 128
+    """Dimensions of the space that both sides are projected to."""
+    negatives: Count = 16384
+    """Other images per image and step; at most all images of other classes."""
+    momentum: SmallShare = 0.5
+    """Share of the old entry when a memory is updated."""
+    temperature: Positive = 0.07
+    """Temperature of the agreement; not `distillation.temperature`."""
 
     @property
     def extras(self) -> tuple[Extra, ...]:
@@ -174,14 +185,14 @@ class PhuongConfig(OwnTeacherConfig):
     summary = "the network's last exit teaches the earlier ones, at a rising temperature"
 
     name: Literal["phuong"] = "phuong"
-    soft_share: Share = Field(
-        0.5, description="of the soft cross-entropy against the hard one; the paper's C"
-    )
+    soft_share: Share = 0.5
+    """Weight of the last exit's answers against the labels; the paper's C."""
     start_temperature: Positive = 1.0
-    growth: Annotated[float, Field(ge=1)] = Field(1.05, description="of the temperature, where it is too low")
-    confidence: Share = Field(
-        0.5, description="too low: the last exit's mean largest probability is above it"
-    )
+    """Temperature at the start."""
+    growth: Annotated[float, Field(ge=1)] = 1.05
+    """Factor of the temperature after a step in which the last exit is too sure. 1 keeps the temperature."""
+    confidence: Share = 0.5
+    """The last exit is too sure if its mean largest probability, at the temperature, is above this."""
 
 
 class BYOTConfig(OwnTeacherConfig):
@@ -190,9 +201,12 @@ class BYOTConfig(OwnTeacherConfig):
     summary = "the network's deepest exit teaches the shallow ones, at a fixed temperature"
 
     name: Literal["byot"] = "byot"
-    soft_share: Share = Field(0.3, description="of the soft cross-entropy against the hard one")
+    soft_share: Share = 0.3
+    """Weight of the deepest exit's answers against the labels."""
     temperature: Positive = 3.0
-    feature_weight: NotNegative = Field(0.0, description="of the distance to the deepest stage's features")
+    """Temperature of both sides. There is no factor T²."""
+    feature_weight: NotNegative = 0.0
+    """Weight of the squared distance to the deepest stage's features."""
 
 
 class ExitEnsembleConfig(OwnTeacherConfig):
@@ -201,8 +215,10 @@ class ExitEnsembleConfig(OwnTeacherConfig):
     summary = "the mean logits of all exits teach each of them"
 
     name: Literal["exit_ensemble"] = "exit_ensemble"
-    weight: NotNegative = Field(1.0, description="of the distance to the mean logits")
-    feature_weight: NotNegative = Field(0.0, description="of the distance to the mean features")
+    weight: NotNegative = 1.0
+    """Weight of the mean squared distance to the mean logits."""
+    feature_weight: NotNegative = 0.0
+    """Weight of the mean squared distance to the mean features."""
 
 
 LOSSES: dict[str, type[LossConfig]] = {
@@ -232,4 +248,8 @@ def resolve_loss(value: Any) -> Any:
     return validate(LOSSES[name], dict(value), prefix="loss.")
 
 
-AnyLoss = Annotated[SerializeAsAny[LossConfig], BeforeValidator(resolve_loss)]
+AnyLoss = Annotated[
+    SerializeAsAny[LossConfig],
+    BeforeValidator(resolve_loss),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+]

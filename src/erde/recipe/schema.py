@@ -24,6 +24,7 @@ from erde.recipe.types import (
     NotNegative,
     OpenShare,
     Positive,
+    Section,
     Share,
     SmallShare,
 )
@@ -33,20 +34,21 @@ from erde.recipe.validation import Model, validate
 TEACHER = "teacher"
 
 
-class AugmentationConfig(Frozen):
+class AugmentationConfig(Section):
     """Batched augmentation of training images, on the device."""
 
-    crop_padding: int = Field(4, ge=0, le=1024, description="pixels of zero padding before a random crop")
-    flip: bool = Field(True, description="flip left to right, every second time")
-    cutout: int = Field(0, ge=0, le=4096, description="side of a square set to the mean colour, in pixels")
-    views: Count | None = Field(
-        None,
-        description="each image in so many of its flips and shifts, always the same; None: in all of them",
-    )
-    resized_crop: tuple[CropShare, CropShare] | None = Field(
-        None,
-        description="least and largest share of the image's area that a random part has; it takes the place of crop_padding",
-    )
+    crop_padding: int = Field(4, ge=0, le=1024)
+    """Pixels of black padding before a random crop. 0: no crop."""
+    flip: bool = True
+    """Flip half of the images left to right, at random."""
+    cutout: int = Field(0, ge=0, le=4096)
+    """Side, in pixels, of a square at a random place that is set to the mean colour. 0: none."""
+    views: Count | None = None
+    """Show each image in this many of its flips and shifts, always the same ones. `null`: in all of them. Not with
+    `cutout` or `resized_crop`."""
+    resized_crop: tuple[CropShare, CropShare] | None = None
+    """Train on random parts of the images. The two numbers are the least and the largest share of the image's area. For
+    streamed sets. It replaces `crop_padding`, which is then 0."""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,37 +80,52 @@ class AugmentationConfig(Frozen):
         return self
 
 
-class DataConfig(Frozen):
+class DataConfig(Section):
     """The images and their splits."""
 
-    name: str = Field("digits", description="a shipped name, a hub id, or a folder")
+    name: str = "digits"
+    """A shipped name (`erde list datasets`), a folder, or a Hugging Face hub id such as `owner/name`."""
     image_column: str | None = None
+    """Column of the images. `null`: `image`, `img`, or any column of images."""
     label_column: str | None = None
-    group: str | None = Field(
-        None, description="column whose equal values stay in one split: a video, a patient"
-    )
+    """Column of the labels, which are integers from 0 or a class label type. `null`: `label`, `labels`, `fine_label`,
+    `class` or `target`."""
+    group: str | None = None
+    """Column of groups that are never split, such as a video or a patient."""
     channels: Literal[1, 3] = 3
-    image_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        None, description="pixels a side, at most 4096; None keeps the images' own size"
-    )
-    train_subset: Count | None = Field(
-        None, description="images of train that students see; limits train only"
-    )
-    split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
-        None, description="of the four splits; None: seed. Set, runs with other seeds have the same splits"
-    )
+    """Channels that the networks take. Colour images become gray, gray ones become colour, and transparency is dropped.
+    `digits` always has 1."""
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Pixels a side. Images are resized so that they cover it, then cropped at the centre. `null`: the images' own size,
+    which must be the same for all. Ignored by `digits`."""
+    train_subset: Count | None = None
+    """Train images that the students see. The other splits stay whole."""
+    split_seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """Seed of the four splits. If it is set, runs with different `seed` have the same splits and can share a teacher and
+    its cache. `null`: the recipe's `seed`."""
     tune_size: Count = 2500
+    """Images of tune."""
     certify_size: Count = 2500
-    test_size: Count = Field(2500, description="only used where the data set has no test split of its own")
-    mean: list[float] | None = Field(None, description="per channel, of x/255; None measures it on train")
+    """Images of certify."""
+    test_size: Count = 2500
+    """Images of test, if the data set has no test split of its own."""
+    mean: list[float] | None = None
+    """Mean per channel, of pixels divided by 255. `null`: measured on train."""
     std: list[Positive] | None = None
+    """Standard deviation per channel, likewise. At least 0.001 is used."""
     augmentation: AugmentationConfig = AugmentationConfig()
+    """Random changes of the train images."""
     streaming: Literal["auto", "always", "never"] = "auto"
-    memory_limit_gib: Positive = Field(4.0, description="larger sets are streamed by a DataLoader")
-    workers: int = Field(2, ge=0, le=256, description="DataLoader processes, for streamed sets")
-    skip_unreadable: bool = Field(
-        False, description="leave out images that cannot be read, instead of stopping"
-    )
+    """Decode images while training instead of keeping them in memory. `auto`: by `memory_limit_gib`. Ignored by
+    `digits`."""
+    memory_limit_gib: Positive = 4.0
+    """With `streaming: auto`, a table is streamed if its decoded images are larger than this, in GiB, or if
+    `augmentation.resized_crop` is set."""
+    workers: int = Field(2, ge=0, le=256)
+    """Processes that decode images of streamed sets."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, and name them. `false`: stop at the first. A streamed set is decoded once at
+    the start for this."""
 
     @model_validator(mode="after")
     def _encoded_for_crops(self) -> DataConfig:
@@ -123,56 +140,79 @@ class DataConfig(Frozen):
         return self
 
 
-class NetworkConfig(Frozen):
+class NetworkConfig(Section):
     """An early-exit network; ``exits: 1`` is a plain network."""
 
     backbone: str = "resnet20"
+    """A name of `erde list backbones`, or `timm/<name>` for any classifier of timm's."""
     exits: Count | Annotated[list[str], Field(min_length=1)] = 3
+    """Number of exits, the final one included, at about equal shares of the MACs. Or the blocks or groups (`group1`)
+    that the intermediate exits follow; for timm's models, paths of modules (`layer1`, `blocks.3`). `1`: a plain
+    network."""
     head: Literal["auto", "erde", "linear", "conv", "native"] = "auto"
+    """Intermediate heads. `auto`: the backbone's own heads if it has some, else `erde` on erde's backbones and a head
+    by shape on others."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    weights: str | None = Field(None, description="safetensors to start from")
-    pretrained: bool = Field(False, description="timm's own weights, for backbones of timm's")
+    """Dropout of the intermediate heads in training."""
+    weights: str | None = None
+    """A safetensors file to start from: a checkpoint of erde, or a plain state dict of the network with its exits."""
+    pretrained: bool = False
+    """Start from timm's own weights, from its cache or the network. Only for `timm/<name>`. `weights` takes
+    precedence."""
 
 
-class TrainConfig(Frozen):
+class TrainConfig(Section):
     """The training loop, the same for all arms."""
 
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 60
+    """Passes over the train images."""
     batch_size: Count = 128
+    """Images per step, of all processes together. A last batch that is not full is dropped."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` uses Nesterov momentum."""
     learning_rate: Positive = 0.1
+    """Peak learning rate. The default suits `sgd`; set it for `adamw`."""
     momentum: Share = 0.9
+    """Momentum of `sgd`."""
     weight_decay: NotNegative = 5e-4
+    """Weight decay."""
     schedule: Literal["cosine", "step", "onecycle"] = "cosine"
-    warmup_epochs: NotNegative = Field(1.0, description="linear, from 0; of onecycle it is the rising part")
-    milestones: list[OpenShare] = Field([0.625, 0.75, 0.875], description="for step: shares of the training")
-    gamma: Positive = Field(0.1, description="for step: the factor at each milestone")
-    accumulate: Count = Field(1, description="compute a batch in so many parts, for less memory")
-    ema: OpenShare | None = Field(
-        None, description="decay of a moving average of the weights, which becomes the trained network"
-    )
-    gradient_clip: Positive | None = Field(None, description="largest global gradient norm")
-    label_smoothing: SmallShare = Field(0.0, description="of the loss ce only")
-    backbone_epochs: int = Field(0, ge=0, description="of epochs: the final exit alone, before all together")
-    freeze_backbone: bool = Field(
-        False,
-        description="after backbone_epochs, or from the start, train heads only; a network with one exit is trained whole",
-    )
-    refit_heads: int = Field(
-        0,
-        ge=0,
-        description="epochs after the others that train new intermediate heads on the finished backbone",
-    )
+    """Schedule of the learning rate."""
+    warmup_epochs: NotNegative = 1.0
+    """Epochs of linear rise from 0 at the start. With `onecycle`: the rising part."""
+    milestones: list[OpenShare] = Field([0.625, 0.75, 0.875])
+    """For `step`: shares of the training after which the learning rate drops."""
+    gamma: Positive = 0.1
+    """For `step`: the factor at each milestone."""
+    accumulate: Count = 1
+    """Compute each batch in this many parts, for less memory. The gradient is the same, except that batch norm sees one
+    part at a time."""
+    ema: OpenShare | None = None
+    """Decay of a moving average of the weights, which becomes the trained network."""
+    gradient_clip: Positive | None = None
+    """Largest norm of the whole gradient."""
+    label_smoothing: SmallShare = 0.0
+    """Label smoothing of the loss `ce` only. Distilling arms have `distillation.label_smoothing`."""
+    backbone_epochs: int = Field(0, ge=0)
+    """The first of `epochs`, which train the final exit alone. The others train all exits together. Each part has its own
+    schedule. Fewer than `epochs`, unless the network has one exit."""
+    freeze_backbone: bool = False
+    """Train the intermediate heads only, after `backbone_epochs` or from the start. A network with one exit is trained
+    whole."""
+    refit_heads: int = Field(0, ge=0)
+    """Further epochs that train new intermediate heads on the finished backbone."""
     channels_last: bool = True
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast on a GPU that has it"
-    )
-    compile: bool = Field(False, description="torch.compile; the first steps take minutes")
-    together: bool = Field(
-        False, description="train all arms in one go: batches and teacher answers are made once"
-    )
-    tensorboard: bool = Field(False, description="scalars per epoch in arms/<arm>/tensorboard")
-    checkpoint_seconds: NotNegative = Field(30.0, description="between checkpoints within a phase")
+    """Memory layout of images and features: channels last."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bfloat16 autocast on a GPU that has bfloat16, float32 elsewhere."""
+    compile: bool = False
+    """Use `torch.compile`. The first steps then take minutes."""
+    together: bool = False
+    """Train all arms in one go. Batches and the teacher's answers are then made once for all."""
+    tensorboard: bool = False
+    """Write scalars per epoch to `arms/<arm>/tensorboard`."""
+    checkpoint_seconds: NotNegative = 30.0
+    """Least time between checkpoints within a phase."""
 
     @model_validator(mode="after")
     def _phases(self) -> TrainConfig:
@@ -190,43 +230,50 @@ def check_phases(where: str, train: TrainConfig, has_early_exits: bool) -> None:
         )
 
 
-class DistillationConfig(Frozen):
+class DistillationConfig(Section):
     """The settings that all distilling methods of a run share, so that methods differ by their losses alone."""
 
-    alpha: Share | list[Share] | Literal["rising"] = Field(
-        "rising", description="share of the distillation term; rising: 0.2 to 0.9, linear in MACs"
-    )
+    alpha: Share | list[Share] | Literal["rising"] = "rising"
+    """Weight of the distillation term. A list: per exit of the student. `rising`: 0.2 to 0.9, linear in MACs."""
     temperature: Positive = 4.0
-    pairing: Literal["exit", "final"] = Field(
-        "exit",
-        description="exit: exit i teaches i, or the nearest relative depth; final: the last teaches all",
-    )
+    """Temperature T of the softened answers."""
+    pairing: Literal["exit", "final"] = "exit"
+    """`exit`: teacher exit i teaches student exit i, or the exit at the nearest relative depth. `final`: the teacher's
+    final exit teaches all."""
     exit_weights: Literal["uniform", "linear", "macs"] | list[NotNegative] = "uniform"
-    label_smoothing: SmallShare = Field(
-        0.0, description="in the cross-entropy of distilling arms; train.label_smoothing is not for them"
-    )
+    """Weight of each exit's loss. A list: per exit of the student. `ce` arms use it too."""
+    label_smoothing: SmallShare = 0.0
+    """Label smoothing in the cross-entropy of distilling arms."""
 
 
 class TeacherConfig(NetworkConfig):
     """The teacher: an early-exit network, trained with cross-entropy by the same loop."""
 
     backbone: str = "resnet56"
-    train: dict[str, Any] = Field({}, description="keys of train that differ for the teacher")
-    train_subset: Count | None = Field(None, description="images of train that the teacher sees")
-    disjoint: bool = Field(False, description="take them from outside data.train_subset, as unseen images")
-    cross_fit: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="folds: so many more teachers tell what each says of images that it did not see"
-    )
-    cache: bool | str = Field(
-        False, description="keep its answers on disk: true for <run>/teacher-cache, or a folder to share"
-    )
-    trained: bool = Field(
-        False, description="weights hold a trained network: it is measured and used as it is"
-    )
-    match: Literal["name", "order"] = Field("name", description="how a trained teacher's tensors are found")
-    mean: list[float] | None = Field(None, description="its own normalisation; None: that of the data")
+    """As of `student`."""
+    train: dict[str, Any] = Field({})
+    """Keys of `train` that differ for the teacher."""
+    train_subset: Count | None = None
+    """Train images that the teacher sees. `null`: all. With `disjoint`: all others."""
+    disjoint: bool = False
+    """Take the teacher's images from outside `data.train_subset`, which must then be set."""
+    cross_fit: Annotated[int, Field(ge=2)] | None = None
+    """Divide the train images into this many parts, and train one more teacher for each part on the others. For losses
+    that need a teacher's answers to images that it did not see (`erde` with `wrong_test: held_out`)."""
+    cache: bool | str = False
+    """Keep the teacher's answers to each view of each image on disk. `true`: in `<run>/teacher-cache`. A folder: runs
+    can share it."""
+    trained: bool = False
+    """`weights` hold a teacher that was trained elsewhere. It is measured and used as it is. `train`, `train_subset`,
+    `disjoint` and `cross_fit` are then refused."""
+    match: Literal["name", "order"] = "name"
+    """Match the tensors of a `trained` teacher by name or by order."""
+    mean: list[float] | None = None
+    """Mean per channel that a `trained` teacher's inputs were normalised with. `null`: that of the data."""
     std: list[Positive] | None = None
-    classes: list[str] | None = Field(None, description="its own order of classes; None: that of the data")
+    """Standard deviation, likewise. Give both or neither."""
+    classes: list[str] | None = None
+    """Classes in the order of a `trained` teacher's outputs. `null`: the order of the data."""
 
     @model_validator(mode="after")
     def _as_it_is(self) -> TeacherConfig:
@@ -253,22 +300,27 @@ class TeacherConfig(NetworkConfig):
         return self
 
 
-class ArmConfig(Frozen):
+class ArmConfig(Section):
     """A network to train beside the others: its loss, and where its network differs from ``student``."""
 
     loss: AnyLoss
+    """A name of `erde list losses`, or a mapping with `name` and the loss's own keys."""
     student: dict[str, Any] = Field({})
+    """Keys of `student` that differ for this arm."""
     distillation: dict[str, Any] = Field({})
+    """Keys of `distillation` that differ for this arm."""
 
 
-class ExportConfig(Frozen):
+class ExportConfig(Section):
     """The arm that becomes the bundle, and its precisions."""
 
     arm: str = "erde"
+    """The arm whose bundle is written. Left out, and without an arm `erde`: the only arm with early exits."""
     opset: Annotated[int, Field(ge=18, le=23)] = 18
-    precisions: list[Literal["fp32", "int8"]] = Field(
-        ["fp32"], description="int8 beside fp32: the arm in int8 too, as an arm and a bundle of its own"
-    )
+    """ONNX operator set."""
+    precisions: list[Literal["fp32", "int8"]] = Field(["fp32"])
+    """Precisions of the exported arm, each once. `fp32` must be there. With `int8` the arm also becomes an arm and a
+    bundle in int8."""
 
     @model_validator(mode="after")
     def _each_once(self) -> ExportConfig:
@@ -284,33 +336,41 @@ class ExportConfig(Frozen):
         return f"{self.arm}-int8" if "int8" in self.precisions else None
 
 
-class CalibrationConfig(Frozen):
+class CalibrationConfig(Section):
     """Thresholds: what is promised, against what, and which exit rules are tried.
 
     The one definition of these settings: recipes, the command line and ``erde.calibrate`` all fill it in.
     """
 
-    max_risks: Annotated[tuple[OpenShare, ...], Field(min_length=1)] = Field(
-        (0.01, 0.0025, 0.005, 0.02, 0.03, 0.05),
-        description="certified operating points; the first is the default one, and the score is chosen for it",
+    max_risks: Annotated[tuple[OpenShare, ...], Field(min_length=1)] = (
+        0.01,
+        0.0025,
+        0.005,
+        0.02,
+        0.03,
+        0.05,
     )
-    confidence: OpenShare = Field(0.9, description="of the certificates and of what is said of budgets")
-    budgets: tuple[OpenShare, ...] = Field(
-        (), description="MAC budgets, shares of the network without exits; met on tune, not certified"
-    )
+    """One certified operating point for each. The first is the default one, and the score is chosen for it. At least
+    one, each once."""
+    confidence: OpenShare = 0.9
+    """Confidence of each certificate."""
+    budgets: tuple[OpenShare, ...] = ()
+    """One operating point for each: mean MACs on tune, as a share of the network without exits. Not certified. Every arm
+    with exits must be able to meet it."""
     reference: Literal["final_exit", "no_exit_network", "teacher"] = "final_exit"
-    guarantee: Guarantee = Field(
-        "risk",
-        description="net_drop: of the accuracy, images won count too; expected_risk: conformal, without a confidence; "
-        "disagreement: another answer than the full network's, which needs no labels",
-    )
-    score: str = Field("auto", description="auto: what saves most MACs at the first of max_risks, on tune")
-    sharpness: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
-        None, description="None: chosen on tune, like the score"
-    )
-    ensemble: Literal["auto", "none", "arithmetic", "geometric"] = Field(
-        "auto", description="of the exits so far; auto: none"
-    )
+    """The answers with which early answers are compared. `no_exit_network` needs an arm with the backbone of `student`
+    and `exits: 1`."""
+    guarantee: Guarantee = "risk"
+    """The promise of a certificate. `risk`: few images are lost. `net_drop`: accuracy drops little; images won count
+    too. `expected_risk`: conformal, without a confidence. `disagreement`: few images get another answer than from the
+    full network; no label is looked at."""
+    score: str = "auto"
+    """The score on which exits decide, a name of `erde list scores`. `auto`: the score that saves most MACs on tune, at
+    the first of `max_risks`."""
+    sharpness: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
+    """Sharpness of the score. `null`: chosen on tune."""
+    ensemble: Literal["auto", "none", "arithmetic", "geometric"] = "auto"
+    """Ensemble of the exits so far. `auto`: `none`."""
 
     @field_validator("score")
     @classmethod
@@ -359,7 +419,7 @@ def _is_plain(student: Any, arm: Any) -> bool:
     return bool(exits) and exits[0] == 1
 
 
-class Config(Frozen):
+class Config(Section):
     """A recipe.
 
     The teacher and the arms may override keys of the shared sections. Overrides are merged and checked when the recipe
@@ -367,19 +427,29 @@ class Config(Frozen):
     """
 
     name: str = "run"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Name of the run and, with the arm's, of the bundle."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Decides splits, first weights, order, augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = Field(
-        None, description="CPU threads; None: all that this process may use"
-    )
+    """Where networks are trained. `auto`: on a GPU if torch sees one."""
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None
+    """CPU threads of torch and ONNX Runtime. `null`: all CPUs that the process may use."""
     data: DataConfig = DataConfig()
+    """The images and their splits."""
     teacher: TeacherConfig = TeacherConfig()
+    """The teacher. It is trained only if an arm learns from it or `calibration.reference` is `teacher`."""
     student: NetworkConfig = NetworkConfig()
+    """The network of the arms."""
     distillation: DistillationConfig = DistillationConfig()
+    """Settings that the distilling losses share."""
     train: TrainConfig = TrainConfig()
+    """The training loop."""
     arms: dict[str, ArmConfig]
+    """The networks to train, by name."""
     export: ExportConfig = ExportConfig()
+    """The arm that becomes the bundle."""
     calibration: CalibrationConfig = CalibrationConfig()
+    """The promises, and the exit rules that are tried."""
 
     _teacher_train: TrainConfig = PrivateAttr()
     _students: dict[str, NetworkConfig] = PrivateAttr()
@@ -429,7 +499,7 @@ class Config(Frozen):
             )
         if self.export.arm not in self.arms:
             raise UserError(
-                f"export.arm is '{self.export.arm}', which is no arm{nearest(self.export.arm, self.arms)}"
+                f"export.arm is '{self.export.arm}', which is not an arm{nearest(self.export.arm, self.arms)}"
             )
         for arm in self.arms:
             if arm == TEACHER or not arm.replace("-", "").replace("_", "").replace(".", "").isalnum():

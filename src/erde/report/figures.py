@@ -335,7 +335,7 @@ def reliability(series: Sequence[Series]) -> Figure | None:
 
 
 def entropies(series: Sequence[Series]) -> Figure | None:
-    """How unsure exits are where the teacher is right (filled) and wrong (outlined), a row per arm."""
+    """The doubt of exits where the teacher is right (filled) and wrong (outlined), a row per arm."""
     known = [(entry, entry.arm.entropies) for entry in series if entry.arm.entropies is not None]
     if not known:
         return None

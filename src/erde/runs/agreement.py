@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from erde import policy
 from erde.common.errors import UserError
 from erde.common.splits import Images, TestSplit
 from erde.data.load import DataSplits
 from erde.evaluation.evidence import ArmInput
 from erde.evaluation.results import RuntimeAgreement
 from erde.networks.network import EarlyExitNetwork
+from erde.policy import rule as policy
 from erde.runtime.session import Session
 
 # As a share of the test images, at one operating point.
@@ -25,7 +25,7 @@ MOST_TORCH_DISAGREEMENTS = 0.02
 def check_torch(
     network: EarlyExitNetwork, data: DataSplits, measured: ArmInput, arm: str, arm_folder: Path
 ) -> int:
-    """How often torch gives another label or exit than the evaluation, over all operating points.
+    """Count images to which torch gives another label or exit than the evaluation, over all operating points.
 
     A few differ where float32 is coarse; many come from another network, and are a :class:`UserError`.
     """

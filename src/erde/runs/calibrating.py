@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from erde.calibration.logits import calibrate_logits
 from erde.calibration.settings import Settings
 from erde.common.files import write_json
 from erde.evaluation import run_folder
+from erde.policy.cost import Cost
 from erde.recipe.schema import TEACHER, Config
 from erde.runs.folder import REPORT, Run
 
@@ -28,8 +28,9 @@ def calibrate(run: Run) -> None:
         run_folder.check_stages(run.folder, arm, run.stage_files(arm))
         tune, certify, _ = run_folder.read_logits(run.folder, arm)
         path = run.arm_folder(arm) / run_folder.POLICY
-        # Milliseconds may come and go with a profile; they choose nothing here.
-        cost = dataclasses.replace(run.cost(arm), exit_milliseconds=None)
+        # Without milliseconds: a recipe has no latency budgets.
+        network = run.stages(arm).cost
+        cost = Cost(network.macs, network.no_exit_macs)
         # A policy that this version cannot read is as good as none: it is written anew.
         with contextlib.suppress(run_folder.UnreadablePolicyError):
             if path.exists():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def existing_run(folder: Path, *, read_only: bool = False) -> Run:
     """The run in ``folder``, by its own saved recipe; reading alone needs no lock."""
     saved = folder / CONFIG
     if not saved.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.yaml (erde run writes one)")
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml (erde run writes one)")
     config = load_saved_config(saved)
     _check_cache_folder(config, saved)
     if read_only:
@@ -61,15 +63,11 @@ def _continue(config: Config, folder: Path) -> Run:
     saved = folder / CONFIG
     if not saved.is_file():
         raise UserError(f"nothing to resume in {folder}: it has no config.yaml; start without --resume")
-    lock = _lock(folder)
-    try:
+    with _locked(folder) as lock:
         sweep_leftovers(folder)
         run = Run(_resumed(config, saved), folder, lock)
         training.check(run)
         _begin(run, "resume")
-    except BaseException:
-        lock.release()
-        raise
     return run
 
 
@@ -78,16 +76,12 @@ def _start(config: Config, folder: Path) -> Run:
     checked = Run(config, folder)
     training.check(checked)
     make_folder(folder)
-    lock = _lock(folder)
-    try:
+    with _locked(folder) as lock:
         # Another process may have been quicker.
         _check_empty(folder)
         run = Run(config, folder, lock)
         run.data = checked.data
         _begin(run, "start")
-    except BaseException:
-        lock.release()
-        raise
     return run
 
 
@@ -96,6 +90,17 @@ def _begin(run: Run, event: str) -> None:
     if not (run.folder / SPLITS).exists():
         write_json(run.folder / SPLITS, run.data.fingerprints())
     run.log.write(event, recipe=run.config.name, seed=run.config.seed)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[Lock]:
+    """The lock of a run that is being opened. It is released if that fails, and else stays with the run."""
+    lock = _lock(folder)
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        raise
 
 
 def _lock(folder: Path) -> Lock:
@@ -133,7 +138,7 @@ def _check_cache_folder(config: Config, saved: Path) -> None:
     cache = config.teacher.cache
     if isinstance(cache, str) and not Path(cache).is_dir():
         raise UserError(
-            f"teacher.cache in {saved} is {cache}, which is no folder: make it, if that is where the teacher's answers "
+            f"teacher.cache in {saved} is {cache}, which is not a folder: make it, if that is where the teacher's answers "
             "shall go, or set teacher.cache: false there"
         )
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from erde import policy
+from erde.policy import rule as policy
 
 
 @dataclass(frozen=True)

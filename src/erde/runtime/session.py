@@ -13,10 +13,11 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from erde import bundle, policy
+from erde import bundle
 from erde.bundle.profile import PROFILE, Profile
 from erde.common.errors import UserError, in_one_line
 from erde.common.splits import ImageSource
+from erde.policy import rule as policy
 from erde.policy.cost import Cost, first_stage
 from erde.runtime.monitor import Monitor
 from erde.runtime.prediction import Prediction

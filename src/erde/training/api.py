@@ -58,7 +58,7 @@ def distill(
 ) -> list[Epoch]:
     """Train ``network`` from ``teacher``, exit by exit.
 
-    ``loss`` is a name, or a mapping with ``name`` and the loss's knobs; ``distillation`` holds keys of
+    ``loss`` is a name, or a mapping with ``name`` and the loss's own keys; ``distillation`` holds keys of
     ``distillation:`` (alpha, temperature, ...), ``settings`` keys of ``train:``. With a ``teacher_cache``
     folder the teacher is asked once for each view of each image; further calls find its answers there.
     """

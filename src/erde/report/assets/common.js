@@ -18,16 +18,16 @@ const erde = (function () {
     const value = macs / 1e6;
     return value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : String(Number(value.toPrecision(3)));
   };
-  const interval = (one) => percent(one.accuracy) + " (" + percent(one.low) + " to " + percent(one.high) + ")";
+  const interval = (measured) => percent(measured.accuracy) + " (" + percent(measured.low) + " to " + percent(measured.high) + ")";
   const errors = (list, shown) => ({
     type: "data", symmetric: false, thickness: 1, width: 3,
-    array: list.map((one) => (!shown || shown(one) ? 100 * (one.high - one.accuracy) : 0)),
-    arrayminus: list.map((one) => (!shown || shown(one) ? 100 * (one.accuracy - one.low) : 0)),
+    array: list.map((measured) => (!shown || shown(measured) ? 100 * (measured.high - measured.accuracy) : 0)),
+    arrayminus: list.map((measured) => (!shown || shown(measured) ? 100 * (measured.accuracy - measured.low) : 0)),
   });
 
   // The colour of an exit, between that of the first and that of the last, as in the bars.
   function exitColour(index, count) {
-    const ends = [colour("exit-first"), colour("exit-last")].map((one) => [1, 3, 5].map((at) => parseInt(one.slice(at, at + 2), 16)));
+    const ends = [colour("exit-first"), colour("exit-last")].map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
     const share = index / Math.max(count - 1, 1);
     return "rgb(" + ends[0].map((low, i) => Math.round(low + share * (ends[1][i] - low))).join(",") + ")";
   }
@@ -36,7 +36,7 @@ const erde = (function () {
   function logTicks(low, high) {
     const values = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
-      [1, 2, 5].forEach((one) => values.push(Number((one * 10 ** power).toPrecision(2))));
+      [1, 2, 5].forEach((digit) => values.push(Number((digit * 10 ** power).toPrecision(2))));
     }
     return { type: "log", tickmode: "array", tickvals: values, ticktext: values.map(String) };
   }
@@ -91,7 +91,7 @@ const erde = (function () {
     modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
   };
   // Not only the window's size counts: a scroll bar or a zoom narrows a figure too.
-  const sizes = new ResizeObserver((changes) => changes.forEach((one) => Plotly.Plots.resize(one.target)));
+  const sizes = new ResizeObserver((changes) => changes.forEach((change) => Plotly.Plots.resize(change.target)));
 
   function draw(name) {
     const place = document.getElementById("plot-" + name);
@@ -147,8 +147,8 @@ const erde = (function () {
 
   // A cell in one line: what is written small below a number follows it in brackets.
   function cellText(cell) {
-    const small = [...cell.querySelectorAll("small")].map((one) => one.textContent.trim()).filter(Boolean);
-    const rest = [...cell.childNodes].filter((one) => one.nodeName !== "SMALL").map((one) => one.textContent).join("");
+    const small = [...cell.querySelectorAll("small")].map((note) => note.textContent.trim()).filter(Boolean);
+    const rest = [...cell.childNodes].filter((node) => node.nodeName !== "SMALL").map((node) => node.textContent).join("");
     const text = rest.trim() ? rest + (small.length ? " (" + small.join("; ") + ")" : "") : small.join("; ");
     return text.replace(/\s+/g, " ").trim();
   }

@@ -5,32 +5,32 @@
   const shown = new Set(report.shown);
   let paper = true;
 
-  function lines(one) {
-    const name = escaped(one.label), shared = { name, legendgroup: name, hoverinfo: "text" };
-    const stroke = { color: armColour(one.colour), dash: one.shape ? DASHES[one.shape % DASHES.length] : "solid", width: one.lines.length > 1 ? 1.5 : 2.5 };
+  function lines(series) {
+    const name = escaped(series.label), shared = { name, legendgroup: name, hoverinfo: "text" };
+    const stroke = { color: armColour(series.colour), dash: series.shape ? DASHES[series.shape % DASHES.length] : "solid", width: series.lines.length > 1 ? 1.5 : 2.5 };
     const trace = (line, curve, more) => Object.assign({}, shared, {
       type: "scatter", mode: "lines", x: curve.macs.map((macs) => macs / 1e6), y: curve.accuracy.map((share) => 100 * share),
-      text: curve.macs.map((macs, i) => `<b>${escaped(line.run)}/${escaped(one.arm)}</b><br>${percent(curve.accuracy[i])} at ${millions(macs)} M MACs` +
+      text: curve.macs.map((macs, i) => `<b>${escaped(line.run)}/${escaped(series.arm)}</b><br>${percent(curve.accuracy[i])} at ${millions(macs)} M MACs` +
         `<br>risk ${percent(curve.risk[i], 2)}`),
     }, more);
-    const made = one.lines.filter((line) => line.curve).map((line, i) => trace(line, line.curve, { line: stroke, showlegend: i === 0 }));
-    const extra = paper ? one.lines.filter((line) => line.paper) : [];
+    const made = series.lines.filter((line) => line.curve).map((line, i) => trace(line, line.curve, { line: stroke, showlegend: i === 0 }));
+    const extra = paper ? series.lines.filter((line) => line.paper) : [];
     made.push(...extra.map((line) => trace(line, line.paper, { line: { color: stroke.color, dash: "dot", width: 1 }, showlegend: false })));
-    const points = one.lines.filter((line) => line.point).map((line) => Object.assign({ run: line.run }, line.point));
+    const points = series.lines.filter((line) => line.point).map((line) => Object.assign({ run: line.run }, line.point));
     if (points.length) {
       made.push(Object.assign({}, shared, {
-        type: "scatter", mode: "markers", showlegend: !one.lines.some((line) => line.curve),
+        type: "scatter", mode: "markers", showlegend: !series.lines.some((line) => line.curve),
         x: points.map((point) => point.macs / 1e6), y: points.map((point) => 100 * point.accuracy),
         error_y: Object.assign(errors(points), { color: stroke.color }),
-        marker: { color: stroke.color, symbol: points.map((point) => SYMBOLS[one.shape % 8] + (point.certified ? "" : "-open")), size: 11, line: { width: 2, color: stroke.color } },
-        text: points.map((point) => `<b>${escaped(point.run)}/${escaped(one.arm)}</b><br>${interval(point)}<br>${millions(point.macs)} M MACs`),
+        marker: { color: stroke.color, symbol: points.map((point) => SYMBOLS[series.shape % 8] + (point.certified ? "" : "-open")), size: 11, line: { width: 2, color: stroke.color } },
+        text: points.map((point) => `<b>${escaped(point.run)}/${escaped(series.arm)}</b><br>${interval(point)}<br>${millions(point.macs)} M MACs`),
       }));
     }
     return made;
   }
 
   function tradeoff() {
-    return { data: report.series.filter((one) => shown.has(one.arm)).flatMap(lines), layout: layout({
+    return { data: report.series.filter((series) => shown.has(series.arm)).flatMap(lines), layout: layout({
       uirevision: [...shown].join() + paper, xaxis: axis("MACs per image (millions)", {}), yaxis: axis("test accuracy (%)", {}),
     }) };
   }

@@ -22,12 +22,12 @@ erde.explore = (function () {
 
   function evidence(name) {
     if (!(name in decoded)) {
-      const one = report.evidence[name];
-      decoded[name] = one && Object.assign({}, one, {
-        ranks: numbers(one.ranks, one.width), levels: numbers(one.levels, one.width), bits: bytes(one.bits),
-        early: one.exit_macs.length - 1,
+      const packed = report.evidence[name];
+      decoded[name] = packed && Object.assign({}, packed, {
+        ranks: numbers(packed.ranks, packed.width), levels: numbers(packed.levels, packed.width), bits: bytes(packed.bits),
+        early: packed.exit_macs.length - 1,
       });
-      if (one) decoded[name].points = decoded[name].levels.length / decoded[name].early;
+      if (packed) decoded[name].points = decoded[name].levels.length / decoded[name].early;
     }
     return decoded[name];
   }
@@ -52,7 +52,7 @@ erde.explore = (function () {
     return {
       leaving, right, lost, won, images, macs, saved: 1 - macs / arm.no_exit_macs, accuracy: right / images, risk: lost / images,
       drop: (lost - won) / images, milliseconds: arm.exit_milliseconds ? mean(arm.exit_milliseconds) : null,
-      thresholds: arm.thresholds.map((one, k) => { const level = levels[at * early + k]; return level < one.length ? one[level] : null; }),
+      thresholds: arm.thresholds.map((values, k) => { const level = levels[at * early + k]; return level < values.length ? values[level] : null; }),
     };
   }
 
@@ -108,38 +108,38 @@ erde.explore = (function () {
   }
 
   function certified(name) {
-    const found = report.arms[state.arm].operating_points.find((one) => one.name === name);
-    return found && found.certificate ? "certified" : "not certified";
+    const named = report.arms[state.arm].operating_points.find((candidate) => candidate.name === name);
+    return named && named.certificate ? "certified" : "not certified";
   }
 
   // The path starts with "no early exit", which stands to the right, as in the figure.
   function show(at, tell) {
     const arm = evidence(state.arm);
     point = Math.max(0, Math.min(arm.points - 1, at));
-    const found = count(arm, point);
+    const counted = count(arm, point);
     const here = Object.keys(arm.named).filter((name) => arm.named[name] === point);
     parts.range.value = String(arm.points - 1 - point);
     const named = here.length ? "; operating point " + here.map((name) => name + ", " + certified(name)).join(", ") : "";
-    const words = `accuracy ${percent(found.accuracy)}, ${percent(1 - found.saved)} of the MACs, risk ${percent(found.risk, 2)}${named}`;
+    const words = `accuracy ${percent(counted.accuracy)}, ${percent(1 - counted.saved)} of the MACs, risk ${percent(counted.risk, 2)}${named}`;
     parts.range.setAttribute("aria-valuetext", words);
-    [...parts.jumps.children].forEach((one) => one.setAttribute("aria-pressed", String(here.includes(one.textContent))));
-    showNumbers(arm, found);
-    Object.assign(place.dataset, { point, leaving: found.leaving.join(" "), right: found.right, lost: found.lost, won: found.won, macs: found.macs });
-    mark(found);
-    if (tell) announce(words + "; leaving at " + found.leaving.map((many, i) => `exit ${i} ${percent(many / found.images)}`).join(", "));
+    [...parts.jumps.children].forEach((button) => button.setAttribute("aria-pressed", String(here.includes(button.textContent))));
+    showNumbers(arm, counted);
+    Object.assign(place.dataset, { point, leaving: counted.leaving.join(" "), right: counted.right, lost: counted.lost, won: counted.won, macs: counted.macs });
+    mark(counted);
+    if (tell) announce(words + "; leaving at " + counted.leaving.map((many, i) => `exit ${i} ${percent(many / counted.images)}`).join(", "));
   }
 
-  function showNumbers(arm, found) {
+  function showNumbers(arm, counted) {
     const tiles = [
-      ["Test accuracy", percent(found.accuracy, 2), `${found.right.toLocaleString("en")} of ${found.images.toLocaleString("en")}`],
-      ["MACs per image", percent(1 - found.saved), `${millions(found.macs)} of ${millions(arm.no_exit_macs)} million`],
-      ["Risk", percent(found.risk, 2), `${found.lost.toLocaleString("en")} images lost by leaving early`],
-      ["Net drop of accuracy", percent(found.drop, 2), `${found.lost.toLocaleString("en")} lost, ${found.won.toLocaleString("en")} won`],
+      ["Test accuracy", percent(counted.accuracy, 2), `${counted.right.toLocaleString("en")} of ${counted.images.toLocaleString("en")}`],
+      ["MACs per image", percent(1 - counted.saved), `${millions(counted.macs)} of ${millions(arm.no_exit_macs)} million`],
+      ["Risk", percent(counted.risk, 2), `${counted.lost.toLocaleString("en")} images lost by leaving early`],
+      ["Net drop of accuracy", percent(counted.drop, 2), `${counted.lost.toLocaleString("en")} lost, ${counted.won.toLocaleString("en")} won`],
     ];
-    if (found.milliseconds !== null) tiles.splice(2, 0, ["Time per image", found.milliseconds.toFixed(2) + " ms", "from the profile given"]);
+    if (counted.milliseconds !== null) tiles.splice(2, 0, ["Time per image", counted.milliseconds.toFixed(2) + " ms", "from the profile given"]);
     parts.tiles.replaceChildren(...tiles.map(([label, value, note]) => element("div", {},
       element("dt", {}, label), element("dd", {}, value), element("dd", { class: "note" }, note))));
-    const rates = found.leaving.map((many) => many / found.images);
+    const rates = counted.leaving.map((many) => many / counted.images);
     parts.bar.replaceChildren(...rates.map((rate, i) => {
       const piece = element("i", {});
       piece.style.setProperty("--share", (100 * rate).toFixed(3) + "%");
@@ -149,15 +149,15 @@ erde.explore = (function () {
     }));
     parts.bar.setAttribute("aria-label", "Leaving at " + rates.map((rate, i) => `exit ${i}: ${percent(rate)}`).join("; "));
     parts.rates.textContent = "leave at " + rates.map((rate, i) => `exit ${i}: ${percent(rate)}`).join(" · ");
-    const texts = found.thresholds.map((one) => (one === null ? "null" : String(one)));
-    parts.thresholds.textContent = found.thresholds.map((one) => (one === null ? "off" : Number(one.toPrecision(5)))).join(", ");
+    const texts = counted.thresholds.map((threshold) => (threshold === null ? "null" : String(threshold)));
+    parts.thresholds.textContent = counted.thresholds.map((threshold) => (threshold === null ? "off" : Number(threshold.toPrecision(5)))).join(", ");
     parts.copy.dataset.text = "[" + texts.join(", ") + "]";
   }
 
   // At most sixty times a second, and always the last. A timer, since a page that is not painted gets no frames.
   let moving = null;
-  function mark(found) {
-    state.marker = found;
+  function mark(counted) {
+    state.marker = counted;
     moving = moving || setTimeout(() => { moving = null; if (erde.moveMarker) erde.moveMarker(); }, 16);
   }
 
@@ -166,7 +166,7 @@ erde.explore = (function () {
   const chooseArm = (name) => {
     if (!listed.includes(name)) return;
     state.arm = name;
-    document.querySelectorAll("select[data-arm]").forEach((one) => { one.value = name; });
+    document.querySelectorAll("select[data-arm]").forEach((select) => { select.value = name; });
     if (place) showArm();
     changes.forEach((change) => change());
   };

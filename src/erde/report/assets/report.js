@@ -15,13 +15,13 @@
 
   function readArm(name, arm) {
     const single = arm.exits.length === 1;
-    const bounds = (one) => ({ accuracy: one.accuracy, low: one.accuracy_interval[0], high: one.accuracy_interval[1] });
-    const exits = arm.exits.map((one, i) => Object.assign(bounds(one), {
-      name: arm.cost[i].name, macs: arm.cost[i].macs, share: arm.cost[i].macs / arm.no_exit_macs, ece: one.ece, reliability: one.reliability,
+    const bounds = (measured) => ({ accuracy: measured.accuracy, low: measured.accuracy_interval[0], high: measured.accuracy_interval[1] });
+    const exits = arm.exits.map((exit, i) => Object.assign(bounds(exit), {
+      name: arm.cost[i].name, macs: arm.cost[i].macs, share: arm.cost[i].macs / arm.no_exit_macs, ece: exit.ece, reliability: exit.reliability,
     }));
-    const points = arm.operating_points.filter((one) => one.test).map((one) => Object.assign(bounds(one.test), {
-      label: one.name, standard: one.name === arm.default_operating_point, certified: one.certificate !== null,
-      macs: one.test.macs, milliseconds: one.test.milliseconds, saved: one.test.macs_saved, risk: one.test.risk,
+    const points = arm.operating_points.filter((point) => point.test).map((point) => Object.assign(bounds(point.test), {
+      label: point.name, standard: point.name === arm.default_operating_point, certified: point.certificate !== null,
+      macs: point.test.macs, milliseconds: point.test.milliseconds, saved: point.test.macs_saved, risk: point.test.risk,
     }));
     // A network with one exit is one point, whatever its operating points are called.
     const only = Object.assign({}, exits[0], {
@@ -31,15 +31,15 @@
       name, single, exits, exported: name === report.exported, role: arm.role, points: single ? [only] : points,
       curve: single ? null : arm.curve, paper: single ? null : arm.paper_curve, oracle: single ? null : arm.oracle, macs: arm.no_exit_macs,
       losses: arm.losses, classes: arm.classes, entropies: arm.entropies, rule: arm.rule,
-      candidates: arm.score_candidates.map((one) => Object.assign({}, one, {
-        chosen: one.score === arm.score && one.sharpness === arm.sharpness && one.ensemble === arm.ensemble,
+      candidates: arm.score_candidates.map((candidate) => Object.assign({}, candidate, {
+        chosen: candidate.score === arm.score && candidate.sharpness === arm.sharpness && candidate.ensemble === arm.ensemble,
       })),
     };
   }
 
   // The arms of the first view where the teacher is far to the right; null where all arms fit one view.
   function studentArms() {
-    const dearest = (list) => Math.max(...list.flatMap((arm) => [arm.macs, ...arm.exits.map((one) => one.macs)]));
+    const dearest = (list) => Math.max(...list.flatMap((arm) => [arm.macs, ...arm.exits.map((exit) => exit.macs)]));
     const teachers = arms.filter((arm) => arm.role === "teacher"), others = arms.filter((arm) => arm.role !== "teacher");
     return teachers.length && others.length && dearest(teachers) > FAR * dearest(others) ? others : null;
   }
@@ -52,8 +52,8 @@
   // ---------------------------------------------------------------- accuracy against cost
 
   // What stands on the first axis: millions of MACs, or milliseconds; undefined where it is not known.
-  const costs = (one) => (cost === "macs" ? one.macs.map((macs) => macs / 1e6) : one.milliseconds || []);
-  const costOf = (one) => (cost === "macs" ? one.macs / 1e6 : one.milliseconds);
+  const costs = (priced) => (cost === "macs" ? priced.macs.map((macs) => macs / 1e6) : priced.milliseconds || []);
+  const costOf = (priced) => (cost === "macs" ? priced.macs / 1e6 : priced.milliseconds);
   const known = (value) => value !== null && value !== undefined;
 
   // What is drawn of `list`, with a margin: plotly's own ranges cut lines off at the edge.
@@ -62,12 +62,12 @@
     const curves = list.flatMap((arm) => [arm.curve, shown.paper && arm === mine ? arm.paper : null]).filter(Boolean);
     const oracle = shown.oracle && cost === "macs" && mine.oracle ? [mine.oracle] : [];
     const shares = [
-      ...list.flatMap((arm) => arm.points.flatMap((one) => (one.standard ? [one.low, one.high] : [one.accuracy]))),
-      ...curves.flatMap((one) => one.accuracy), ...oracle.map((one) => one.accuracy),
+      ...list.flatMap((arm) => arm.points.flatMap((point) => (point.standard ? [point.low, point.high] : [point.accuracy]))),
+      ...curves.flatMap((curve) => curve.accuracy), ...oracle.map((curve) => curve.accuracy),
     ];
     const along = [
       ...(cost === "macs" ? list.map((arm) => arm.macs / 1e6) : []), ...list.flatMap((arm) => arm.points.map(costOf).filter(known)),
-      ...curves.flatMap(costs), ...oracle.map((one) => one.macs / 1e6),
+      ...curves.flatMap(costs), ...oracle.map((point) => point.macs / 1e6),
     ];
     const low = Math.min(...shares), high = Math.max(...shares), margin = Math.max(0.005, 0.06 * (high - low));
     return { cost: [0.93 * Math.min(...along), 1.05 * Math.max(...along)], accuracy: [100 * (low - margin), 100 * (high + margin)] };
@@ -83,18 +83,18 @@
   }
 
   function pointTrace(arm, index, shared) {
-    const stroke = armColour(index), points = arm.points.filter((one) => known(costOf(one)));
+    const stroke = armColour(index), points = arm.points.filter((point) => known(costOf(point)));
     return Object.assign({}, shared, {
-      type: "scatter", mode: "markers", showlegend: !arm.curve, x: points.map(costOf), y: points.map((one) => 100 * one.accuracy),
+      type: "scatter", mode: "markers", showlegend: !arm.curve, x: points.map(costOf), y: points.map((point) => 100 * point.accuracy),
       // Intervals of all points would hide each other; the others' are in the hover text.
-      error_y: Object.assign(errors(points, (one) => one.standard), { color: stroke }),
+      error_y: Object.assign(errors(points, (point) => point.standard), { color: stroke }),
       marker: {
-        color: stroke, opacity: 1, symbol: points.map((one) => SYMBOLS[index % 8] + (one.certified || arm.single ? "" : "-open")),
-        size: points.map((one) => (one.standard ? 14 : 9)), line: { width: 2, color: stroke },
+        color: stroke, opacity: 1, symbol: points.map((point) => SYMBOLS[index % 8] + (point.certified || arm.single ? "" : "-open")),
+        size: points.map((point) => (point.standard ? 14 : 9)), line: { width: 2, color: stroke },
       },
-      text: points.map((one) => `<b>${escaped(arm.name)}, ${escaped(one.label)}</b><br>${interval(one)}<br>` +
-        `${millions(one.macs)} M MACs, ${percent(one.saved)} saved` + (known(one.milliseconds) ? `<br>${one.milliseconds.toFixed(2)} ms` : "") +
-        (arm.single ? "" : `<br>risk ${percent(one.risk, 2)}<br>${one.certified ? "certified" : "not certified"}`)),
+      text: points.map((point) => `<b>${escaped(arm.name)}, ${escaped(point.label)}</b><br>${interval(point)}<br>` +
+        `${millions(point.macs)} M MACs, ${percent(point.saved)} saved` + (known(point.milliseconds) ? `<br>${point.milliseconds.toFixed(2)} ms` : "") +
+        (arm.single ? "" : `<br>risk ${percent(point.risk, 2)}<br>${point.certified ? "certified" : "not certified"}`)),
     });
   }
 
@@ -110,10 +110,10 @@
         marker: { symbol: "star", size: 15, color: armColour(index) }, text: [`<b>${name}, oracle</b><br>knows the label: no rule does better`],
       });
     }
-    const fixed = arms.filter((one) => one.single && known(costOf(one.points[0]))).map((one) => one.points[0]).sort((a, b) => costOf(a) - costOf(b));
+    const fixed = arms.filter((arm) => arm.single && known(costOf(arm.points[0]))).map((arm) => arm.points[0]).sort((a, b) => costOf(a) - costOf(b));
     if (fixed.length > 1) {
       made.push({
-        type: "scatter", mode: "lines", name: "networks without exits", hoverinfo: "skip", legendrank: 2002, x: fixed.map(costOf), y: fixed.map((one) => 100 * one.accuracy),
+        type: "scatter", mode: "lines", name: "networks without exits", hoverinfo: "skip", legendrank: 2002, x: fixed.map(costOf), y: fixed.map((point) => 100 * point.accuracy),
         line: { color: colour("soft"), width: 1, dash: "dot" },
       });
     }
@@ -168,21 +168,21 @@
   function exits() {
     const data = arms.map((arm, index) => ({
       type: "scatter", mode: arm.exits.length > 1 ? "lines+markers" : "markers", name: escaped(arm.name), hoverinfo: "text",
-      x: arm.exits.map((one) => 100 * one.share), y: arm.exits.map((one) => 100 * one.accuracy),
+      x: arm.exits.map((exit) => 100 * exit.share), y: arm.exits.map((exit) => 100 * exit.accuracy),
       error_y: Object.assign(errors(arm.exits), { color: armColour(index) }), line: line(arm, index),
       marker: { color: armColour(index), symbol: SYMBOLS[index % 8], size: 9 },
-      text: arm.exits.map((one, i) => `<b>${escaped(arm.name)}, exit ${i}</b> (${escaped(one.name)})<br>${interval(one)}` +
-        `<br>${millions(one.macs)} M MACs, ${percent(one.share)} of no exits`),
+      text: arm.exits.map((exit, i) => `<b>${escaped(arm.name)}, exit ${i}</b> (${escaped(exit.name)})<br>${interval(exit)}` +
+        `<br>${millions(exit.macs)} M MACs, ${percent(exit.share)} of no exits`),
     }));
     return { data, layout: layout({ xaxis: axis("MACs up to the exit (% of no exits)", { rangemode: "tozero" }), yaxis: axis("test accuracy (%)", {}) }) };
   }
 
   function reliability(place) {
-    const arm = shownArm(), titles = arm.exits.map((one, i) => `exit ${i}: ECE ${percent(one.ece)}`);
+    const arm = shownArm(), titles = arm.exits.map((exit, i) => `exit ${i}: ECE ${percent(exit.ece)}`);
     const whole = { range: [0, 102], dtick: 25 };
     const made = erde.panels(place, titles, { title: "confidence (%)", more: whole }, { title: "right (%)", more: whole });
-    const data = arm.exits.flatMap((one, i) => {
-      const bins = one.reliability, most = Math.max(...bins.count), filled = bins.count.map((_, at) => at).filter((at) => bins.count[at] > 0);
+    const data = arm.exits.flatMap((exit, i) => {
+      const bins = exit.reliability, most = Math.max(...bins.count), filled = bins.count.map((_, at) => at).filter((at) => bins.count[at] > 0);
       return [
         Object.assign({ type: "scatter", mode: "lines", x: [0, 100], y: [0, 100], hoverinfo: "skip", line: { color: colour("soft"), width: 1, dash: "dash" } }, made.of(i)),
         Object.assign({
@@ -200,15 +200,15 @@
     const arm = shownArm(), easy = [...arm.classes].sort((a, b) => a.exit_rates[0] - b.exit_rates[0]);
     if (arm.single || !easy.length) return null;
     place.style.height = (90 + 26 * easy.length) + "px";
-    const labels = easy.map((one) => `${escaped(one.name.length > 24 ? one.name.slice(0, 23) + "…" : one.name)} `);
+    const labels = easy.map((row) => `${escaped(row.name.length > 24 ? row.name.slice(0, 23) + "…" : row.name)} `);
     const data = arm.exits.map((_, i) => ({
-      type: "bar", orientation: "h", name: `exit ${i}`, hoverinfo: "text", x: easy.map((one) => 100 * one.exit_rates[i]), y: labels.map((_label, at) => at),
+      type: "bar", orientation: "h", name: `exit ${i}`, hoverinfo: "text", x: easy.map((row) => 100 * row.exit_rates[i]), y: labels.map((_label, at) => at),
       marker: { color: exitColour(i, arm.exits.length), line: { width: 1, color: colour("card") } },
-      text: easy.map((one) => `<b>${escaped(one.name)}</b><br>exit ${i}: ${percent(one.exit_rates[i])}<br>drop ${(100 * one.drop).toFixed(1)} points of ${one.images} images`),
+      text: easy.map((row) => `<b>${escaped(row.name)}</b><br>exit ${i}: ${percent(row.exit_rates[i])}<br>drop ${(100 * row.drop).toFixed(1)} points of ${row.images} images`),
       textposition: "none",
     }));
-    const drops = easy.map((one, at) => ({
-      xref: "paper", x: 1.005, xanchor: "left", y: at, text: percent(-one.drop).replace(" %", ""), showarrow: false, font: { size: 12, color: colour(one.drop > 0.02 ? "warn" : "soft") },
+    const drops = easy.map((row, at) => ({
+      xref: "paper", x: 1.005, xanchor: "left", y: at, text: percent(-row.drop).replace(" %", ""), showarrow: false, font: { size: 12, color: colour(row.drop > 0.02 ? "warn" : "soft") },
     }));
     return { data, layout: layout({
       barmode: "stack", bargap: 0.25, uirevision: state.arm, margin: { l: 52, r: 80, t: 28, b: 48 }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
@@ -225,11 +225,11 @@
     const made = erde.panels(place, titles, { title: "entropy / ln K", more: { range: [0, 1], dtick: 0.25 } }, { title: "share of the images (%)", more: { rangemode: "tozero" } });
     const kinds = [["teacher_right", "teacher right", "accent", "solid"], ["teacher_wrong", "teacher wrong", "warn", "dot"]];
     const data = kinds.flatMap(([key, name, stroke, dash]) => arm.exits.map((_, i) => {
-      const counts = arm.entropies[key][i], all = Math.max(1, counts.reduce((sum, one) => sum + one, 0));
+      const counts = arm.entropies[key][i], all = Math.max(1, counts.reduce((sum, count) => sum + count, 0));
       return Object.assign({
-        type: "scatter", mode: "lines", name, legendgroup: name, showlegend: i === 0, hoverinfo: "text", x: at, y: counts.map((one) => (100 * one) / all),
+        type: "scatter", mode: "lines", name, legendgroup: name, showlegend: i === 0, hoverinfo: "text", x: at, y: counts.map((count) => (100 * count) / all),
         line: { color: colour(stroke), dash, width: 2, shape: "hvh" }, fill: key === "teacher_right" ? "tozeroy" : "none",
-        text: counts.map((one, bin) => `${name}, entropy ${(bin / bins).toFixed(2)} to ${((bin + 1) / bins).toFixed(2)}<br>${one} images, ${percent(one / all)}`),
+        text: counts.map((count, bin) => `${name}, entropy ${(bin / bins).toFixed(2)} to ${((bin + 1) / bins).toFixed(2)}<br>${count} images, ${percent(count / all)}`),
       }, made.of(i));
     }));
     return { data, layout: layout(Object.assign(made.axes, { uirevision: state.arm, margin: { l: 52, r: 34, t: 56, b: 48 }, legend: { orientation: "h", x: 0, y: 1.09, yanchor: "bottom" } })) };
@@ -239,36 +239,36 @@
 
   function scores() {
     if (!exported.candidates.length) return null;
-    const chosen = exported.candidates.find((one) => one.chosen) || {};
-    const label = (one) => one.score + (one.ensemble === "none" ? "" : `, ${one.ensemble} ensemble`);
+    const chosen = exported.candidates.find((candidate) => candidate.chosen) || {};
+    const label = (candidate) => candidate.score + (candidate.ensemble === "none" ? "" : `, ${candidate.ensemble} ensemble`);
     const names = [...new Set(exported.candidates.map(label))];
     const data = names.map((name, index) => {
-      const mine = exported.candidates.filter((one) => label(one) === name).sort((a, b) => a.sharpness - b.sharpness);
+      const mine = exported.candidates.filter((candidate) => label(candidate) === name).sort((a, b) => a.sharpness - b.sharpness);
       return {
-        type: "scatter", mode: "lines+markers", name: escaped(name), hoverinfo: "text", x: mine.map((one) => one.sharpness), y: mine.map((one) => 100 * one.macs_saved),
+        type: "scatter", mode: "lines+markers", name: escaped(name), hoverinfo: "text", x: mine.map((candidate) => candidate.sharpness), y: mine.map((candidate) => 100 * candidate.macs_saved),
         line: { color: armColour(index), dash: chosen.score && name === label(chosen) ? "solid" : DASHES[index % DASHES.length] },
         marker: {
-          color: armColour(index), opacity: 1, symbol: SYMBOLS[index % 8], size: mine.map((one) => (one.chosen ? 15 : 8)),
-          line: { width: mine.map((one) => (one.chosen ? 2 : 0)), color: colour("text") },
+          color: armColour(index), opacity: 1, symbol: SYMBOLS[index % 8], size: mine.map((candidate) => (candidate.chosen ? 15 : 8)),
+          line: { width: mine.map((candidate) => (candidate.chosen ? 2 : 0)), color: colour("text") },
         },
-        text: mine.map((one) => `<b>${escaped(name)}</b>, sharpness ${one.sharpness}<br>${percent(one.macs_saved)} of MACs saved` + (one.chosen ? "<br>chosen" : "")),
+        text: mine.map((candidate) => `<b>${escaped(name)}</b>, sharpness ${candidate.sharpness}<br>${percent(candidate.macs_saved)} of MACs saved` + (candidate.chosen ? "<br>chosen" : "")),
       };
     });
-    const values = [...new Set(exported.candidates.map((one) => one.sharpness))].sort((a, b) => a - b);
+    const values = [...new Set(exported.candidates.map((candidate) => candidate.sharpness))].sort((a, b) => a - b);
     const x = axis("sharpness (log scale)", { type: "log", tickmode: "array", tickvals: values, ticktext: values.map(String) });
     return { data, layout: layout({ xaxis: x, yaxis: axis("MACs saved on tune (%)", {}) }) };
   }
 
   function history() {
-    const listed = arms.map((arm, index) => ({ arm, index })).filter((one) => one.arm.losses.length);
+    const listed = arms.map((arm, index) => ({ arm, index })).filter((entry) => entry.arm.losses.length);
     if (!listed.length) return null;
-    const all = listed.flatMap((one) => one.arm.losses.map((epoch) => epoch.loss));
+    const all = listed.flatMap((entry) => entry.arm.losses.map((epoch) => epoch.loss));
     const logarithmic = Math.min(...all) > 0 && Math.max(...all) / Math.min(...all) > 10;
     const data = listed.map(({ arm, index }) => ({
       type: "scatter", mode: arm.losses.length > 1 ? "lines" : "markers", name: escaped(arm.name), hoverinfo: "text",
-      x: arm.losses.map((_, i) => i + 1), y: arm.losses.map((one) => one.loss), line: line(arm, index),
-      text: arm.losses.map((one, i) => `<b>${escaped(arm.name)}</b>, epoch ${i + 1} (${one.phase})<br>loss ${one.loss.toPrecision(4)}` +
-        `<br>learning rate ${one.rate.toPrecision(3)}`),
+      x: arm.losses.map((_, i) => i + 1), y: arm.losses.map((epoch) => epoch.loss), line: line(arm, index),
+      text: arm.losses.map((epoch, i) => `<b>${escaped(arm.name)}</b>, epoch ${i + 1} (${epoch.phase})<br>loss ${epoch.loss.toPrecision(4)}` +
+        `<br>learning rate ${epoch.rate.toPrecision(3)}`),
     }));
     const y = axis("training loss" + (logarithmic ? " (log scale)" : ""), logarithmic ? logTicks(Math.min(...all), Math.max(...all)) : {});
     return { data, layout: layout({ xaxis: axis("epoch", {}), yaxis: y }) };
@@ -279,7 +279,7 @@
   function choose(attribute, use) {
     document.querySelectorAll(`[data-${attribute}]`).forEach((button) => button.addEventListener("click", () => {
       use(button.dataset[attribute]);
-      button.parentNode.querySelectorAll("button").forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
+      button.parentNode.querySelectorAll("button").forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
       erde.draw("tradeoff");
     }));
   }
