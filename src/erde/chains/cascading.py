@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +66,17 @@ def cascade(
     check_chain(opened)
     names = class_names(opened, classes)
     data = load_images(folder, names, common_shape(opened), settings, tune_share, seed)
+    return seal_chain(opened, data, names, settings, out)
+
+
+def seal_chain(
+    networks: Sequence[Network], data: Images, classes: list[str], settings: Settings, out: Path
+) -> CalibratedPolicy:
+    """Build the chain of ``networks``, calibrate it on ``data`` and seal it at ``out``."""
+    splits = data.splits
     if not data.labelled:
         settings = settings.model_copy(update={"guarantee": "disagreement"})
-    splits = data.splits
-    with built_chain(opened, out, splits.tune.images[slice(SAMPLE_IMAGES)], names) as chain:
+    with built_chain(networks, out, splits.tune.images[slice(SAMPLE_IMAGES)], classes) as chain:
         session = Session(chain)
         for line in first_answers(session, splits.tune.images[slice(1)]):
             progress.say(line)
@@ -87,11 +95,12 @@ def open_networks(paths: Sequence[Path], preprocessing: Sequence[Preprocessing] 
     return [open_network(path, given.pop(0) if path in files and given else None) for path in paths]
 
 
+@dataclass(frozen=True)
 class Images:
     """Images of a calibration: splits, and whether their labels are known."""
 
-    def __init__(self, splits: TuneAndCertify, labelled: bool) -> None:
-        self.splits, self.labelled = splits, labelled
+    splits: TuneAndCertify
+    labelled: bool
 
 
 def load_images(

@@ -190,6 +190,67 @@ def cascade(
     finish(as_json, {"out": str(out), **calibrated.summary()})
 
 
+def accelerate(
+    model: Annotated[Path, typer.Argument(help="An ONNX classifier.")],
+    images: Annotated[
+        Path,
+        typer.Option(
+            help="A folder of images; no labels are needed. Sub-folders named by classes give some."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="A folder for the new bundle, its report, and what training leaves.")
+    ],
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Other images to calibrate and measure on: needed if the model was trained on --images."
+        ),
+    ] = None,
+    max_risk: Annotated[str, typer.Option(help="To certify.")] = "1%",
+    minutes: Annotated[float, typer.Option(min=1, help="For all of it, roughly.")] = 60,
+    preprocessing: Annotated[
+        Path | None, typer.Option(help="Of the model: a JSON file, such as preprocessor_config.json.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="A text file with a class name per line, in the order of the logits.")
+    ] = None,
+    loss: Annotated[str, typer.Option(help="By which the front is trained; erde list losses.")] = "kd",
+    seed: Annotated[int, typer.Option(min=0, help="Of the split, the first weights and the data order.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what was stopped.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make somebody's ONNX classifier quicker: train a small network in front of it, and certify what changes.
+
+    The classifier is not touched: it answers what the front is not sure of. Needs no labels.
+    """
+    from erde.acceleration.work import accelerate as work
+    from erde.calibration.recalibration import parse_share
+    from erde.chains.cascading import read_class_names
+    from erde.chains.preprocessing import read_preprocessing
+
+    result = work(
+        model,
+        images,
+        out,
+        held_out=held_out,
+        max_risk=parse_share(max_risk, "--max-risk"),
+        minutes=minutes,
+        preprocessing=None if preprocessing is None else read_preprocessing(preprocessing),
+        classes=None if classes is None else read_class_names(classes),
+        loss=loss,
+        seed=seed,
+        resume=resume,
+    )
+    print(f"bundle: {result.bundle}\nreport: {out / 'report.html'}")
+    for line in result.lines():
+        print(line)
+    finish(as_json, {
+        "bundle": str(result.bundle), "operating_point": result.point.name, "before_ms": result.before_ms,
+        "after_ms": result.after_ms, "median_times": result.median_times, "test": result.test.model_dump(mode="json"),
+    })  # fmt: skip
+
+
 def show_calibrated(
     calibrated: CalibratedPolicy, settings: Settings, out: Path, precision: Precision
 ) -> None:

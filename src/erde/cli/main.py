@@ -639,6 +639,9 @@ def _summary(results: Results, folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- bundles
 
 app.command(epilog="Example: erde predict runs/a/bundle photos/ --out answers.csv")(bundles.predict)
+app.command(epilog="Example: erde accelerate model.onnx --images photos/ --out fast --minutes 60")(
+    bundles.accelerate
+)
 app.command(epilog="Example: erde cascade front/bundle model.onnx --data photos/ --max-risk 1% --out chain")(
     bundles.cascade
 )

@@ -244,12 +244,15 @@ def _normalisation(
         if given and len(given) != channels:
             raise UserError(f"data.{key} has {len(given)} values for {channels} channels")
     # Measuring decodes the images of a streamed set: only where it is needed.
-    mean, std = ((), ()) if config.mean and config.std else _measure(train, channels, limit)
+    mean, std = ((), ()) if config.mean and config.std else measure_pixels(train, channels, limit)
     mean, std = tuple(config.mean or mean), tuple(config.std or std)
     return mean, tuple(max(value, 1e-3) for value in std)
 
 
-def _measure(train: TrainSplit, channels: int, limit: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measure_pixels(
+    train: TrainSplit, channels: int, limit: int = NORMALISATION_IMAGES
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of the first ``limit`` images, of pixels between 0 and 1."""
     counts = np.zeros((channels, 256))
     limit = min(len(train), limit)
     for start in range(0, limit, 1024):

@@ -27,5 +27,6 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def example_input(module: nn.Module, input_size: InputSize) -> Tensor:
     """One image of zeros (1, C, H, W) where the module's parameters are."""
-    parameter = next(module.parameters())
+    # A network of another program has its weights elsewhere.
+    parameter = next(module.parameters(), torch.zeros(()))
     return torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)

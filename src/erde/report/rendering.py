@@ -33,11 +33,12 @@ def page(template: str, scripts: Sequence[str], figures: Any, **values: Any) -> 
         "script": Markup("".join(map(asset, scripts))),
         "figures": figures,
     }
-    return _environment().get_template(template).render(shared | values)
+    return environment().get_template(template).render(shared | values)
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates with autoescape, and the filters that write numbers."""
+    made = Environment(
         loader=PackageLoader("erde.report"),
         autoescape=True,
         trim_blocks=True,
@@ -45,10 +46,10 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     # Jinja's tojson escapes what could close a <script>.
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {name: _or_dash(getattr(numbers, name)) for name in FILTERS}
-    environment.globals |= {"NONE": numbers.NONE, "rule": rule_in_words, "promised_on": promised_on}
-    return environment
+    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    made.filters |= {name: _or_dash(getattr(numbers, name)) for name in FILTERS}
+    made.globals |= {"NONE": numbers.NONE, "rule": rule_in_words, "promised_on": promised_on}
+    return made
 
 
 def _or_dash(write: Callable[..., str]) -> Callable[..., str]:

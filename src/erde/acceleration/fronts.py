@@ -1,0 +1,194 @@
+"""Small early-exit networks that may stand in front: candidates, their training, and a short trial that chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from erde.calibration.choice import choose_score
+from erde.calibration.settings import Settings
+from erde.common import progress
+from erde.common.errors import UserError
+from erde.common.splits import Labels, TuneLogits
+from erde.data.load import DataSplits
+from erde.networks.attach import attach_exits
+from erde.networks.backbones import build_backbone
+from erde.networks.cost import network_cost
+from erde.networks.network import EarlyExitNetwork
+from erde.networks.shapes import mode
+from erde.policy.cost import Cost
+from erde.recipe.losses import resolve_loss
+from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig
+from erde.runtime.stages import StageRunner
+from erde.training.api import build_criterion
+from erde.training.job import Job, Outcome
+from erde.training.loop import choose_device, train_network
+
+# (backbone, factor by which its images are reduced), the costliest first; by the longest side of the images.
+SMALL_IMAGES = [("resnet8", 1), ("resnet8x0.5", 1), ("resnet8x0.25", 1)]
+LARGE_IMAGES = [("timm/mobilenetv3_small_100", 2), ("timm/mobilenetv3_small_050", 2)]
+SMALL_SIDE = 64
+EXITS = 3
+# A front may take this share of the network's MACs.
+MOST_MACS = 0.1
+# Flips and shifts of each image that the network is asked about.
+VIEWS = 4
+TRIAL_IMAGES, TRIAL_EPOCHS = 4000, 5
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Front:
+    """A candidate: a backbone, its images reduced by averaging ``reduction`` x ``reduction`` pixels."""
+
+    backbone: str
+    reduction: int
+
+    @property
+    def name(self) -> str:
+        """For files and pages."""
+        return self.backbone.replace("/", "-")
+
+    def build(self, data: DataSplits, seed: int) -> EarlyExitNetwork:
+        """The network with fresh weights."""
+        torch.manual_seed(seed)
+        channels, height, width = data.input_size
+        size = (height // self.reduction, width // self.reduction)
+        model = build_backbone(self.backbone, classes=len(data.classes), channels=channels, image_size=size)
+        if self.reduction > 1:
+            model = nn.Sequential(nn.AvgPool2d(self.reduction), model)
+        return attach_exits(model, EXITS, input_size=data.input_size)
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that the training of a front needs beside the front: images, the teacher, and where its answers are kept."""
+
+    data: DataSplits
+    teacher: EarlyExitNetwork
+    cache: Path
+    loss: str
+    seed: int
+
+    def train(
+        self, network: EarlyExitNetwork, name: str, folder: Path, epochs: int, images: int | None
+    ) -> Outcome:
+        """Train ``network`` by distillation; in ``folder`` it goes on where it was killed."""
+        data = self.data
+        train = data.train_share(images)
+        loss = resolve_loss(self.loss)
+        criterion = build_criterion(
+            loss,
+            # One exit of the teacher for all of the front's.
+            DistillationConfig(pairing="final"),
+            network,
+            self.teacher,
+            data,
+            train_images=len(train),
+            seed=self.seed,
+        )
+        job = Job(
+            name=name,
+            network=network,
+            criterion=criterion,
+            teacher=self.teacher,
+            train=train,
+            config=TrainConfig(epochs=epochs, batch_size=min(BATCH, len(train))),
+            augmentation=AugmentationConfig(crop_padding=max(1, data.image_shape[0] // 8), views=VIEWS),
+            mean=data.mean,
+            std=data.std,
+            seed=self.seed,
+            device=choose_device("auto"),
+            extras=loss.extras,
+            teacher_cache=self.cache,
+        )
+        return train_network(job, folder)
+
+
+def candidates(data: DataSplits, macs: int, seed: int) -> list[Front]:
+    """The fronts that cost at most a tenth of the network's MACs; all of them where those are not known (0).
+
+    Raises:
+        UserError: even the smallest costs more: the network is too quick to be worth a front.
+    """
+    family = SMALL_IMAGES if max(data.image_shape[:2]) <= SMALL_SIDE else LARGE_IMAGES
+    fronts = [Front(*entry) for entry in family]
+    costs = {front: network_cost(front.build(data, seed), data.input_size).macs[-1] for front in fronts}
+    # Three significant digits: a tenth of a network that was counted with its bias or without is a tenth.
+    fitting = [front for front in fronts if not macs or costs[front] <= MOST_MACS * macs * 1.01]
+    if not fitting:
+        raise UserError(
+            f"this network takes {macs:,} MACs, and the smallest front {min(costs.values()):,}: it is too quick to be made "
+            "quicker by a network in front of it"
+        )
+    return fitting
+
+
+def trial(
+    fronts: list[Front],
+    training: Training,
+    folder: Path,
+    final_logits: NDArray[np.float32],
+    macs: int,
+    max_risk: float,
+) -> tuple[Front, float]:
+    """Train every candidate shortly on a part of the images, and take the one that saves most on tune.
+
+    ``final_logits`` (N, K) are the network's on tune; returned besides are the seconds that the winner takes per image
+    and epoch.
+    """
+    best: tuple[float, Front, float] | None = None
+    images = min(TRIAL_IMAGES, len(training.data.train))
+    for front in fronts:
+        network = front.build(training.data, training.seed)
+        outcome = training.train(network, f"trial of {front.name}", folder / front.name, TRIAL_EPOCHS, images)
+        saved = saving(network, training.data, final_logits, macs, max_risk)
+        progress.say(
+            f"trial: {front.name} would save {100 * saved:.0f} % of the MACs after {TRIAL_EPOCHS} short epochs"
+        )
+        if best is None or saved > best[0]:
+            best = saved, front, outcome.seconds / max(1, outcome.images)
+    assert best is not None
+    return best[1], best[2]
+
+
+def saving(
+    network: EarlyExitNetwork, data: DataSplits, final_logits: NDArray[np.float32], macs: int, max_risk: float
+) -> float:
+    """The share of the network's MACs that the chain saves on tune within ``max_risk``."""
+    front = torch_logits(network, data)
+    logits = np.concatenate([front, final_logits[None]])
+    labels: Labels = data.tune.labels if (data.tune.labels >= 0).all() else final_logits.argmax(axis=-1)
+    front_macs = network_cost(network, data.input_size).macs
+    whole = max(macs, 1)
+    cost = Cost((*front_macs, front_macs[-1] + whole), whole, networks=(0, len(front_macs)))
+    return choose_score(TuneLogits(logits, labels), cost, Settings(max_risks=(max_risk,)))[0].macs_saved
+
+
+@torch.no_grad()
+def torch_logits(network: EarlyExitNetwork, data: DataSplits) -> NDArray[np.float32]:
+    """Logits (E, N, K) on tune."""
+    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (data.mean, data.std))
+    parts = []
+    with mode(network, False):
+        for batch in data.tune.batches(256):
+            x = (torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255 - mean) / std
+            parts.append(network(x).numpy())
+    return np.concatenate(parts, axis=1)
+
+
+def answers(stage: Path, images: NDArray[np.uint8], name: str) -> NDArray[np.float32]:
+    """The network's logits (N, K) for ``images``."""
+    runner = StageRunner([stage])
+    parts, size = [], 64
+    with progress.task(name, len(images)) as task:
+        for start in range(0, len(images), size):
+            parts.append(runner.run(0, images[start : start + size])[1])
+            if task.due():
+                task.update(min(len(images), start + size))
+    return np.concatenate(parts)

@@ -1,0 +1,279 @@
+"""The whole of ``erde accelerate`` in phases, each of which leaves its result in the folder and is skipped when it is there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erde.acceleration.fronts import EXITS, Front, Training, answers, candidates, trial
+from erde.acceleration.images import UNKNOWN, Material, load_material, read_pool
+from erde.acceleration.teacher import onnx_teacher
+from erde.bench.race import Bench, bench
+from erde.bundle.sealing import file_hash, read
+from erde.calibration.logits import answers_as_labels
+from erde.calibration.settings import Settings
+from erde.calibration.thresholds import ScoredSplit, sweep
+from erde.chains.building import class_names, common_shape
+from erde.chains.cascading import seal_chain
+from erde.chains.networks import BundleNetwork, Network, OnnxNetwork, open_network
+from erde.chains.preprocessing import Preprocessing
+from erde.common import progress
+from erde.common.environment import erde_version
+from erde.common.errors import UserError
+from erde.common.files import make_folder, replacing_file, write_json, write_text
+from erde.common.splits import TestLogits, TrainSplit
+from erde.data.load import DataSplits, measure_pixels
+from erde.exporting.api import export
+from erde.policy.points import Agreement, Measured, OperatingPoint
+from erde.report.chain_page import ClockRow, chain_page
+from erde.runtime.session import Session
+
+SETTINGS, PLAN, ANSWERS, BENCH, REPORT = (
+    "settings.json", "plan.json", "answers.npy", "bench.json", "report.html",
+)  # fmt: skip
+# Of the time that is asked for, what training may take; the rest goes to answers, the trial and the measurement.
+TRAINING_SHARE = 0.8
+FEWEST_EPOCHS, MOST_EPOCHS = 4, 80
+BENCH_ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """The result: the bundle's folder and what it gains, measured on images that chose nothing."""
+
+    bundle: Path
+    point: OperatingPoint
+    test: Measured | Agreement
+    before_ms: float
+    after_ms: float
+    median_times: float
+
+    def lines(self) -> tuple[str, str]:
+        """Milliseconds before and after, and the promise."""
+        certificate = self.point.certificate
+        times = self.before_ms / self.after_ms
+        gain = (
+            f"{self.before_ms:.2f} ms -> {self.after_ms:.2f} ms an image in the mean ({times:.1f} times as fast; the median "
+            f"image {self.median_times:.1f} times), {100 * self.test.macs_saved:.0f} % of the MACs saved."
+        )
+        return gain, "nothing is promised" if certificate is None else certificate.sentence()
+
+
+def accelerate(
+    model: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    held_out: str | Path | None = None,
+    max_risk: float = 0.01,
+    minutes: float = 60.0,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
+    loss: str = "kd",
+    seed: int = 0,
+    resume: bool = False,
+) -> Accelerated:
+    """Train an early-exit front for the ONNX classifier ``model``, chain both, certify, measure, and report in ``out``.
+
+    No label is needed: the model's own answers teach the front, and the promise is about answers that differ.
+
+    Args:
+        images: a folder of images; with sub-folders named by ``classes`` they are labelled, and the promise is about
+            images that the model gets right and the chain wrong.
+        held_out: other images to calibrate and to measure on, where the model was trained on ``images``.
+        max_risk: to certify.
+        minutes: for all of it, roughly; training takes what answers and trial leave.
+        preprocessing: of the model; without it, of a JSON file beside it.
+        loss: by which the front is trained.
+        resume: continue what was stopped.
+
+    Raises:
+        UserError: a model or images that cannot be used, a folder that is there already.
+    """
+    started = time.monotonic()
+    out, model = Path(out), Path(model)
+    network = open_network(model, preprocessing)
+    if isinstance(network, BundleNetwork):
+        raise UserError(
+            f"{model} is a bundle: give the ONNX file of a classifier; erde cascade chains bundles"
+        )
+    names = class_names([network], classes)
+    pool = read_pool(Path(images), names)
+    others = None if held_out is None else read_pool(Path(held_out), names)
+    asked = {
+        "erde": erde_version(),
+        "model": file_hash(model),
+        "images": pool.digest,
+        "held_out": None if others is None else others.digest,
+        "max_risk": max_risk,
+        "loss": loss,
+        "seed": seed,
+        "classes": names,
+    }
+    _begin(out, asked, resume)
+    material = load_material(pool, others, common_shape([network]), seed)
+    work = _Work(out, network, names, material, loss, seed)
+    front = work.train_front(max_risk, 60 * minutes - (time.monotonic() - started))
+    return work.finish(front, max_risk)
+
+
+def _begin(out: Path, asked: dict[str, Any], resume: bool) -> None:
+    path = out / SETTINGS
+    if not resume:
+        if out.exists():
+            raise UserError(
+                f"{out} is there already: give another place with --out, or continue with --resume"
+            )
+        make_folder(out)
+        write_json(path, asked)
+        return
+    if not path.is_file():
+        raise UserError(f"{out} holds nothing that could be continued: leave out --resume")
+    begun = _read(path)
+    changed = [key for key in asked if key != "erde" and begun.get(key) != asked[key]]
+    if changed:
+        raise UserError(
+            f"{out} was begun with other settings ({', '.join(changed)}): give them again as they were, or another --out"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: remove {path.parent} and begin anew") from error
+    return value
+
+
+class _Work:
+    """One acceleration in its folder."""
+
+    def __init__(
+        self, out: Path, network: OnnxNetwork, names: list[str], material: Material, loss: str, seed: int
+    ) -> None:
+        self.out, self.network, self.names, self.material = out, network, names, material
+        self.loss, self.seed = loss, seed
+        self.stage = out / "model" / "stage_0.onnx"
+        if not self.stage.exists():
+            make_folder(self.stage.parent)
+            network.write(network.stages(), self.stage.parent, common_shape([network]))
+
+    def data(self) -> DataSplits:
+        """The splits of the training; where images have no labels, train has the model's answers."""
+        material = self.material
+        labels = material.train_labels
+        if (labels == UNKNOWN).any():
+            labels = self._answers().argmax(axis=-1).astype(np.int64)
+        train = TrainSplit(material.train, labels)
+        mean, std = measure_pixels(train, material.train.shape[-1])
+        splits = material.calibration.splits
+        return DataSplits(
+            "images", train, splits.tune, splits.certify, material.test, tuple(self.names), mean, std
+        )
+
+    def _answers(self) -> NDArray[np.float32]:
+        path = self.out / ANSWERS
+        if not path.exists():
+            logits = answers(self.stage, self.material.train, "answers of the model")
+            with replacing_file(path) as partial, partial.open("wb") as file:
+                np.save(file, logits, allow_pickle=False)
+        return np.asarray(np.load(path, allow_pickle=False), dtype=np.float32)
+
+    def train_front(self, max_risk: float, seconds: float) -> Path:
+        """The front's bundle."""
+        folder = self.out / "front"
+        if folder.exists():
+            return folder
+        started = time.monotonic()
+        data = self.data()
+        teacher = onnx_teacher(self.stage, data.mean, data.std)
+        training = Training(data, teacher, self.out / "teacher-cache", self.loss, self.seed)
+        plan = self.out / PLAN
+        if not plan.exists():
+            fronts = candidates(data, 0 if self.network.uncounted else self.network.macs, self.seed)
+            tune = answers(self.stage, np.asarray(data.tune.images[:]), "answers to tune")
+            front, per_image = trial(fronts, training, self.out / "trial", tune, self.network.macs, max_risk)
+            left = TRAINING_SHARE * (seconds - (time.monotonic() - started))
+            epochs = int(left / max(1e-9, per_image * len(data.train)))
+            epochs = min(max(epochs, FEWEST_EPOCHS), MOST_EPOCHS)
+            write_json(plan, {"backbone": front.backbone, "reduction": front.reduction, "epochs": epochs})
+        chosen = _read(plan)
+        front = Front(chosen["backbone"], chosen["reduction"])
+        progress.say(f"front: {front.name}, {EXITS} exits, {chosen['epochs']} epochs")
+        built = front.build(data, self.seed)
+        training.train(built, front.name, self.out / "training", chosen["epochs"], None)
+        return export(built, data, folder, name=front.name)
+
+    def finish(self, front: Path, max_risk: float) -> Accelerated:
+        """Chain, calibrate, measure and report."""
+        bundle = self.out / "bundle"
+        settings = Settings(max_risks=(max_risk,))
+        if not bundle.exists():
+            networks: list[Network] = [BundleNetwork(front, read(front)), self.network]
+            seal_chain(networks, self.material.calibration, self.names, settings, bundle)
+        session = Session(bundle, threads=1)
+        point = session.manifest.point(None)
+        test_images = np.asarray(self.material.test.images[:])
+        measured = self._measure(session, point)
+        session.profile(images=test_images[:256], batch_sizes=(1, 8, 32), rounds=20)
+        raced = bench(
+            bundle, test_images[:2000], data="images that chose nothing", against=[], points=[point.name],
+            batch_sizes=(1,), threads=(1,), rounds=BENCH_ROUNDS, seed=self.seed,
+        )  # fmt: skip
+        raced.write(self.out / BENCH)
+        result = _result(bundle, point, measured, raced)
+        page = chain_page(
+            session.manifest, session.cost(), measured, result.lines()[0], _clock(raced), _about(raced)
+        )
+        write_text(self.out / REPORT, page)
+        return result
+
+    def _measure(self, session: Session, point: OperatingPoint) -> Measured | Agreement:
+        """The default point on test, by labels where there are some."""
+        labelled = self.material.calibration.labelled
+        test = TestLogits(session.all_logits(self.material.test.images), self.material.test.labels)
+        test = test if labelled else answers_as_labels(test)
+        swept = sweep(ScoredSplit.of(test, session.rule, None), [point.thresholds])
+        return swept.measured(0, session.cost()) if labelled else swept.agreement(0, session.cost())
+
+
+def _result(bundle: Path, point: OperatingPoint, measured: Measured | Agreement, raced: Bench) -> Accelerated:
+    by_name = {row.contender: row for row in raced.measurements}
+    before, after = by_name["no-exit"], by_name[point.name]
+    # Of one call each of one image: images per second are the mean.
+    return Accelerated(
+        bundle=bundle,
+        point=point,
+        test=measured,
+        before_ms=1e3 / before.images_per_second,
+        after_ms=1e3 / after.images_per_second,
+        median_times=before.p50 / after.p50,
+    )
+
+
+def _clock(raced: Bench) -> list[ClockRow]:
+    names = {"no-exit": "the last network alone"}
+    return [
+        ClockRow(
+            names.get(row.contender, row.contender),
+            1e3 / row.images_per_second,
+            row.p50,
+            row.p95,
+            row.time_share,
+        )
+        for row in raced.measurements
+    ]
+
+
+def _about(raced: Bench) -> str:
+    return (
+        f"All took turns on the same {raced.images:,} images, which chose nothing, in {raced.rounds} rounds, on "
+        f"{raced.machine['cpu']}."
+    )
