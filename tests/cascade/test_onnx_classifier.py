@@ -196,18 +196,21 @@ def test_images_are_resized_and_cropped_in_the_graph_as_pillow_does(tmp_path: Pa
             assert difference.mean() < 0.05
 
 
-def test_an_older_opset_is_raised_where_images_are_resized(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("opset", "unresized"), [(9, 13), (11, 11)])
+def test_an_older_opset_is_raised_where_that_is_needed(opset: int, unresized: int, tmp_path: Path) -> None:
     network = random_network(softmax=True)
-    path = export(network, tmp_path / "net.onnx", torch.randn(2, 3, SIDE, SIDE), dynamo=False, opset=11)
+    path = export(network, tmp_path / "net.onnx", torch.randn(2, 3, SIDE, SIDE), dynamo=False, opset=opset)
     classifier = read_classifier(path, PREPROCESSING)
-    assert classifier.opset == 11
+    assert classifier.opset == opset
     large = probe_images((60, 60, 3))
     small = np.stack([to_array(Image.fromarray(image), SIDE, SIDE, 3) for image in large])
     with torch.no_grad():
         expected = network(normalised(small)).log().numpy()
+        same_size = network(normalised(IMAGES)).log().numpy()
     np.testing.assert_allclose(as_stage(classifier, tmp_path, large), expected, atol=0.02)
-    as_stage(classifier, tmp_path)  # of the network's own size
-    assert onnx.load(tmp_path / "stage.onnx").opset_import[0].version == 11
+    assert onnx.load(tmp_path / "stage.onnx").opset_import[0].version == 18
+    np.testing.assert_allclose(as_stage(classifier, tmp_path), same_size, atol=1e-4)
+    assert onnx.load(tmp_path / "stage.onnx").opset_import[0].version == unresized
 
 
 def test_a_stage_of_erde_takes_larger_images(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -224,6 +227,10 @@ def test_a_stage_of_erde_takes_larger_images(tiny_bundle: Path, tmp_path: Path) 
     expected = before.run(None, {"images": small})
     for got, wanted in zip(after.run(None, {"images": images}), expected, strict=True):
         assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+    again = tmp_path / "again.onnx"
+    resize_input(target, again, (40, 33, 1))
+    resize_input(again, target, (50, 50, 1))
+    assert onnxruntime.InferenceSession(str(target)).get_inputs()[0].shape[1:] == [50, 50, 1]
     with user_error("stage_0.onnx takes images of 1 channels, the other parts of the chain take 3"):
         resize_input(source, target, (20, 16, 3))
 
