@@ -125,6 +125,16 @@ def test_operators_that_no_stage_has(tmp_path: Path) -> None:
         check_graph_file(save(model(helper.make_node("Relu", ["x"], ["y"], domain=domain)), tmp_path))
 
 
+def test_int8_operators_of_other_tools(tmp_path: Path) -> None:
+    for operator in ("QLinearConv", "QLinearMatMul", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"):
+        check_graph_file(save(model(helper.make_node(operator, ["x"], ["y"])), tmp_path))
+    # ONNX Runtime's own are not: some of them end the process.
+    with user_error("stage.onnx has the operator 'QLinearAdd', which no stage needs"):
+        check_graph_file(
+            save(model(helper.make_node("QLinearAdd", ["x"], ["y"], domain="com.microsoft")), tmp_path)
+        )
+
+
 def test_a_second_name_of_an_operator_is_looked_at_too(tmp_path: Path) -> None:
     # Of a field that comes twice protobuf takes the last.
     node = helper.make_node("Relu", ["x"], ["y"]).SerializeToString()

@@ -196,18 +196,21 @@ def test_images_are_resized_and_cropped_in_the_graph_as_pillow_does(tmp_path: Pa
             assert difference.mean() < 0.05
 
 
-def test_an_older_opset_is_raised_where_images_are_resized(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("opset", "unresized"), [(9, 13), (11, 11)])
+def test_an_older_opset_is_raised_where_that_is_needed(opset: int, unresized: int, tmp_path: Path) -> None:
     network = random_network(softmax=True)
-    path = export(network, tmp_path / "net.onnx", torch.randn(2, 3, SIDE, SIDE), dynamo=False, opset=11)
+    path = export(network, tmp_path / "net.onnx", torch.randn(2, 3, SIDE, SIDE), dynamo=False, opset=opset)
     classifier = read_classifier(path, PREPROCESSING)
-    assert classifier.opset == 11
+    assert classifier.opset == opset
     large = probe_images((60, 60, 3))
     small = np.stack([to_array(Image.fromarray(image), SIDE, SIDE, 3) for image in large])
     with torch.no_grad():
         expected = network(normalised(small)).log().numpy()
+        same_size = network(normalised(IMAGES)).log().numpy()
     np.testing.assert_allclose(as_stage(classifier, tmp_path, large), expected, atol=0.02)
-    as_stage(classifier, tmp_path)  # of the network's own size
-    assert onnx.load(tmp_path / "stage.onnx").opset_import[0].version == 11
+    assert onnx.load(tmp_path / "stage.onnx").opset_import[0].version == 18
+    np.testing.assert_allclose(as_stage(classifier, tmp_path), same_size, atol=1e-4)
+    assert onnx.load(tmp_path / "stage.onnx").opset_import[0].version == unresized
 
 
 def test_a_stage_of_erde_takes_larger_images(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -224,6 +227,10 @@ def test_a_stage_of_erde_takes_larger_images(tiny_bundle: Path, tmp_path: Path) 
     expected = before.run(None, {"images": small})
     for got, wanted in zip(after.run(None, {"images": images}), expected, strict=True):
         assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+    again = tmp_path / "again.onnx"
+    resize_input(target, again, (40, 33, 1))
+    resize_input(again, target, (50, 50, 1))
+    assert onnxruntime.InferenceSession(str(target)).get_inputs()[0].shape[1:] == [50, 50, 1]
     with user_error("stage_0.onnx takes images of 1 channels, the other parts of the chain take 3"):
         resize_input(source, target, (20, 16, 3))
 
@@ -245,16 +252,43 @@ def test_a_batch_of_one_in_the_shapes_of_the_graph(tmp_path: Path) -> None:
         assert len(as_stage(classifier, tmp_path, IMAGES[:, :4, :4])) == len(IMAGES)
 
 
-def test_a_batch_of_one_that_cannot_be_opened(tmp_path: Path) -> None:
-    # Something is put beside the image's own numbers: one row, whatever the batch.
+def alone(path: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Outputs of the network itself for one image after another, between 0 and 1."""
+    session = onnxruntime.InferenceSession(str(path))
+    x = (images.transpose(0, 3, 1, 2) / 255).astype(np.float32)
+    return np.concatenate([session.run(None, {"input": image[None]})[0] for image in x])
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_constant_row_beside_the_numbers_of_an_image(computed: bool, tmp_path: Path) -> None:
+    """As the class token of a vision transformer that was exported with one image."""
+    weights = {
+        "token": np.ones((1, 2), dtype=np.float32),
+        "wider": np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32),
+    }
     model = hand_made(
+        *([node("Abs", ["token"], ["more"])] if computed else []),
         node("Flatten", ["input"], ["flat"]),
-        node("Concat", ["flat", "more"], ["wide"], axis=1),
+        node("Concat", ["flat", "more" if computed else "token"], ["wide"], axis=1),
         node("MatMul", ["wide", "wider"], ["output"]),
-        weights={
-            "more": np.ones((1, 2), dtype=np.float32),
-            "wider": np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32),
-        },
+        weights=weights,
+        inputs={"input": [1, 3, 4, 4]},
+        outputs={"output": [1, 5]},
+    )
+    path = saved(model, tmp_path)
+    classifier = read_classifier(path, PLAIN)
+    assert not classifier.fixed_batch_of_one
+    images = IMAGES[:, :4, :4]
+    np.testing.assert_allclose(as_stage(classifier, tmp_path, images), alone(path, images), atol=1e-5)
+
+
+def test_a_batch_of_one_that_cannot_be_opened(tmp_path: Path) -> None:
+    """As torch writes ``as_strided``: all numbers in a row, and the places of the first image's among them."""
+    model = hand_made(
+        node("Reshape", ["input", "row"], ["all"]),
+        node("Gather", ["all", "places"], ["first"]),
+        node("MatMul", ["first", "matrix"], ["output"]),
+        weights={"row": np.array([-1]), "places": np.arange(48)[None]},
         inputs={"input": [1, 3, 4, 4]},
         outputs={"output": [1, 5]},
     )
@@ -262,11 +296,10 @@ def test_a_batch_of_one_that_cannot_be_opened(tmp_path: Path) -> None:
     classifier = read_classifier(path, PLAIN)
     assert classifier.fixed_batch_of_one
     images = IMAGES[:, :4, :4]
-    logits = as_stage(classifier, tmp_path, images)
-    session = onnxruntime.InferenceSession(str(path))
-    for image, row in zip(images, logits, strict=True):
-        x = (image.transpose(2, 0, 1)[None] / 255).astype(np.float32)
-        np.testing.assert_allclose(row, session.run(None, {"input": x})[0][0], atol=1e-5)
+    np.testing.assert_allclose(as_stage(classifier, tmp_path, images), alone(path, images), atol=1e-5)
+    # An open batch axis that the graph does not follow is the same.
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    assert read_classifier(saved(model, tmp_path), PLAIN).fixed_batch_of_one
 
 
 def test_answers_that_depend_on_the_batch(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_bundle_is_calibrated_anew_without_torch(tiny_run: tuple[Path, str], t
     assert erde("calibrate", str(logits), *options).returncode == 0
     measured = erde("evaluate", str(logits), "--policy", "policy.json")
     assert "risk-5: accuracy" in measured.stdout, measured.stderr
-    probe = "import importlib.util as u; print([n for n in ('torch', 'datasets', 'sklearn', 'onnx') if u.find_spec(n)])"
+    probe = "import importlib.util as u; print([n for n in ('torch', 'datasets', 'sklearn', 'onnxscript') if u.find_spec(n)])"
     python = [str(environment / "bin" / "python"), "-c", probe]
     assert subprocess.run(python, capture_output=True, text=True, env=clean).stdout.strip() == "[]"
 

@@ -38,7 +38,10 @@ EXITS = 3
 MOST_MACS = 0.1
 # Flips and shifts of each image that the network is asked about.
 VIEWS = 4
-TRIAL_IMAGES, TRIAL_EPOCHS = 4000, 5
+# Of a trial; its epochs grow with the time that there is, one for every five minutes.
+TRIAL_IMAGES, TRIAL_EPOCHS = 8000, (2, 15)
+# Fronts are compared at a risk at which even a short training saves something.
+TRIAL_RISK = 0.05
 BATCH = 128
 
 
@@ -135,21 +138,23 @@ def trial(
     folder: Path,
     final_logits: NDArray[np.float32],
     macs: int,
-    max_risk: float,
+    minutes: float,
 ) -> tuple[Front, float]:
     """Train every candidate shortly on a part of the images, and take the one that saves most on tune.
 
-    ``final_logits`` (N, K) are the network's on tune; returned besides are the seconds that the winner takes per image
-    and epoch.
+    ``final_logits`` (N, K) are the network's on tune, ``minutes`` are those of the whole work. Returned besides are the
+    seconds that the winner takes per image and epoch.
     """
+    epochs = min(max(round(minutes / 5), TRIAL_EPOCHS[0]), TRIAL_EPOCHS[1])
     best: tuple[float, Front, float] | None = None
     images = min(TRIAL_IMAGES, len(training.data.train))
     for front in fronts:
         network = front.build(training.data, training.seed)
-        outcome = training.train(network, f"trial of {front.name}", folder / front.name, TRIAL_EPOCHS, images)
-        saved = saving(network, training.data, final_logits, macs, max_risk)
+        outcome = training.train(network, f"trial of {front.name}", folder / front.name, epochs, images)
+        saved = saving(network, training.data, final_logits, macs)
         progress.say(
-            f"trial: {front.name} would save {100 * saved:.0f} % of the MACs after {TRIAL_EPOCHS} short epochs"
+            f"trial: {front.name} would save {100 * saved:.0f} % of the MACs at a risk of {100 * TRIAL_RISK:g} %, after "
+            f"{epochs} epochs of {images:,} images"
         )
         if best is None or saved > best[0]:
             best = saved, front, outcome.seconds / max(1, outcome.images)
@@ -158,16 +163,16 @@ def trial(
 
 
 def saving(
-    network: EarlyExitNetwork, data: DataSplits, final_logits: NDArray[np.float32], macs: int, max_risk: float
+    network: EarlyExitNetwork, data: DataSplits, final_logits: NDArray[np.float32], macs: int
 ) -> float:
-    """The share of the network's MACs that the chain saves on tune within ``max_risk``."""
+    """The share of the network's MACs that the chain saves on tune within ``TRIAL_RISK``."""
     front = torch_logits(network, data)
     logits = np.concatenate([front, final_logits[None]])
     labels: Labels = data.tune.labels if (data.tune.labels >= 0).all() else final_logits.argmax(axis=-1)
     front_macs = network_cost(network, data.input_size).macs
     whole = max(macs, 1)
     cost = Cost((*front_macs, front_macs[-1] + whole), whole, networks=(0, len(front_macs)))
-    return choose_score(TuneLogits(logits, labels), cost, Settings(max_risks=(max_risk,)))[0].macs_saved
+    return choose_score(TuneLogits(logits, labels), cost, Settings(max_risks=(TRIAL_RISK,)))[0].macs_saved
 
 
 @torch.no_grad()

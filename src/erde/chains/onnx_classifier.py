@@ -364,14 +364,16 @@ def resize_input(source: Path, target: Path, image_shape: ImageShape) -> None:
         raise UserError(
             f"{source} has opset {opset_of(model)}, resizing needs {_RESIZE_OPSET}: export it again"
         )
-    name = value.name
-    inner = f"{name}_resized"
+    prefix = "resize/"
+    while any(name.startswith(prefix) for node in model.graph.node for name in (*node.input, *node.output)):
+        prefix = f"again/{prefix}"  # of a file that was written here
+    inner = f"{prefix}images"
     for node in model.graph.node:
         for place, used in enumerate(node.input):
-            if used == name:
+            if used == value.name:
                 node.input[place] = inner
-    builder = _Builder(model)
-    x = _resized(builder, name, image_shape, (height, width), (height, width))
+    builder = _Builder(model, prefix)
+    x = _resized(builder, value.name, image_shape, (height, width), (height, width))
     builder.before("Identity", x, inner)
     builder.insert()
     for side, length in zip(sides[1:], image_shape, strict=True):
@@ -382,22 +384,23 @@ def resize_input(source: Path, target: Path, image_shape: ImageShape) -> None:
 class _Builder:
     """Nodes before and after those of a graph."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prefix: str = "erde/") -> None:
         self.model = model
+        self.prefix = prefix
         self.onnx = import_onnx()
         self.first: list[Any] = []
         self.count = 0
 
     def constant(self, values: Any) -> str:
         self.count += 1
-        return add_constant(self.model, f"erde/{self.count}", values)
+        return add_constant(self.model, f"{self.prefix}{self.count}", values)
 
     def before(self, kind: str, x: str, name: str | None = None, *others: str, **attributes: Any) -> str:
         """Add a node in front of the graph, behind those already there; the name of what it gives."""
         self.count += 1
-        name = name or f"erde/{self.count}"
+        name = name or f"{self.prefix}{self.count}"
         node = self.onnx.helper.make_node(
-            kind, [x, *others], [name], f"erde/{kind}_{self.count}", **attributes
+            kind, [x, *others], [name], f"{self.prefix}{kind}_{self.count}", **attributes
         )
         self.first.append(node)
         return name
@@ -405,8 +408,10 @@ class _Builder:
     def after(self, kind: str, inputs: list[str], name: str | None = None, **attributes: Any) -> str:
         """Add a node at the end."""
         self.count += 1
-        name = name or f"erde/{self.count}"
-        node = self.onnx.helper.make_node(kind, inputs, [name], f"erde/{kind}_{self.count}", **attributes)
+        name = name or f"{self.prefix}{self.count}"
+        node = self.onnx.helper.make_node(
+            kind, inputs, [name], f"{self.prefix}{kind}_{self.count}", **attributes
+        )
         self.model.graph.node.append(node)
         return name
 

@@ -107,7 +107,7 @@ def count_parameters(model: Any) -> int:
 def shapes_for_one_image(model: Any, image_shape: Sequence[int] | None = None) -> Shapes:
     """Shapes of the tensors in a graph for a batch of 1, as far as they are known.
 
-    By shape inference; where that leaves a convolution or a product open, by running the graph once.
+    By shape inference; where that leaves something open that matters here, by running the graph once.
     """
     onnx = import_onnx()
     shapes: Shapes = {name: tuple(tensor.dims) for name, tensor in tensors(model).items()}
@@ -121,14 +121,14 @@ def shapes_for_one_image(model: Any, image_shape: Sequence[int] | None = None) -
         sides = [side.dim_value for side in value.type.tensor_type.shape.dim]
         if value.type.tensor_type.HasField("shape") and all(side > 0 for side in sides):
             shapes[value.name] = tuple(sides)
-    computing = {*_CONVOLUTIONS, *_PRODUCTS, "ConvTranspose", "Gemm", "Einsum", "Reshape"}
+    computing = {*_CONVOLUTIONS, *_PRODUCTS, "ConvTranspose", "Gemm", "Einsum", "Reshape", "Concat"}
     dependent = image_dependent(model)
     missing = {
         name
         for node in model.graph.node
-        if node.op_type in computing
+        if node.op_type in computing and dependent.intersection(node.input)
         for name in (*node.input, *node.output)
-        if name and name in dependent and name not in shapes
+        if name and name not in shapes
     }
     if missing:
         shapes.update(_shapes_by_running(model, sorted(missing), image_shape))

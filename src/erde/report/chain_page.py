@@ -46,7 +46,7 @@ def chain_page(
 ) -> str:
     """The page, in HTML, of the chain's default operating point as it was measured on ``test``.
 
-    ``gain`` is a sentence, ``about_clock`` says of which machine and images the times are.
+    ``gain`` is a sentence or two, ``about_clock`` says of which machine and images the times are.
     """
     times = cost.exit_milliseconds or (None,) * len(manifest.stages)
     exits = [
