@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import functools
 import importlib
+import operator
 import os
 import re
 import shlex
@@ -140,7 +140,7 @@ def test_recipes_of_the_documents_are_valid() -> None:
             key, _, text = override.partition("=")
             value = yaml.safe_load(text)
             if isinstance(value, str | int):
-                assert functools.reduce(getattr, key.split("."), config) == value, line
+                assert operator.attrgetter(key)(config) == value, line
 
 
 def prose(path: Path) -> str:

@@ -86,7 +86,7 @@ def test_a_named_score_is_kept() -> None:
     tune = tune_logits(images=200)
 
     def rules(**given: object) -> list[ExitRule]:
-        return [choice.rule for choice in choose_score(tune, COST, Settings(max_risks=(0.02,), **given))]  # type: ignore[arg-type]
+        return [choice.rule for choice in choose_score(tune, COST, Settings(max_risks=(0.02,), **given))]
 
     assert {(rule.score, rule.ensemble) for rule in rules(score="margin")} == {("margin", "none")}
     assert rules(score="entropy", sharpness=0.6) == [ExitRule("entropy", 0.6)]
@@ -367,17 +367,17 @@ def test_an_impossible_latency_budget() -> None:
         calibrate_logits(tune_logits(), certify_logits(), cost, Settings(latency_budgets=(0.5,)))
 
 
-def damaged(**changes: object) -> TuneLogits:
+def damaged(**changes: Any) -> TuneLogits:
     logits, labels = synthetic_logits(0, 500)
     if "at" in changes:
-        logits[changes["at"]] = changes["value"]  # type: ignore[index]
+        logits[changes["at"]] = changes["value"]
     if "labels" in changes:
         labels[:2] = changes["labels"]
     if "without" in changes:
         keep = labels != changes["without"]
         logits, labels = logits[:, keep], labels[keep]
     if "exits" in changes:
-        logits = logits[: changes["exits"]]  # type: ignore[misc]
+        logits = logits[: changes["exits"]]
     return TuneLogits(logits, labels)
 
 
@@ -472,7 +472,7 @@ def request(**changes: object) -> Request:
         "cost": COST,
         "settings": Settings(max_risks=(0.05,), score="margin", sharpness=1.0),
     }
-    return Request(**{**given, **changes})  # type: ignore[arg-type]
+    return Request(**{**given, **changes})
 
 
 def test_a_certify_split_serves_one_choice() -> None:
@@ -551,7 +551,7 @@ def test_a_setting_of_a_later_version_keeps_the_hash_while_it_has_its_default() 
 
 def test_every_setting_is_a_choice() -> None:
     hashes = {
-        request(settings=Settings(**one)).choices()  # type: ignore[arg-type]
+        request(settings=Settings(**one)).choices()
         for one in (
             {}, {"max_risks": (0.01,)}, {"confidence": 0.95}, {"budgets": (0.5,)}, {"reference": "teacher"},
             {"guarantee": "net_drop"}, {"score": "margin"}, {"sharpness": 1.0}, {"ensemble": "none"},

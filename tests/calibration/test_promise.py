@@ -13,7 +13,7 @@ import promise
 import pytest
 from promise import Population, Violations, merge, violation_rates
 
-from erde.calibration.certificates import PathCounts, count_along
+from erde.calibration.certificates import PathCounts, count_along, walk
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit
 from erde.common.splits import CertifyLogits, Logits
@@ -41,9 +41,7 @@ def populations(pool: tuple[Logits, Cost]) -> list[Population]:
 
 
 def rates(populations: list[Population], **how: object) -> list[Violations]:
-    return merge(
-        [violation_rates(one, DRAWS // 4, seed, **how) for seed, one in enumerate(populations)]  # type: ignore[arg-type]
-    )
+    return merge([violation_rates(one, DRAWS // 4, seed, **how) for seed, one in enumerate(populations)])
 
 
 def check_that_it_holds(found: list[Violations], sizes: tuple[int, ...] = promise.SIZES) -> None:
@@ -79,7 +77,7 @@ def test_in_expectation(populations: list[Population]) -> None:
         for population in populations:
             risk = population.risk("risk")
             for counts in population.draw(1000, 500, generator, "expected_risk"):
-                index = promise.walk(counts, max_risk, 0.9, "expected_risk")
+                index = walk(counts, max_risk, 0.9, "expected_risk")
                 true.append(risk[max(index, 0)])
         assert np.mean(true) <= max_risk + 3 * np.std(true) / np.sqrt(len(true))
         assert np.mean(true) > 0.7 * max_risk

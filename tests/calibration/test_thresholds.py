@@ -82,7 +82,8 @@ def test_path_tells_the_truth_of_itself(searched: tuple[ScoredSplit, ThresholdPa
 def test_thresholds_stand_strictly_between_scores(searched: tuple[ScoredSplit, ThresholdPath]) -> None:
     tune, path = searched
     for index in range(2):
-        used = sorted({one[index] for one in path.thresholds} - {None})
+        levels = {thresholds[index] for thresholds in path.thresholds}
+        used = sorted(level for level in levels if level is not None)
         scores = np.unique(tune.scores[index])
         places = np.searchsorted(scores, used)
         # Midway between neighbours; only the last one stands below all scores.

@@ -136,8 +136,17 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
 ) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number))[1])
-    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths))[1])
+
+    def watched_fsync(number: int) -> None:
+        order.append("fsync")
+        fsync(number)
+
+    def watched_replace(old: Path, new: Path) -> None:
+        order.append("replace")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
     write_text(tmp_path / "some.txt", "new")
     assert order == ["fsync", "replace"]
 

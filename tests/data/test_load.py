@@ -330,6 +330,7 @@ def test_streaming_leaves_torchs_own_generator_alone(root: Path) -> None:
 
 def test_mean_and_std_are_measured_on_train(root: Path) -> None:
     splits = load(root / "svhn")
+    assert isinstance(splits.train.images, np.ndarray)
     values = splits.train.images.astype(np.float64) / 255
     assert splits.mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=6e-5)
     assert splits.std == pytest.approx(values.std(axis=(0, 1, 2)), abs=6e-5)
@@ -842,12 +843,13 @@ def test_a_run_that_began_with_copies_goes_on(tmp_path: Path) -> None:
     old, new = (load_splits(config, 0, copies_apart=apart).fingerprints() for apart in (False, True))
     assert old != new
     run: Any = SimpleNamespace(config=SimpleNamespace(data=config, seed=0), folder=tmp_path)
+    splits_of = vars(Run)["data"].func
     for begun_with in (old, new):
         (tmp_path / "splits.json").write_text(json.dumps(begun_with))
-        assert Run.data.func(run).fingerprints() == begun_with
+        assert splits_of(run).fingerprints() == begun_with
     (tmp_path / "splits.json").write_text(json.dumps({**old, "train": new["train"]}))
     with pytest.raises(UserError, match="is not the one that this run started with"):
-        Run.data.func(run)
+        splits_of(run)
 
 
 def test_streamed_files_of_one_size_are_no_copies(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from erde.common.images import converted
 from erde.common.splits import TrainSplit
 from erde.data import encoded
 from erde.data.batches import TrainBatches
@@ -78,7 +79,7 @@ def load(folder: Path, **settings: Any) -> DataSplits:
 
 def make_batches(split: TrainSplit, **arguments: Any) -> TrainBatches:
     settings = {"batch_size": 16, "seed": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    return TrainBatches(split, **{**settings, "device": torch.device("cpu"), **arguments})  # type: ignore[arg-type]
+    return TrainBatches(split, **{**settings, "device": torch.device("cpu"), **arguments})
 
 
 def see(batches: TrainBatches, epoch: int, first_step: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -290,10 +291,12 @@ def test_a_part_is_cut_and_resized(box: tuple[int, int, int, int]) -> None:
 def test_a_large_part_of_a_jpeg_is_decoded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     value, box = encode(photo(2, 640, 480), "JPEG"), (100, 60, 580, 420)
     sizes = []
-    converted = encoded.converted
-    monkeypatch.setattr(
-        encoded, "converted", lambda image, channels: sizes.append(image.size) or converted(image, channels)
-    )
+
+    def watched(image: Image.Image, channels: int) -> Any:
+        sizes.append(image.size)
+        return converted(image, channels)
+
+    monkeypatch.setattr(encoded, "converted", watched)
     found = pixels(value, "", (90, 90, 3), False, lambda width, height: box)
     # 360 pixels for 90: a quarter is enough.
     assert sizes == [(160, 120)]
@@ -310,7 +313,7 @@ def test_whole_images_are_decoded_as_the_deployed_network_sees_them(folder: Path
     splits = load(folder)
     known = {load_image(path, (24, 24, 3)).tobytes() for path in folder.rglob("*.jpg")}
     for part in (splits.train, splits.tune, splits.certify, splits.test):
-        assert {image.tobytes() for image in part.images[:]} <= known  # type: ignore[index]
+        assert {image.tobytes() for image in part.images[:]} <= known
 
 
 def test_resized_crop_streams_by_itself(folder: Path) -> None:
@@ -527,8 +530,8 @@ def test_a_worker_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_worker_that_is_killed(folder: Path) -> None:
     images = load(folder).train.images
-    images.__class__ = _Deadly  # type: ignore[assignment]
-    loader = DecodedBatches(images, np.zeros(100, np.int64), workers=1, pin_memory=False)  # type: ignore[arg-type]
+    images.__class__ = _Deadly
+    loader = DecodedBatches(images, np.zeros(100, np.int64), workers=1, pin_memory=False)
     with user_error(r"a process that decodes images was killed, .* lower data\.workers"):
         list(loader.decode(0, np.arange(32).reshape(2, 16)))
 

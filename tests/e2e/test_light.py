@@ -86,8 +86,8 @@ def test_a_bundle_is_calibrated_anew_without_torch(tiny_run: tuple[Path, str], t
     assert point["certificate"]["confidence"] == 0.95
     assert "intact" in erde("bundle", "verify", "new").stdout
     logits = folder / "arms" / "erde" / "logits.npz"
-    options = ("--out", "policy.json", "--max-risk", "5%")
-    assert erde("calibrate", str(logits), *options).returncode == 0
+    calibrated = erde("calibrate", str(logits), "--out", "policy.json", "--max-risk", "5%")
+    assert calibrated.returncode == 0
     measured = erde("evaluate", str(logits), "--policy", "policy.json")
     assert "risk-5: accuracy" in measured.stdout, measured.stderr
     probe = "import importlib.util as u; print([n for n in ('torch', 'datasets', 'sklearn', 'onnx') if u.find_spec(n)])"

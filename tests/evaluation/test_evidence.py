@@ -36,7 +36,7 @@ def along(arm: ArmInput, *thresholds: tuple[float | None, ...]) -> ArmInput:
 def read(found: ArmEvidence, exits: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
     """Ranks (E-1, n), levels (P, E-1), bits (E+1, n) of what is embedded, unpacked as the page does."""
     value = found.embedded()
-    kind = {1: "<u1", 2: "<u2"}[value["width"]]  # type: ignore[index]
+    kind = {1: "<u1", 2: "<u2"}[value["width"]]
 
     def unpack(key: str, dtype: str) -> NDArray[Any]:
         return np.frombuffer(base64.b64decode(str(value[key])), dtype)

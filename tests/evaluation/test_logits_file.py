@@ -247,7 +247,7 @@ def test_other_splits_of_the_same_images_are_a_second_choice(tmp_path: Path) -> 
     calibrate_file(path, SETTINGS, tmp_path / "policy.json", seed=0)
     for change in ({"seed": 1}, {"tune_share": 0.4}, {"macs": [40, 71, 104]}):
         with user_error("these certify images already certified other choices"):
-            calibrate_file(path, SETTINGS, tmp_path / "policy.json", **change)  # type: ignore[arg-type]
+            calibrate_file(path, SETTINGS, tmp_path / "policy.json", **change)
 
 
 def test_a_single_array_is_no_archive(tmp_path: Path) -> None:

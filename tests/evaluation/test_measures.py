@@ -80,6 +80,7 @@ def exits_by_hand(test: TestLogits, rule: ExitRule, levels: policy.Thresholds) -
         leaves_at = len(answers) - 1
         for index in range(len(answers) - 1):
             p = np.sort(oracles.softmax(answers[index, n], rule.sharpness))
+            value: float
             if rule.score == "entropy":
                 value = 1 + np.sum(p * np.log(p)) / math.log(len(p))
             elif rule.score == "margin":
@@ -88,7 +89,7 @@ def exits_by_hand(test: TestLogits, rule: ExitRule, levels: policy.Thresholds) -
                 value = p[-1]
             else:
                 labels = test.logits[: index + 1, n].argmax(axis=-1)[::-1]
-                value = next((k for k, one in enumerate(labels) if one != labels[0]), len(labels))
+                value = next((k for k, label in enumerate(labels) if label != labels[0]), len(labels))
             level = levels[index]
             if level is not None and value > level:
                 leaves_at = index

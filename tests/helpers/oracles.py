@@ -88,13 +88,13 @@ def erde_parts(
             ce = -np.log(p[y])
             if wrong and not ce_on_wrong and i < exits - 1:
                 ce = 0.0
-            divergence = 0.0
+            divergence: Any = 0.0
             if not wrong or kl_on_wrong:
                 divergence = temperature**2 * kl(t, scaled[i, b], temperature)
                 if distillation_form == "dkd":
                     target, others = decoupled(scaled[i, b], t, y, temperature)
                     divergence = temperature**2 * (target_weight * target + non_target_weight * others)
-            penalty = 0.0
+            penalty: Any = 0.0
             if wrong and (i < exits - 1 or entropy_exits == "all"):
                 if entropy_form == "negentropy":
                     penalty = np.log(classes) - entropy(s)
@@ -173,9 +173,8 @@ def dkd_parts(
     for i in range(exits):
         for b in range(images):
             s, t, y = student[i, b], teacher[i, b], labels[b]
-            first, second = decoupled(
-                *((standardised(s), standardised(t)) if standardise else (s, t)), y, temperature
-            )
+            read = standardised if standardise else np.asarray
+            first, second = decoupled(read(s), read(t), y, temperature)
             found = (
                 -np.log(softmax(s)[y]),
                 temperature**2 * first,

@@ -90,8 +90,13 @@ def make_arm(name: str, exits: int, certified: bool, quality: float) -> Arm:
         return along(eagerness if exits > 1 else 0.0, macs, accuracy, no_exit_macs)
 
     def point(
-        label: str, kind: Any, target: float | None, eagerness: float, proof: Certificate | None, note=None
-    ):
+        label: str,
+        kind: Any,
+        target: float | None,
+        eagerness: float,
+        proof: Certificate | None,
+        note: str | None = None,
+    ) -> OperatingPoint:
         thresholds = [0.91 - 0.1 * eagerness] * (exits - 1) if eagerness else [None] * (exits - 1)
         return OperatingPoint(
             name=label, kind=kind, target=target, thresholds=thresholds, certificate=proof, note=note,

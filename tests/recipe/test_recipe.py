@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from erde.common.errors import UserError
-from erde.losses.erde import ERDEConfig
 from erde.recipe.load import load_config, shipped_recipes
+from erde.recipe.losses import ERDEConfig
 from erde.recipe.schema import Config
 from erde.recipe.validation import validate
 from tests.helpers.checks import user_error

@@ -16,7 +16,11 @@ from erde.report import compare_page
 from erde.report.compare_page import render_comparison, seed_groups, write_comparison
 from tests.helpers.pages import Page, browse, compared, make_results, needs_browser, root_of
 
-RECIPE = {"name": "a", "train": {"epochs": 30, "milestones": [0.5, 0.75]}, "arms": {"erde": {"loss": "erde"}}}
+RECIPE: dict[str, Any] = {
+    "name": "a",
+    "train": {"epochs": 30, "milestones": [0.5, 0.75]},
+    "arms": {"erde": {"loss": "erde"}},
+}
 NAMES = ("erde", "kd", "fixed-small")
 
 
@@ -66,7 +70,7 @@ def test_runs_of_two_machines_are_of_one_recipe(seeds: dict[str, Results]) -> No
     elsewhere = {
         **RECIPE, "seed": 4, "device": "cuda", "threads": 8, "data": {"workers": 8, "memory_limit_gib": 1},
         "teacher": {"cache": "/mnt/cache"}, "train": {**RECIPE["train"], "tensorboard": True, "together": True},
-    }  # type: ignore[dict-item]  # fmt: skip
+    }  # fmt: skip
     here = {**RECIPE, "seed": 5, "data": {}, "teacher": {}}
     runs = {
         name: run(seed).model_copy(update={"recipe": recipe})

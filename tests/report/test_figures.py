@@ -165,9 +165,9 @@ def test_curves_and_points(results: Results) -> None:
     assert [one[2] for one in found] == [one[2] for one in expected]
     assert np.array(found) == pytest.approx(np.array(expected, np.float64))
     assert figure is not None
-    bars = list(figure.axes[0].collections)
+    bars: list[Any] = list(figure.axes[0].collections)
     assert len(bars) == 3
-    low, high = erde.operating_points[1].test.accuracy_interval  # type: ignore[union-attr]
+    low, high = erde.operating_points[1].test.accuracy_interval
     assert bars[0].get_segments()[0][:, 1] == pytest.approx([100 * low, 100 * high])
 
 
@@ -222,9 +222,9 @@ def test_accuracy_of_exits(results: Results) -> None:
     assert (first.get_xdata() < second.get_xdata()).all()
     assert across.get_ydata() == pytest.approx([100 * results.arms["fixed"].exits[0].accuracy] * 2)
     assert figure is not None
-    bars = figure.axes[0].collections[0].get_segments()
+    bars: Any = figure.axes[0].collections[0]
     low, high = results.arms["erde"].exits[0].accuracy_interval
-    assert bars[0][:, 1] == pytest.approx([100 * low, 100 * high])
+    assert bars.get_segments()[0][:, 1] == pytest.approx([100 * low, 100 * high])
 
 
 def test_reliability_shows_the_bins_with_images(results: Results) -> None:
@@ -252,7 +252,8 @@ def test_entropies_of_arms_that_had_a_teacher(results: Results) -> None:
     histograms = results.arms["erde"].entropies
     assert histograms is not None
     for panel, right, wrong in zip(shown, histograms.teacher_right, histograms.teacher_wrong, strict=False):
-        for patch, counts in zip(panel.patches, (right, wrong), strict=True):
+        patches: list[Any] = list(panel.patches)
+        for patch, counts in zip(patches, (right, wrong), strict=True):
             assert patch.get_data().values == pytest.approx(100 * np.array(counts) / sum(counts))
     assert figures.entropies([one for one in series if one.label == "ce"]) is None
 

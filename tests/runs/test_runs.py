@@ -20,6 +20,7 @@ from erde.cli import main
 from erde.common import progress
 from erde.common.errors import UserError
 from erde.evaluation import run_folder
+from erde.networks.backbones import build_backbone
 from erde.recipe.load import ADDED_LATER, load_config, load_saved_config
 from erde.recipe.schema import Config
 from erde.runs import chain, networks
@@ -284,7 +285,7 @@ def test_finished_arms_need_neither_their_starting_weights_nor_timms(
 ) -> None:
     edit_saved(run_copy, lambda value: value["student"].update(weights="gone.safetensors", pretrained=True))
     asked = []
-    build = networks.build_backbone
+    build = build_backbone
 
     def watch(name: str, **settings: Any) -> Any:
         asked.append(settings["pretrained"])
@@ -356,10 +357,10 @@ def test_a_run_may_go_on_with_another_memory_limit(tmp_path: Path, monkeypatch: 
     with (
         open_run(
             recipe(tmp_path, *data, "data.memory_limit_gib=1e-6"), tmp_path / "resident", resume=True
-        ) as run,
+        ) as opened,
         user_error("is not the one that this run started with"),
     ):
-        _ = run.data
+        _ = opened.data
 
 
 def test_a_run_knows_its_local_data_from_every_folder(

@@ -39,26 +39,28 @@ Array = NDArray[np.float64]
 
 def manifest(calibration: Calibration | None, default: str = "risk-5", certified: bool = True) -> Manifest:
     """All of a manifest that a monitor looks at, for three exits and ten classes."""
-    return Manifest.model_construct(
-        name="made",
-        classes=[str(label) for label in range(10)],
-        stages=[SimpleNamespace(macs=macs) for macs in MACS],
-        calibration=calibration,
-        operating_points=[SimpleNamespace(name=default, certificate=object() if certified else None)],
-        default_operating_point=default,
-    )
+    fields: dict[str, Any] = {
+        "name": "made",
+        "classes": [str(label) for label in range(10)],
+        "stages": [SimpleNamespace(macs=macs) for macs in MACS],
+        "calibration": calibration,
+        "operating_points": [SimpleNamespace(name=default, certificate=object() if certified else None)],
+        "default_operating_point": default,
+    }
+    return Manifest.model_construct(**fields)
 
 
 def calibration(scores: Array, exits: NDArray[np.int64]) -> Calibration:
     """What calibration would keep of certify images with these scores (N,) at exit 0, which left at ``exits``."""
     histogram = np.histogram(scores, bins=20, range=(0, 1))[0].tolist()
     rates = (np.bincount(exits, minlength=3) / len(exits)).tolist()
-    return Calibration.model_construct(
-        exit_rates=rates,
-        score_histograms=[histogram, histogram, histogram],
-        score_ranges=[(0.0, 1.0)] * 3,
-        certify_images=len(exits),
-    )
+    fields: dict[str, Any] = {
+        "exit_rates": rates,
+        "score_histograms": [histogram, histogram, histogram],
+        "score_ranges": [(0.0, 1.0)] * 3,
+        "certify_images": len(exits),
+    }
+    return Calibration.model_construct(**fields)
 
 
 def prediction(scores: Array, exits: NDArray[np.int64], point: str | None = "risk-5") -> Prediction:
@@ -456,10 +458,13 @@ def test_several_threads_add() -> None:
     generator = np.random.default_rng(0)
     monitor = Monitor(manifest(calibration(*draw(generator, 500))))
     parts = [prediction(*draw(generator, 7)) for _ in range(200)]
-    threads = [
-        threading.Thread(target=lambda: [(monitor.add(part), monitor.report()) for part in parts])
-        for _ in range(6)
-    ]
+
+    def add_all() -> None:
+        for part in parts:
+            monitor.add(part)
+            monitor.report()
+
+    threads = [threading.Thread(target=add_all) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -150,8 +150,8 @@ def test_a_file_is_decoded_as_in_training(
     assert found.dtype == np.uint8
     with Image.open(path) as image:
         assert np.array_equal(found, to_array(image, 8, 8, channels))
-    image = decode({"bytes": path.read_bytes(), "path": None}, "here")
-    assert np.array_equal(found, to_array(image, 8, 8, channels))
+    decoded = decode({"bytes": path.read_bytes(), "path": None}, "here")
+    assert np.array_equal(found, to_array(decoded, 8, 8, channels))
     if kind != "JPEG" and mode in ("L", "RGB") and size == (8, 8) and len(mode) == channels:
         assert np.array_equal(found, np.asarray(picture(mode, 8, 8)).reshape(8, 8, channels))
 
@@ -244,7 +244,7 @@ def test_limits_are_passed_on(digit_files: tuple[list[Path], NDArray[np.uint8]],
         ({"operating_point": "no-exit", "max_exit": 1}, 1),
         ({"operating_point": "no-exit", "max_macs": macs[0]}, 0),
     ):
-        summary = predict_files(tiny_bundle, paths, threads=1, **arguments)  # type: ignore[arg-type]
+        summary = predict_files(tiny_bundle, paths, threads=1, **arguments)
         assert summary["exit_rates"] == [float(index == last) for index in range(3)]
         assert summary["mean_macs"] == macs[last]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,15 +32,15 @@ def runner(paths: list[Path]) -> StageRunner:
     return StageRunner(paths, threads=1)
 
 
-def through(runner: StageRunner, images: NDArray[np.uint8], bound: bool) -> list[NDArray[np.float32]]:
+def through(runner: StageRunner, images: NDArray[np.uint8], bound: bool) -> list[NDArray[Any]]:
     """Copies of every stage's feature map and logits."""
     x: NDArray[np.generic] | None = images
-    found = []
+    outputs: list[NDArray[Any]] = []
     for index in range(len(runner)):
         assert x is not None
         x, logits = (runner.run_bound if bound else runner.run)(index, x)
-        found += [logits.copy()] if x is None else [x.copy(), logits.copy()]
-    return found
+        outputs += [logits.copy()] if x is None else [x.copy(), logits.copy()]
+    return outputs
 
 
 def test_bound_and_plain_are_the_same_to_the_bit(runner: StageRunner, images: NDArray[np.uint8]) -> None:

@@ -18,11 +18,12 @@ from erde.losses import cross_entropy_loss
 from erde.losses.base import exit_cross_entropy
 from erde.networks import checkpoint
 from erde.networks.network import EarlyExitNetwork
-from erde.training import loop, parallel
+from erde.training import parallel
 from erde.training.job import FINAL, Job
 from erde.training.learner import Learner
 from erde.training.loop import train_network, train_together
 from erde.training.scalars import Scalars
+from erde.training.teacher import Teacher
 from tests.helpers.checks import entries, user_error
 from tests.helpers.networks import plain_network
 from tests.training.test_loop import (
@@ -73,13 +74,13 @@ def test_the_teacher_is_asked_once_for_all(
     digits: DataSplits, tiny_network: EarlyExitNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    ask = loop.Teacher.ask
+    ask = Teacher.ask
 
     def count(self: Any, images: Tensor) -> Any:
         asked.append(len(images))
         return ask(self, images)
 
-    monkeypatch.setattr(loop.Teacher, "ask", count)
+    monkeypatch.setattr(Teacher, "ask", count)
     train_together(arms(digits, copy.deepcopy(tiny_network)), [None] * 4)
     # Not at all in the first of three epochs, which trains backbones alone.
     assert asked == [BATCH] * 2 * STEPS
@@ -162,7 +163,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int, digits: Data
 
 def test_parts_keep_their_rows_together(digits: DataSplits) -> None:
     class Rows(Toy):
-        def forward(
+        def forward(  # type: ignore[override]
             self,
             logits: Tensor,
             _: Tensor | None,
@@ -285,7 +286,7 @@ def test_scalars_for_tensorboard(digits: DataSplits, tmp_path: Path) -> None:
     assert {f"accuracy/exit_{index}" for index in range(3)} < set(found)
     assert {"loss", "share", "learning_rate", "images_per_second", "ce/exit_2"} < set(found)
     for index in range(3):
-        expected = [entry.parts["accuracy"][index] for entry in outcome.history]  # type: ignore[index]
+        expected = [entry.parts["accuracy"][index] for entry in outcome.history]
         assert [step for step, _ in found[f"accuracy/exit_{index}"]] == [1, 2, 3]
         assert [value for _, value in found[f"accuracy/exit_{index}"]] == pytest.approx(expected)
 
