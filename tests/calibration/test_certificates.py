@@ -63,7 +63,7 @@ def test_certificate_against_binomtest(max_risk: float, confidence: float) -> No
         int(policy.take_exit(split.harm, policy.decide(split.scores, thresholds)).sum())
         for thresholds in path.thresholds
     ]
-    p_values = [scipy.stats.binomtest(one, 700, max_risk, alternative="less").pvalue for one in errors]
+    p_values = [scipy.stats.binomtest(count, 700, max_risk, alternative="less").pvalue for count in errors]
     first_failure = next(number for number, p in enumerate(p_values) if p > 1 - confidence)
     assert index == first_failure - 1 > 0
     assert certificate is not None
@@ -98,8 +98,8 @@ def test_no_certificate_against_a_better_reference() -> None:
 
 
 def counts_of(lost: int, won: int, images: int) -> PathCounts:
-    one = np.array([lost])
-    return PathCounts(images, one, np.array([won]), one)
+    losses = np.array([lost])
+    return PathCounts(images, losses, np.array([won]), losses)
 
 
 def chance_to_pass(images: int, max_drop: float, level: float, share: float) -> float:

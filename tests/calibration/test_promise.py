@@ -41,16 +41,18 @@ def populations(pool: tuple[Logits, Cost]) -> list[Population]:
 
 
 def rates(populations: list[Population], **how: object) -> list[Violations]:
-    return merge([violation_rates(one, DRAWS // 4, seed, **how) for seed, one in enumerate(populations)])
+    return merge(
+        [violation_rates(population, DRAWS // 4, seed, **how) for seed, population in enumerate(populations)]
+    )
 
 
-def check_that_it_holds(found: list[Violations], sizes: tuple[int, ...] = promise.SIZES) -> None:
-    assert len(found) == len(sizes) * len(promise.RISKS) * len(promise.CONFIDENCES)
-    assert all(one.draws == DRAWS for one in found)
-    assert [one for one in found if not one.holds()] == []
-    for one in found:
-        if one.images == 5000:
-            assert one.certified >= DRAWS / 2, one
+def check_that_it_holds(rates: list[Violations], sizes: tuple[int, ...] = promise.SIZES) -> None:
+    assert len(rates) == len(sizes) * len(promise.RISKS) * len(promise.CONFIDENCES)
+    assert all(rate.draws == DRAWS for rate in rates)
+    assert [rate for rate in rates if not rate.holds()] == []
+    for rate in rates:
+        if rate.images == 5000:
+            assert rate.certified >= DRAWS / 2, rate
 
 
 def test_on_real_logits(populations: list[Population]) -> None:
@@ -85,8 +87,8 @@ def test_in_expectation(populations: list[Population]) -> None:
 
 def test_thresholds_that_are_best_on_the_same_images_break_the_promise(populations: list[Population]) -> None:
     naive = rates(populations, naive=True)
-    assert not any(one.holds() for one in naive)
-    assert min(one.violations for one in naive) > 0.25 * DRAWS
+    assert not any(rate.holds() for rate in naive)
+    assert min(rate.violations for rate in naive) > 0.25 * DRAWS
 
 
 def test_the_simulation_counts_as_the_certificate_does(pool: tuple[Logits, Cost]) -> None:

@@ -23,11 +23,11 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
     }
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "some.npz", **arrays)
-        found = read_npz(tmp_path / "some.npz")
-        assert list(found) == list(arrays)
+        loaded = read_npz(tmp_path / "some.npz")
+        assert list(loaded) == list(arrays)
         for name, array in arrays.items():
-            assert np.array_equal(found[name], array)
-            assert found[name].dtype == array.dtype
+            assert np.array_equal(loaded[name], array)
+            assert loaded[name].dtype == array.dtype
 
 
 def npy(header: str, data: bytes = b"") -> bytes:

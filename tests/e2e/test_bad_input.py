@@ -44,7 +44,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 
 def files(folder: Path) -> set[str]:
-    return {str(one) for one in folder.rglob("*") if "cache" not in one.parts}
+    return {str(path) for path in folder.rglob("*") if "cache" not in path.parts}
 
 
 def coloured_folder(folder: Path, mode: str = "RGB", per_class: int = 8) -> Path:

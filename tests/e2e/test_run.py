@@ -40,7 +40,7 @@ def test_run_leaves_exactly_the_documented_files(tiny_run: tuple[Path, str]) -> 
         files = ["history.json", "timing.json", "logits.npz", "policy.json", "checkpoints/final.safetensors"]
         files += ["stages/stages.json", *(f"stages/stage_{index}.onnx" for index in range(exits))]
         expected |= {f"arms/{arm}/{name}" for name in files}
-    assert {str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file()} == expected
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == expected
 
 
 def test_output_ends_with_a_table_and_one_json_line(tiny_run: tuple[Path, str]) -> None:
@@ -48,7 +48,9 @@ def test_output_ends_with_a_table_and_one_json_line(tiny_run: tuple[Path, str]) 
     lines = out.splitlines()
     summary = json.loads(lines[-1])
     results = Results.read(folder / "results.json")
-    assert summary["arms"]["erde"]["exit_accuracy"] == [one.accuracy for one in results.arms["erde"].exits]
+    assert summary["arms"]["erde"]["exit_accuracy"] == [
+        measured.accuracy for measured in results.arms["erde"].exits
+    ]
     for arm in (*ARMS, "erde-int8"):
         assert any(line.startswith("│") and f" {arm} " in line for line in lines), arm
     assert any(line.startswith(f"report: {folder}") for line in lines)
@@ -100,18 +102,18 @@ def test_runtime_agrees_with_the_evaluation_image_by_image(tiny_run: tuple[Path,
 def test_int8_is_calibrated_on_its_own_logits_and_agrees_with_its_runtime(tiny_run: tuple[Path, str]) -> None:
     folder, _ = tiny_run
     results = Results.read(folder / "results.json")
-    found, arm, float_arm = results.quantised, results.arms["erde-int8"], results.arms["erde"]
-    assert found is not None
-    assert (found.arm, arm.precision, float_arm.precision) == ("erde-int8", "int8", "fp32")
+    quantised, arm, float_arm = results.quantised, results.arms["erde-int8"], results.arms["erde"]
+    assert quantised is not None
+    assert (quantised.arm, arm.precision, float_arm.precision) == ("erde-int8", "int8", "fp32")
     assert (arm.role, arm.loss, arm.cost, arm.history) == (
         "student",
         "erde",
         float_arm.cost,
         float_arm.history,
     )
-    assert found.agreement.images == 360
-    assert found.agreement.disagreements == 0
-    assert found.bytes < 0.6 * found.fp32_bytes
+    assert quantised.agreement.images == 360
+    assert quantised.agreement.disagreements == 0
+    assert quantised.bytes < 0.6 * quantised.fp32_bytes
     assert list(results.arms)[:3] == ["teacher", "erde", "erde-int8"]
     # Once more from its files.
     session = Session(folder / "bundle-int8", threads=1)
@@ -126,16 +128,16 @@ def test_int8_is_calibrated_on_its_own_logits_and_agrees_with_its_runtime(tiny_r
     assert 0 < np.abs(logits["erde-int8"] - logits["erde"]).max() < 0.3 * np.abs(logits["erde"]).max()
     float_manifest = read(folder / "bundle")
     assert manifest.temperatures != float_manifest.temperatures
-    assert manifest.temperatures == [one.temperature for one in arm.exits]
+    assert manifest.temperatures == [measured.temperature for measured in arm.exits]
     assert manifest.calibration is not None
     assert float_manifest.calibration is not None
     assert manifest.calibration.certify_fingerprint != float_manifest.calibration.certify_fingerprint
     assert read(folder / "bundle-int8") == manifest
     seal = json.loads((folder / "bundle-int8/manifest.json").read_text(encoding="utf-8"))["seal"]
-    assert seal == found.bundle_seal != results.bundle_seal
+    assert seal == quantised.bundle_seal != results.bundle_seal
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    (line,) = [one for one in log if one["event"] == "quantised"]
-    assert (line["arm"], line["kept_in_float"]) == ("erde-int8", found.kept_in_float)
+    (line,) = [entry for entry in log if entry["event"] == "quantised"]
+    assert (line["arm"], line["kept_in_float"]) == ("erde-int8", quantised.kept_in_float)
 
 
 def test_arms_saw_the_same_students_and_shared_settings(tiny_run: tuple[Path, str]) -> None:

@@ -134,7 +134,7 @@ def test_while_one_process_writes_into_a_run_others_may_only_read(
     partial = run_copy / "arms" / "early" / f".stages.{holder.pid}-12345678.partial"
     partial.mkdir()
     (run_copy / "log.jsonl").write_bytes(b'{"torn": ')
-    before = sorted(str(one) for one in run_copy.rglob("*"))
+    before = sorted(str(path) for path in run_copy.rglob("*"))
     writers = [
         ("distill", str(run_copy), "--arm", "early"),
         ("export", str(run_copy)),
@@ -152,7 +152,7 @@ def test_while_one_process_writes_into_a_run_others_may_only_read(
         assert f"the run {run_copy} is being written by process {holder.pid} on " in error, command
         assert "wait until it has ended, or stop it" in error
     export_without_exits(existing_run(run_copy, read_only=True), "early", tmp_path / "plain.onnx")
-    assert sorted(str(one) for one in run_copy.rglob("*")) == before
+    assert sorted(str(path) for path in run_copy.rglob("*")) == before
     assert (run_copy / "log.jsonl").read_bytes() == b'{"torn": '
     holder.communicate()
     with existing_run(run_copy):
@@ -348,10 +348,10 @@ def test_a_run_may_go_on_with_another_memory_limit(tmp_path: Path, monkeypatch: 
         with open_run(
             recipe(tmp_path, *data, f"data.memory_limit_gib={goes_on}"), run, resume=True
         ) as second:
-            found = second.data
-        assert isinstance(found.train.images, np.ndarray) != isinstance(expected.train.images, np.ndarray)
-        assert (found.mean, found.std) == (expected.mean, expected.std)
-        assert found.fingerprints() == expected.fingerprints()
+            resumed = second.data
+        assert isinstance(resumed.train.images, np.ndarray) != isinstance(expected.train.images, np.ndarray)
+        assert (resumed.mean, resumed.std) == (expected.mean, expected.std)
+        assert resumed.fingerprints() == expected.fingerprints()
         assert existing_run(run, read_only=True).data.mean == expected.mean
     Image.new("L", (8, 8), 7).save(next(folder.rglob("*.png")))
     with (

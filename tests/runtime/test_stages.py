@@ -47,9 +47,9 @@ def test_bound_and_plain_are_the_same_to_the_bit(runner: StageRunner, images: ND
     # Sizes go up and down: buffers grow, and are used in part.
     for rows in (1, 5, 3, 0, 1, 7, 200, 2):
         some = images[:rows]
-        for one, other in zip(through(runner, some, True), through(runner, some, False), strict=True):
-            assert one.shape == other.shape
-            assert one.tobytes() == other.tobytes()
+        for bound, other in zip(through(runner, some, True), through(runner, some, False), strict=True):
+            assert bound.shape == other.shape
+            assert bound.tobytes() == other.tobytes()
 
 
 def test_other_images_of_the_same_size_are_seen(runner: StageRunner, images: NDArray[np.uint8]) -> None:
