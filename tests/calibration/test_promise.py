@@ -6,13 +6,17 @@ was not trained on (``tests/samples/README.md``).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import promise
 import pytest
+from numpy.typing import NDArray
 from promise import Population, Violations, merge, violation_rates
 
+from erde.calibration import certificates
 from erde.calibration.certificates import PathCounts, count_along, walk
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit
@@ -30,6 +34,23 @@ def pool() -> tuple[Logits, Cost]:
     opened = LogitsFile(POOL)
     logits = opened.split("").logits
     return logits, opened.cost(len(logits.logits), None, None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered() -> Iterator[None]:
+    """Tests of the same counts are done once: they depend on nothing else, and the simulations ask for them often."""
+    p_value = certificates.binomial_p_value
+
+    @functools.cache
+    def table(images: int, max_risk: float) -> NDArray[np.float64]:
+        return p_value(np.arange(images + 1), images, max_risk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            certificates, "binomial_p_value", lambda lost, images, max_risk: table(images, max_risk)[lost]
+        )
+        patch.setattr(certificates, "net_drop_passes", functools.cache(certificates.net_drop_passes))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from erde.recipe.load import load_config
 from erde.runtime.session import Session
 
 from .compare import assert_same_run
-from .conftest import TINY, erde
+from .conftest import TINY, Refused, erde
 
 ARMS = ("teacher", "erde", "kd", "ce", "fixed-small", "fixed-tiny")
 
@@ -229,3 +229,36 @@ def test_a_profiled_bundle_gives_milliseconds(tiny_run: tuple[Path, str], tmp_pa
     # The profile outlives the new seal.
     assert Session(folder / "bundle").cost().exit_milliseconds == times
     assert "milliseconds" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- what a finished run refuses
+
+
+def test_a_run_folder_of_another_config(refused: Refused, tiny_run: tuple[Path, str]) -> None:
+    line = refused("run", *TINY, "train.epochs=99", "--resume", "--out", str(tiny_run[0]))
+    assert "another recipe" in line
+    assert "99" in line
+
+
+def test_what_a_bundle_and_a_run_cannot_be_asked(
+    refused: Refused, tiny_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tiny_run[0]
+    assert "give labelled images with --data" in refused("calibrate", str(folder / "bundle"))
+    assert "knows its own MACs" in refused(
+        "calibrate", str(folder / "bundle"), "--data", "x", "--macs", "1,2,3"
+    )
+    assert "its own recipe says what to calibrate" in refused("calibrate", str(folder), "--max-risk", "1%")
+    assert "its results stay in its folder" in refused("evaluate", str(folder), "--out", "x.json")
+    assert "two runs or more" in refused("compare", str(folder))
+    assert "given twice" in refused("compare", str(folder), str(folder))
+
+
+def test_a_run_is_certified_once(tiny_run: tuple[Path, str], refused: Refused, tmp_path: Path) -> None:
+    """Editing the recipe after looking at what was certified voids the promise, so it is refused."""
+    folder = Path(shutil.copytree(tiny_run[0], tmp_path / "copy"))
+    recipe = folder / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("confidence: 0.9", "confidence: 0.8"))
+    before = (folder / "arms" / "teacher" / "policy.json").read_bytes()
+    assert "these certify images already certified other choices" in refused("calibrate", str(folder))
+    assert (folder / "arms" / "teacher" / "policy.json").read_bytes() == before
