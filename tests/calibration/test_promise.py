@@ -38,7 +38,7 @@ def pool() -> tuple[Logits, Cost]:
 
 @pytest.fixture(scope="module", autouse=True)
 def remembered() -> Iterator[None]:
-    """Tests of the same counts are done once: they depend on nothing else, and the simulations ask for them often."""
+    """p-values of the same counts are summed once: the simulations ask for each of them a thousand times."""
     p_value = certificates.binomial_p_value
 
     @functools.cache
@@ -49,7 +49,6 @@ def remembered() -> Iterator[None]:
         patch.setattr(
             certificates, "binomial_p_value", lambda lost, images, max_risk: table(images, max_risk)[lost]
         )
-        patch.setattr(certificates, "net_drop_passes", functools.cache(certificates.net_drop_passes))
         yield
 
 

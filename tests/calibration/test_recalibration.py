@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -246,58 +247,42 @@ def test_words_that_are_no_numbers() -> None:
 # ---------------------------------------------------------------- the command
 
 
-def run(*arguments: str) -> None:
-    sys.argv = ["erde", *arguments]
-    with pytest.raises(SystemExit) as stopped:
-        main.main()
-    assert stopped.value.code == 0
+@pytest.fixture
+def calibrate(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[str, str]]:
+    """``erde calibrate`` of a bundle on the photos: stdout and stderr."""
+
+    def run(folder: Path, *options: str) -> tuple[str, str]:
+        arguments = ("calibrate", str(folder), "--data", str(photos), "--score", "margin", *options)
+        monkeypatch.setattr(sys, "argv", ["erde", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+        assert stopped.value.code == 0
+        return capsys.readouterr()
+
+    return run
 
 
 def test_the_command_calibrates_a_bundle(
-    tiny_bundle: Path,
-    photos: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    calibrate: Callable[..., tuple[str, str]], bundle_copy: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [])
-    options = (
-        "--data",
-        str(photos),
-        "--max-risk",
-        "10%",
-        "--confidence",
-        "80%",
-        "--budget",
-        "80%",
-        "--score",
-        "margin",
-    )
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    run("calibrate", str(folder), *options, "--json")
-    lines = capsys.readouterr().out.splitlines()
+    out, _ = calibrate(bundle_copy, "--max-risk", "10%", "--confidence", "80%", "--budget", "80%", "--json")
+    recalibrated = bundle_copy.with_name("bundle-recalibrated")
+    lines = out.splitlines()
     printed = json.loads(lines[-1])
-    assert printed["out"] == str(tmp_path / "bundle-recalibrated")
+    assert printed["out"] == str(recalibrated)
     assert printed["default_operating_point"] == "risk-10"
-    assert lines[0] == f"bundle: {tmp_path / 'bundle-recalibrated'}"
-    assert bundle.read(tmp_path / "bundle-recalibrated").point("budget-80").note
+    assert lines[0] == f"bundle: {recalibrated}"
+    assert bundle.read(recalibrated).point("budget-80").note
 
 
 def test_a_bundle_that_never_leaves_early_is_said(
-    tiny_bundle: Path,
-    photos: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    calibrate: Callable[..., tuple[str, str]], tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [])
     out = tmp_path / "out"
-    run(
-        "calibrate", str(tiny_bundle), "--data", str(photos), "--max-risk", "0.1%", "--budget", "80%", "--score", "margin",
-        "--out", str(out),
-    )  # fmt: skip
+    _, err = calibrate(tiny_bundle, "--max-risk", "0.1%", "--budget", "80%", "--out", str(out))
     assert (
         f"warning: risk-0.1 could not be certified, so the default operating point is no-exit: {out} never leaves early by "
         "default; name budget-80 where you use it, or give more images or a larger risk"
-        in capsys.readouterr().err
-    )
+    ) in err
