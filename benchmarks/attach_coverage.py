@@ -17,6 +17,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ import torch
 from erde.common.errors import UserError
 from erde.exporting.onnx_files import export_stages
 from erde.networks.attach import attach_exits
-from erde.networks.backbones.timm import PREFIX, import_timm, timm_model
+from erde.networks.backbones.timm import import_timm, timm_model
+from erde.recipe.backbones import TIMM
 
 RESULTS = Path(__file__).parent / "results"
 SEED, COUNT = 20, 200
@@ -95,7 +97,7 @@ def build(name: str, own_side: int) -> tuple[torch.nn.Module, int]:
     for side in (*(one for one in SIDES if one < own_side), own_side):
         try:
             torch.manual_seed(SEED)
-            model = timm_model(PREFIX + name, classes=CLASSES, image_size=(side, side))
+            model = timm_model(TIMM + name, classes=CLASSES, image_size=(side, side))
             with torch.no_grad():
                 # Many branches and classifiers start at zero: nothing would be compared.
                 for one in model.parameters():
@@ -130,7 +132,7 @@ def attach(name: str, own_side: int) -> dict[str, Any]:
     with torch.no_grad():
         crossing = [
             1 if isinstance(one, torch.Tensor) else len(one)
-            for one in network.eval()._handed_over(images[:1])
+            for one in network.eval()._stage_outputs(images[:1])
         ]
     return {
         **found,
@@ -241,13 +243,13 @@ def main() -> None:
         side = row["own_side"]
         if "seconds" not in row or (arguments.again and not row.get("equal")):
             row.update(seconds=arguments.seconds, reason="")
-            row.update(in_process(lambda name, side=side: attach(name, side), row["name"], arguments.seconds))
+            row.update(in_process(partial(attach, own_side=side), row["name"], arguments.seconds))
             print(f"{number} {row['name']}: equal {row.get('equal')} {row['reason']}", flush=True)
             save()
         wanted = number < arguments.export and row.get("equal")
         if wanted and ("exported" not in row or (arguments.again and not row["exported"])):
             row.update(exported=False, export_reason="")
-            found = in_process(lambda name, side=side: export(name, side), row["name"], arguments.seconds)
+            found = in_process(partial(export, own_side=side), row["name"], arguments.seconds)
             row.update({"export_reason": found.pop("reason", ""), **found})
             print(f"{number} {row['name']}: exported {row['exported']} {row['export_reason']}", flush=True)
             save()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -53,11 +54,12 @@ RISKS = (0.01, 0.005, 0.02)
 BATCH = 500
 
 
-def heads_of(network: EarlyExitNetwork) -> list[ERDEHead]:
+def heads_of(network: EarlyExitNetwork) -> list[Any]:
+    # Of no type: to a checker each attribute of a module is a tensor or a module.
     return [head for head in network.heads[:-1] if isinstance(head, ERDEHead)]
 
 
-def fixed_norms(network: EarlyExitNetwork) -> list[nn.Module]:
+def fixed_norms(network: EarlyExitNetwork) -> list[Any]:
     """The norms of all intermediate heads that the product fixes, of heads for tokens too."""
     return [
         module for head in network.heads[:-1] for module in head.modules() if "fixed_scale" in vars(module)
@@ -70,7 +72,7 @@ def fixed_norms(network: EarlyExitNetwork) -> list[nn.Module]:
 def trained_norm(learner: Learner) -> None:
     """The norm as it was: scale 1 and shift 0 at the start, and trained."""
     for norm in fixed_norms(learner.network):
-        nn.init.ones_(norm.weight)  # type: ignore[arg-type]
+        nn.init.ones_(norm.weight)
         norm.requires_grad_(True)
 
 
@@ -105,15 +107,19 @@ def norm_parameters(network: Network) -> list[nn.Parameter]:
 
 def clip_heads(learner: Learner) -> None:
     parameters = head_parameters(learner.network)
-    learner.optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(parameters, 1.0) and None)
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+
+    learner.optimizer.register_step_pre_hook(clip)
 
 
 def floor_norm(learner: Learner) -> None:
     def hold(*_: Any) -> None:
         with torch.no_grad():
             for head in heads_of(learner.network):
-                head.norm.weight.clamp_(min=0.3)  # type: ignore[operator]
-                head.norm.bias.clamp_(-0.3, 0.3)  # type: ignore[operator]
+                head.norm.weight.clamp_(min=0.3)
+                head.norm.bias.clamp_(-0.3, 0.3)
 
     learner.optimizer.register_step_post_hook(hold)
 
@@ -125,20 +131,20 @@ def activation(learner: Learner, make: Callable[[], nn.Module]) -> None:
 
 def zero_start(learner: Learner) -> None:
     for head in heads_of(learner.network):
-        nn.init.zeros_(head.linear.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(head.linear.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(head.linear.weight)
+        nn.init.zeros_(head.linear.bias)
 
 
 def fixed_at(learner: Learner, inputs: float | None) -> None:
     """The norm fixed at a scale as if the linear layer read so many numbers; None: at 1."""
     for head in heads_of(learner.network):
-        scale = 1.0 if inputs is None else (inputs / head.linear.in_features) ** 0.5  # type: ignore[operator]
-        nn.init.constant_(head.norm.weight, min(1.0, scale))  # type: ignore[arg-type]
+        scale = 1.0 if inputs is None else (inputs / head.linear.in_features) ** 0.5
+        nn.init.constant_(head.norm.weight, min(1.0, scale))
 
 
 def by_fan_in(network: Network) -> list[dict[str, Any]]:
     linear = [head.linear for head in heads_of(network)]
-    return [{"params": [layer.weight], "scale": min(1.0, 256 / layer.in_features)} for layer in linear]  # type: ignore[operator]
+    return [{"params": [layer.weight], "scale": min(1.0, 256 / layer.in_features)} for layer in linear]
 
 
 def other_group(
@@ -210,9 +216,9 @@ def train_seed(
                 folders.append(place)
     if not jobs:
         return
-    loop.Learner = VariantLearner  # type: ignore[misc]
-    loop.train_together(jobs, folders)
-    loop.Learner = Learner  # type: ignore[misc]
+    # In the place of the learner that the loop imported.
+    with mock.patch.object(loop, "Learner", VariantLearner):
+        loop.train_together(jobs, folders)
     for job, place in zip(jobs, folders, strict=True):
         write_logits(run, job.network, place / "refit.npz")
         checkpoint.load_weights(job.network, place / "joint.safetensors")

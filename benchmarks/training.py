@@ -153,8 +153,8 @@ def main() -> None:
     result = {
         "recipe": given.recipe,
         "overrides": given.overrides,
-        "teacher": run.network_config(TEACHER).backbone,
-        "student": run.network_config("erde").backbone,
+        "teacher": run.config.network_of(TEACHER).backbone,
+        "student": run.config.network_of("erde").backbone,
         "batch_size": batch,
         "rounds": given.rounds,
         "steps": given.steps,

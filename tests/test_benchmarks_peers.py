@@ -130,12 +130,12 @@ def test_the_other_side_builds_the_same_network(tiny_network: EarlyExitNetwork, 
 
 def test_ratios_are_taken_round_by_round() -> None:
     ours: list[list[float]] = [[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]
-    found: dict[str, Any] = peers.summarise(
-        {peers.ERDE: ours, "other": [[3 * one for one in seconds] for seconds in ours]}
+    summary: dict[str, Any] = peers.summarise(
+        {peers.ERDE: ours, "other": [[3 * value for value in seconds] for seconds in ours]}
     )
-    assert found["other"]["times_erde_by_median"] == {"median": 3, "lower_quartile": 3, "upper_quartile": 3}
-    assert found[peers.ERDE]["times_erde_by_sum"]["median"] == 1
-    assert found["other"]["milliseconds"]["median"] == 6000
+    assert summary["other"]["times_erde_by_median"] == {"median": 3, "lower_quartile": 3, "upper_quartile": 3}
+    assert summary[peers.ERDE]["times_erde_by_sum"]["median"] == 1
+    assert summary["other"]["milliseconds"]["median"] == 6000
 
 
 def test_arms_take_turns_on_the_same_images() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import functools
 import importlib
+import operator
 import os
 import re
 import shlex
@@ -142,7 +142,7 @@ def test_recipes_of_the_documents_are_valid() -> None:
             key, _, text = override.partition("=")
             value = yaml.safe_load(text)
             if isinstance(value, str | int):
-                assert functools.reduce(getattr, key.split("."), config) == value, line
+                assert operator.attrgetter(key)(config) == value, line
 
 
 def prose(path: Path) -> str:
@@ -163,8 +163,8 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
         if target.startswith(("https://", "http://")):
             continue
         name, _, anchor = target.partition("#")
-        found = path if not name else path.parent / name
-        if not found.exists() or (anchor and anchor not in anchors(found)):
+        linked = path if not name else path.parent / name
+        if not linked.exists() or (anchor and anchor not in anchors(linked)):
             missing.append(target)
     assert not missing
 
@@ -203,10 +203,10 @@ def named_functions() -> list[tuple[str, str]]:
 
 
 def test_functions_of_method_exist() -> None:
-    found = named_functions()
-    assert len(found) > 30
+    named = named_functions()
+    assert len(named) > 30
     wrong = []
-    for name, file in found:
+    for name, file in named:
         module = file.removeprefix("src/").removesuffix(".py").replace("/", ".")
         rest = f"erde.{name}".removeprefix(f"{module}.")
         if rest == f"erde.{name}" or not _is_defined(module, rest):
@@ -255,7 +255,7 @@ def test_no_file_speaks_of_the_place_where_it_was_written() -> None:
     ).stdout
     files = [ROOT / name for name in listed.split("\0") if name]
     assert README in files
-    found = []
+    hits = []
     for path in files:
         if not path.is_file():
             continue
@@ -263,17 +263,17 @@ def test_no_file_speaks_of_the_place_where_it_was_written() -> None:
             path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
         ):
             if words.search(line):
-                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
-    assert not found
+                hits.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}")
+    assert not hits
 
 
 def test_python_of_backbones_runs(tmp_path: Path) -> None:
-    found = blocks(ROOT / "docs" / "backbones.md", "python")
-    assert len(found) == 5
-    out = execute([sys.executable, "-c", "\n".join(found)], tmp_path)
+    examples = blocks(ROOT / "docs" / "backbones.md", "python")
+    assert len(examples) == 5
+    out = execute([sys.executable, "-c", "\n".join(examples)], tmp_path)
     assert (tmp_path / "own-bundle" / "manifest.json").is_file()
     # What the comments say is what is printed.
-    lines = [line for block in found for line in block.splitlines() if line.startswith("print")]
+    lines = [line for block in examples for line in block.splitlines() if line.startswith("print")]
     promised = [line.split("  # ")[1] for line in lines if "  # " in line]
     assert len(promised) == 3
     assert [line for line in out.splitlines() if line.startswith("['")] == promised

@@ -48,7 +48,7 @@ def plain(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, images: NDArray[np.uint8]) -> race.Bench:
+def result(folder: Path, images: NDArray[np.uint8]) -> race.Bench:
     return race.bench(folder, images, data="digits", batch_sizes=(1, 7), threads=(1,), rounds=3)
 
 
@@ -117,50 +117,62 @@ def test_a_busy_round_does_not_move_the_share(monkeypatch: pytest.MonkeyPatch) -
     assert half.p99 == pytest.approx(50)
 
 
-def test_every_contender_has_its_turn(found: race.Bench, tiny_bundle: Path, plain: Path) -> None:
-    names = [one.name for one in found.contenders]
-    kinds = {one.name: one.kind for one in found.contenders}
+def test_every_contender_has_its_turn(result: race.Bench, tiny_bundle: Path, plain: Path) -> None:
+    names = [contender.name for contender in result.contenders]
+    kinds = {contender.name: contender.kind for contender in result.contenders}
     assert (kinds["no-exit.onnx"], kinds["small.onnx"]) == ("no-exits", "fixed")
-    points = [one.name for one in bundle.read(tiny_bundle).operating_points]
+    points = [point.name for point in bundle.read(tiny_bundle).operating_points]
     assert names == ["no-exit.onnx", *points, "every exit computed", "small.onnx"]
-    assert found.reference == "no-exit.onnx"
-    assert [(one.contender, one.batch_size) for one in found.measurements] == [
+    assert result.reference == "no-exit.onnx"
+    assert [(measurement.contender, measurement.batch_size) for measurement in result.measurements] == [
         (name, size) for size in (1, 7) for name in names
     ]
-    certified = {one.operating_point for one in found.contenders if one.certified}
-    assert certified == {one.name for one in bundle.read(tiny_bundle).operating_points if one.certificate}
-    assert found.contenders[0].bytes == plain.stat().st_size
-    assert all(one.p50 <= one.p95 <= one.p99 and one.images_per_second > 0 for one in found.measurements)
+    certified = {contender.operating_point for contender in result.contenders if contender.certified}
+    assert certified == {
+        point.name for point in bundle.read(tiny_bundle).operating_points if point.certificate
+    }
+    assert result.contenders[0].bytes == plain.stat().st_size
+    assert all(
+        measurement.p50 <= measurement.p95 <= measurement.p99 and measurement.images_per_second > 0
+        for measurement in result.measurements
+    )
 
 
-def test_macs_are_those_of_the_exits_that_were_taken(found: race.Bench, tiny_bundle: Path) -> None:
+def test_macs_are_those_of_the_exits_that_were_taken(result: race.Bench, tiny_bundle: Path) -> None:
     manifest = bundle.read(tiny_bundle)
     macs = np.array([stage.macs for stage in manifest.stages])
-    for one in found.measurements:
-        if one.contender == "no-exit.onnx":
-            assert (one.macs_share, one.exit_rates) == (1.0, None)
+    for measurement in result.measurements:
+        if measurement.contender == "no-exit.onnx":
+            assert (measurement.macs_share, measurement.exit_rates) == (1.0, None)
             continue
-        if one.contender == "small.onnx":
-            assert (one.macs_share, one.exit_rates) == (None, None)
+        if measurement.contender == "small.onnx":
+            assert (measurement.macs_share, measurement.exit_rates) == (None, None)
             continue
-        assert one.exit_rates is not None
-        assert sum(one.exit_rates) == pytest.approx(1)
-        assert one.macs_share == pytest.approx(float(np.array(one.exit_rates) @ macs) / manifest.no_exit_macs)
-        if one.contender in ("no-exit", "every exit computed"):
-            assert one.exit_rates[:-1] == [0, 0]
-    early = next(one for one in found.measurements if one.contender == "risk-10")
+        assert measurement.exit_rates is not None
+        assert sum(measurement.exit_rates) == pytest.approx(1)
+        assert measurement.macs_share == pytest.approx(
+            float(np.array(measurement.exit_rates) @ macs) / manifest.no_exit_macs
+        )
+        if measurement.contender in ("no-exit", "every exit computed"):
+            assert measurement.exit_rates[:-1] == [0, 0]
+    early = next(measurement for measurement in result.measurements if measurement.contender == "risk-10")
     assert early.exit_rates is not None
     assert early.exit_rates[0] > 0
 
 
 def test_a_bundle_alone_is_its_own_reference(tiny_bundle: Path, images: NDArray[np.uint8]) -> None:
-    found = race.bench(
+    result = race.bench(
         tiny_bundle, images, data="digits", against=[], points=["risk-10", "risk-10"], batch_sizes=(3,),
         threads=(1,), rounds=2,
     )  # fmt: skip
-    assert [one.name for one in found.contenders] == ["no-exit", "risk-10", "every exit computed"]
-    assert found.reference == "no-exit"
-    assert next(one for one in found.measurements if one.contender == "no-exit").time_share == 1.0
+    assert [contender.name for contender in result.contenders] == [
+        "no-exit",
+        "risk-10",
+        "every exit computed",
+    ]
+    assert result.reference == "no-exit"
+    shares = {measurement.contender: measurement.time_share for measurement in result.measurements}
+    assert shares["no-exit"] == 1.0
 
 
 def test_what_lies_beside_a_bundle(tmp_path: Path) -> None:
@@ -175,25 +187,25 @@ def test_what_lies_beside_a_bundle(tmp_path: Path) -> None:
 
 
 def test_it_is_written_and_drawn(
-    found: race.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    result: race.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found.write(tmp_path / "bench.json")
-    assert race.Bench.model_validate(json.loads((tmp_path / "bench.json").read_text())) == found
-    figure = show.write_figure(found, tmp_path / "bench.png")
+    result.write(tmp_path / "bench.json")
+    assert race.Bench.model_validate(json.loads((tmp_path / "bench.json").read_text())) == result
+    figure = show.write_figure(result, tmp_path / "bench.png")
     assert figure is not None
     assert figure.read_bytes().startswith(b"\x89PNG")
-    show.show(found)
+    show.show(result)
     said = capsys.readouterr().out
     assert "every exit computed" in said
     assert "load before" in said
 
 
-def test_points_that_are_slower_are_said(found: race.Bench) -> None:
+def test_points_that_are_slower_are_said(result: race.Bench) -> None:
     def timed(shares: dict[tuple[str, int], float]) -> race.Bench:
         def share(measurement: race.Measurement) -> float:
             return shares.get((measurement.contender, measurement.batch_size), 0.9)
 
-        return found.model_copy(
+        return result.model_copy(
             update={
                 "measurements": [
                     measurement.model_copy(
@@ -202,7 +214,7 @@ def test_points_that_are_slower_are_said(found: race.Bench) -> None:
                             "time_share_quartiles": (share(measurement) - 0.1, share(measurement) + 0.1),
                         }
                     )
-                    for measurement in found.measurements
+                    for measurement in result.measurements
                 ]
             }
         )
@@ -212,7 +224,7 @@ def test_points_that_are_slower_are_said(found: race.Bench) -> None:
         ("risk-5", 1): 3.23, ("risk-10", 1): 1.2, ("risk-10", 7): 1.05, ("no-exit", 7): 2.0, ("every exit computed", 7): 2.0
     }  # fmt: skip
     assert show.verdicts(timed(shares)) == [
-        f"slower than {found.reference} at 1 thread, 1 image a call: risk-5 (323% of its time), "
+        f"slower than {result.reference} at 1 thread, 1 image a call: risk-5 (323% of its time), "
         "risk-10 (120% of its time): exits do not pay there"
     ]
     assert show.verdicts(timed({})) == []
@@ -226,9 +238,9 @@ def test_images_of_a_folder(tiny_bundle: Path, digits: DataSplits, tmp_path: Pat
     images, data = real_images.load_images(tiny_bundle, str(folder), 50, seed=1)
     assert data == str(folder)
     assert images.shape == (50, 8, 8, 1)
-    known = {one.tobytes() for one in digits.test.images[:]}
-    assert {one.tobytes() for one in images} <= known
-    assert len({one.tobytes() for one in images}) > 40
+    known = {image.tobytes() for image in digits.test.images[:]}
+    assert {image.tobytes() for image in images} <= known
+    assert len({image.tobytes() for image in images}) > 40
     again, _ = real_images.load_images(tiny_bundle, str(folder), 50, seed=1)
     assert np.array_equal(images, again)
 
@@ -255,30 +267,30 @@ def test_a_graph_of_another_task(tiny_bundle: Path, images: NDArray[np.uint8], t
 
 
 def test_names_tell_apart(tmp_path: Path) -> None:
-    one, other, graph = tmp_path / "a" / "bundle", tmp_path / "b" / "bundle", tmp_path / "c.onnx"
-    assert list(race._labels([one, graph]).values()) == ["bundle", "c.onnx"]
-    assert list(race._labels([one, other, graph]).values()) == [
+    first, second, graph = tmp_path / "a" / "bundle", tmp_path / "b" / "bundle", tmp_path / "c.onnx"
+    assert list(race._labels([first, graph]).values()) == ["bundle", "c.onnx"]
+    assert list(race._labels([first, second, graph]).values()) == [
         "a/bundle",
         "b/bundle",
         f"{tmp_path.name}/c.onnx",
     ]
     with user_error("is given twice: name each bundle and each graph once"):
-        race._labels([one, tmp_path / "a" / ".." / "a" / "bundle"])
+        race._labels([first, tmp_path / "a" / ".." / "a" / "bundle"])
 
 
 def test_a_rung_that_another_bundle_lacks(
     tiny_bundle: Path, bundle_copy: Path, images: NDArray[np.uint8]
 ) -> None:
     manifest = bundle.read(bundle_copy)
-    points = [one for one in manifest.operating_points if one.name in ("no-exit", "risk-5")]
+    points = [point for point in manifest.operating_points if point.name in ("no-exit", "risk-5")]
     change = {"operating_points": points, "default_operating_point": "no-exit"}
     bundle.seal(bundle_copy, manifest.model_copy(update=change))
-    found = race.bench(
+    result = race.bench(
         tiny_bundle, images, data="", against=[bundle_copy], points=["risk-10", "no-exit", "no-exit"],
         batch_sizes=(2,), threads=(1,), rounds=2,
     )  # fmt: skip
     other = f"{bundle_copy.parent.name}/bundle"
-    names = [one.name for one in found.contenders]
+    names = [contender.name for contender in result.contenders]
     assert names == [
         "no-exit",
         "risk-10",
@@ -286,25 +298,28 @@ def test_a_rung_that_another_bundle_lacks(
         f"{other} no-exit",
         f"{other} every exit computed",
     ]
-    assert len({(one.contender, one.batch_size) for one in found.measurements}) == len(found.measurements)
+    assert len(
+        {(measurement.contender, measurement.batch_size) for measurement in result.measurements}
+    ) == len(result.measurements)
 
 
 def test_time_is_not_credited_to_saved_macs_across_precisions(
     folder: Path, bundle_copy: Path, images: NDArray[np.uint8]
 ) -> None:
     bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"precision": "int8"}))
-    found = race.bench(
+    result = race.bench(
         folder, images, data="", against=[bundle_copy, folder.parent / "baselines" / "no-exit.onnx"],
         points=["risk-10"], batch_sizes=(2,), threads=(1,), rounds=2,
     )  # fmt: skip
-    assert found.reference == "baselines/no-exit.onnx"
-    precisions = {one.name: one.precision for one in found.contenders}
-    for one in found.measurements:
-        credited = one.time_per_macs_saved is not None
-        saves = one.macs_share is not None and one.macs_share < 0.98
-        assert credited == (saves and precisions[one.contender] == "fp32")
+    assert result.reference == "baselines/no-exit.onnx"
+    precisions = {contender.name: contender.precision for contender in result.contenders}
+    for measurement in result.measurements:
+        credited = measurement.time_per_macs_saved is not None
+        saves = measurement.macs_share is not None and measurement.macs_share < 0.98
+        assert credited == (saves and precisions[measurement.contender] == "fp32")
     assert any(
-        precisions[one.contender] == "int8" and (one.macs_share or 1) < 0.98 for one in found.measurements
+        precisions[measurement.contender] == "int8" and (measurement.macs_share or 1) < 0.98
+        for measurement in result.measurements
     )
 
 
@@ -329,7 +344,7 @@ def test_a_data_set_by_name(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("provenance", "what"),
+    ("provenance", "message"),
     [
         ({"recipe": "digits"}, "names no data set"),
         ({"recipe": None}, "names no data set"),
@@ -338,9 +353,9 @@ def test_a_data_set_by_name(tiny_bundle: Path) -> None:
         ({"recipe": {"data": {"name": "somebody/else"}}}, "made from 'somebody/else', which is not a shipped data set"),
     ],
 )  # fmt: skip
-def test_provenance_is_free(provenance: dict[str, Any], what: str, bundle_copy: Path) -> None:
+def test_provenance_is_free(provenance: dict[str, Any], message: str, bundle_copy: Path) -> None:
     bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"provenance": provenance}))
-    with user_error(what):
+    with user_error(message):
         real_images.load_images(bundle_copy, None, 10, 0)
 
 
@@ -352,9 +367,9 @@ def test_a_bundle_that_knows_its_data(bundle_copy: Path) -> None:
     assert (len(images), said) == (200, "digits, test split")
 
 
-def test_its_bundle_stays_as_it_is(found: race.Bench, tiny_bundle: Path) -> None:
+def test_its_bundle_stays_as_it_is(result: race.Bench, tiny_bundle: Path) -> None:
     assert not (tiny_bundle / "profile.json").exists()
-    assert found.seal == bundle.canonical_hash(Session(tiny_bundle).manifest.model_dump(mode="json"))
+    assert result.seal == bundle.canonical_hash(Session(tiny_bundle).manifest.model_dump(mode="json"))
 
 
 def test_images_that_cannot_be_read_are_left_out(
@@ -365,8 +380,8 @@ def test_images_that_cannot_be_read_are_left_out(
         Image.new("L", shape[:2], index).save(tmp_path / f"{index}.png")
     expected, _ = real_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)
     (tmp_path / "torn.png").write_text("no picture")
-    found, _ = real_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)
-    assert sorted(found[:, 0, 0, 0]) == sorted(expected[:, 0, 0, 0]) == [0, 1, 2]
+    images, _ = real_images.load_images(tiny_bundle, str(tmp_path), 10, seed=0)
+    assert sorted(images[:, 0, 0, 0]) == sorted(expected[:, 0, 0, 0]) == [0, 1, 2]
     assert "1 images cannot be read and are left out, the first: " in capsys.readouterr().err
     for path in tmp_path.glob("?.png"):
         path.unlink()

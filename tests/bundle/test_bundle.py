@@ -63,8 +63,8 @@ def no_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_what_is_written_is_read(tiny_bundle: Path, tmp_path: Path) -> None:
     manifest = read(tiny_bundle)
     stages = [tiny_bundle / stage.file for stage in manifest.stages]
-    found = write(tmp_path / "copy", manifest, stages)
-    assert found == load_manifest(tmp_path / "copy")["seal"] == load_manifest(tiny_bundle)["seal"]
+    seal = write(tmp_path / "copy", manifest, stages)
+    assert seal == load_manifest(tmp_path / "copy")["seal"] == load_manifest(tiny_bundle)["seal"]
     assert read(tmp_path / "copy") == manifest
     assert entries(tmp_path) == ["copy"]
     assert entries(tmp_path / "copy") == entries(tiny_bundle) == sorted(FILES)
@@ -129,7 +129,7 @@ def test_operating_points_by_name(tiny_bundle: Path) -> None:
 def shuffled(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: shuffled(value[key]) for key in reversed(value)}
-    return [shuffled(one) for one in value] if isinstance(value, list) else value
+    return [shuffled(item) for item in value] if isinstance(value, list) else value
 
 
 def test_the_canonical_hash_does_not_depend_on_the_order_of_keys(tiny_bundle: Path) -> None:
@@ -252,7 +252,7 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_graphs")
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "message"),
     [
         (b"", "is not JSON"),
         (b"{", "is not JSON"),
@@ -271,9 +271,9 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         (b'{"format_version": 2, "name": ' + b"[" * 900 + b"]" * 900 + b"}", "does not match its seal"),
     ],
 )
-def test_a_manifest_that_is_none(content: bytes, what: str, bundle_copy: Path) -> None:
+def test_a_manifest_that_is_none(content: bytes, message: str, bundle_copy: Path) -> None:
     (bundle_copy / MANIFEST).write_bytes(content)
-    with user_error(f"{what}.*: (copy|install|it was changed)"):
+    with user_error(f"{message}.*: (copy|install|it was changed)"):
         Session(bundle_copy)
 
 
@@ -396,9 +396,9 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
 @pytest.mark.usefixtures("no_graphs")
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forged_manifest_is_refused_before_a_graph_is_loaded(name: str, bundle_copy: Path) -> None:
-    edit, what = FORGERIES[name]
+    edit, message = FORGERIES[name]
     forge(bundle_copy, edit)
-    with user_error(f"^bundle {bundle_copy}.*{what}"):
+    with user_error(f"^bundle {bundle_copy}.*{message}"):
         Session(bundle_copy)
 
 
@@ -425,9 +425,9 @@ def recompute(folder: Path) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 2), (0, 2)])
 def test_swapped_stages_with_new_checksums(first: int, second: int, bundle_copy: Path) -> None:
-    one, other = (bundle_copy / f"stage_{index}.onnx" for index in (first, second))
-    one.rename(bundle_copy / "aside")
-    other.rename(one)
+    path, other = (bundle_copy / f"stage_{index}.onnx" for index in (first, second))
+    path.rename(bundle_copy / "aside")
+    other.rename(path)
     (bundle_copy / "aside").rename(other)
     recompute(bundle_copy)
     with user_error(f"{bundle_copy}.*(its stages do not|cannot be run as a stage)"):
@@ -461,7 +461,7 @@ def test_a_truncated_stage_with_a_new_checksum(bundle_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "what"),
+    ("edit", "message"),
     [
         (set_at("reference_sample", "logits", 1, 0, 0, to=99.0), "do not give the logits of its reference"),
         (set_at("reference_sample", "images", to="!"), "do not run"),
@@ -470,9 +470,9 @@ def test_a_truncated_stage_with_a_new_checksum(bundle_copy: Path) -> None:
         (set_at("input_shape", to=[4, 4, 1]), "do not run"),
     ],
 )
-def test_a_reference_sample_that_does_not_fit(edit: Edit, what: str, bundle_copy: Path) -> None:
+def test_a_reference_sample_that_does_not_fit(edit: Edit, message: str, bundle_copy: Path) -> None:
     forge(bundle_copy, edit)
-    with user_error(f"^bundle {bundle_copy}.*{what}"):
+    with user_error(f"^bundle {bundle_copy}.*{message}"):
         Session(bundle_copy)
 
 
@@ -561,26 +561,28 @@ def test_the_card_has_no_control_characters(tiny_bundle: Path) -> None:
 
 
 def test_differences(tiny_bundle: Path) -> None:
-    one = read(tiny_bundle)
-    assert differences(one, one) == {}
-    value = one.model_dump(mode="json")
+    manifest = read(tiny_bundle)
+    assert differences(manifest, manifest) == {}
+    value = manifest.model_dump(mode="json")
     value["name"] = "other"
     value["stages"][1]["macs"] = 7
     value["operating_points"][0]["thresholds"] = [None, 0.5]
-    value["provenance"] = {"new": {"deep": 1}, "erde": one.provenance["erde"]}
-    value["classes"] = [*one.classes, "ten"]
+    value["provenance"] = {"new": {"deep": 1}, "erde": manifest.provenance["erde"]}
+    value["classes"] = [*manifest.classes, "ten"]
     for rows in value["reference_sample"]["logits"]:
         for row in rows:
             row.append(0.0)
     other = Manifest.model_validate(value)
-    found = {key: pair for key, pair in differences(one, other).items() if "reference_sample" not in key}
-    assert found == {
+    changes = {
+        key: pair for key, pair in differences(manifest, other).items() if "reference_sample" not in key
+    }
+    assert changes == {
         "name": ("tiny", "other"),
-        "stages.1.macs": (one.stages[1].macs, 7),
+        "stages.1.macs": (manifest.stages[1].macs, 7),
         "operating_points.0.thresholds.1": (None, 0.5),
         "provenance.new": (None, {"deep": 1}),
-        "provenance.torch": (one.provenance["torch"], None),
-        "classes": (one.classes, [*one.classes, "ten"]),
+        "provenance.torch": (manifest.provenance["torch"], None),
+        "classes": (manifest.classes, [*manifest.classes, "ten"]),
     }
 
 

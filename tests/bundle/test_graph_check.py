@@ -49,41 +49,41 @@ def constant(**attribute: object) -> onnx.NodeProto:
 def test_graphs_that_only_compute(tiny_bundle: Path, tmp_path: Path) -> None:
     for path in sorted(tiny_bundle.glob("*.onnx")):
         check_graph_file(path)
-    one = model()
-    one.graph.initializer[0].data_location = TensorProto.DEFAULT  # written out, and nothing outside
-    assert b"\x70\x00" in one.SerializeToString()
-    check_graph_file(save(one, tmp_path))
+    proto = model()
+    proto.graph.initializer[0].data_location = TensorProto.DEFAULT  # written out, and nothing outside
+    assert b"\x70\x00" in proto.SerializeToString()
+    check_graph_file(save(proto, tmp_path))
     check_graph_file(save(model(constant(value=numpy_helper.from_array(ONE))), tmp_path))
 
 
 def test_weights_in_other_files(tmp_path: Path) -> None:
     for where in ("initializer", "attribute", "attributes"):
-        one = model()
+        proto = model()
         tensor = outside(numpy_helper.from_array(ONE, "other"))
         whole = numpy_helper.from_array(np.arange(3), "whole")
         if where == "initializer":
-            one.graph.initializer.append(tensor)
+            proto.graph.initializer.append(tensor)
         elif where == "attribute":
-            one.graph.node.append(constant(value=tensor))
+            proto.graph.node.append(constant(value=tensor))
         else:
-            one.graph.node.append(constant(value=[whole, tensor]))
+            proto.graph.node.append(constant(value=[whole, tensor]))
         with user_error("stage.onnx keeps weights in another file, which no stage needs"):
-            check_graph_file(save(one, tmp_path))
+            check_graph_file(save(proto, tmp_path))
     # Either field alone is enough.
     for left_out in ("data_location", "external_data"):
-        one = model()
-        one.graph.initializer.append(outside(numpy_helper.from_array(ONE, "other")))
-        one.graph.initializer[-1].ClearField(left_out)
+        proto = model()
+        proto.graph.initializer.append(outside(numpy_helper.from_array(ONE, "other")))
+        proto.graph.initializer[-1].ClearField(left_out)
         with user_error("keeps weights in another file"):
-            check_graph_file(save(one, tmp_path))
+            check_graph_file(save(proto, tmp_path))
 
 
 def test_sparse_weights(tmp_path: Path) -> None:
     whole = numpy_helper.from_array(np.arange(3), "whole")
     sparse = onnx.SparseTensorProto(values=whole, indices=whole, dims=[2**40])
-    one = model()
-    one.graph.sparse_initializer.append(sparse)
-    for bad in (one, model(constant(value=sparse)), model(constant(value=[sparse, sparse]))):
+    proto = model()
+    proto.graph.sparse_initializer.append(sparse)
+    for bad in (proto, model(constant(value=sparse)), model(constant(value=[sparse, sparse]))):
         with user_error("stage.onnx has sparse weights"):
             check_graph_file(save(bad, tmp_path))
 
@@ -95,10 +95,10 @@ def test_loops_branches_and_functions(tmp_path: Path) -> None:
         node.attribute.append(helper.make_attribute(name, value))
         with user_error("stage.onnx has a loop or a branch"):
             check_graph_file(save(model(node), tmp_path))
-    one = model()
-    one.functions.append(helper.make_function("own", "f", ["x"], ["y"], [], [helper.make_opsetid("", 18)]))
+    proto = model()
+    proto.functions.append(helper.make_function("own", "f", ["x"], ["y"], [], [helper.make_opsetid("", 18)]))
     with user_error("stage.onnx has functions of its own"):
-        check_graph_file(save(one, tmp_path))
+        check_graph_file(save(proto, tmp_path))
 
 
 def test_operators_that_no_stage_has(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_second_graph_is_looked_at_too(tmp_path: Path) -> None:
     bad.graph.initializer.append(outside(numpy_helper.from_array(ONE, "other")))
     for parts in ((model(), bad), (bad, model())):
         path = tmp_path / "stage.onnx"
-        path.write_bytes(b"".join(one.SerializeToString() for one in parts))
+        path.write_bytes(b"".join(part.SerializeToString() for part in parts))
         with user_error("keeps weights in another file"):
             check_graph_file(path)
 
@@ -221,6 +221,10 @@ def test_no_bytes_upset_it(
         except DecodeError:
             return
         assert not read.functions
-        assert not any(one.external_data or one.data_location for one in read.graph.initializer)
+        assert not any(tensor.external_data or tensor.data_location for tensor in read.graph.initializer)
         assert all(node.op_type in OPERATORS and node.domain in ("", "ai.onnx") for node in read.graph.node)
-        assert not any(one.HasField("g") or one.graphs for node in read.graph.node for one in node.attribute)
+        assert not any(
+            attribute.HasField("g") or attribute.graphs
+            for node in read.graph.node
+            for attribute in node.attribute
+        )

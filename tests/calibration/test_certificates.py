@@ -63,7 +63,7 @@ def test_certificate_against_binomtest(max_risk: float, confidence: float) -> No
         int(policy.take_exit(split.harm, policy.decide(split.scores, thresholds)).sum())
         for thresholds in path.thresholds
     ]
-    p_values = [scipy.stats.binomtest(one, 700, max_risk, alternative="less").pvalue for one in errors]
+    p_values = [scipy.stats.binomtest(count, 700, max_risk, alternative="less").pvalue for count in errors]
     first_failure = next(number for number, p in enumerate(p_values) if p > 1 - confidence)
     assert index == first_failure - 1 > 0
     assert certificate is not None
@@ -98,8 +98,8 @@ def test_no_certificate_against_a_better_reference() -> None:
 
 
 def counts_of(lost: int, won: int, images: int) -> PathCounts:
-    one = np.array([lost])
-    return PathCounts(images, one, np.array([won]), one)
+    losses = np.array([lost])
+    return PathCounts(images, losses, np.array([won]), losses)
 
 
 def chance_to_pass(images: int, max_drop: float, level: float, share: float) -> float:
@@ -173,12 +173,12 @@ def test_conformal_counts_what_was_lost_at_any_more_careful_point() -> None:
 @pytest.mark.parametrize("guarantee", ["risk", "net_drop"])
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (7, 0), (7, 30), (500, 0)])
 def test_the_bound_is_where_the_p_value_crosses_the_level(guarantee: str, lost: int, won: int) -> None:
-    bound = upper_bound(lost, won, 1000, 0.9, guarantee)  # type: ignore[arg-type]
+    bound = upper_bound(lost, won, 1000, 0.9, guarantee)
     assert bound is not None
     assert bound >= (lost - won * (guarantee == "net_drop")) / 1000
-    assert walk(counts_of(lost, won, 1000), min(bound + 1e-6, 0.999), 0.9, guarantee) == 0  # type: ignore[arg-type]
+    assert walk(counts_of(lost, won, 1000), min(bound + 1e-6, 0.999), 0.9, guarantee) == 0
     if bound > 1e-5:
-        assert walk(counts_of(lost, won, 1000), bound - 1e-6, 0.9, guarantee) == -1  # type: ignore[arg-type]
+        assert walk(counts_of(lost, won, 1000), bound - 1e-6, 0.9, guarantee) == -1
 
 
 def test_all_lost_bounds_nothing() -> None:
@@ -187,9 +187,9 @@ def test_all_lost_bounds_nothing() -> None:
 
 @pytest.mark.parametrize("guarantee", METHODS)
 def test_without_error_the_needed_images_certify_and_one_fewer_does_not(guarantee: str) -> None:
-    needed = images_needed(0.02, 0.9, guarantee)  # type: ignore[arg-type]
-    assert walk(counts_of(0, 0, needed), 0.02, 0.9, guarantee) == 0  # type: ignore[arg-type]
-    assert walk(counts_of(0, 0, needed - 1), 0.02, 0.9, guarantee) == -1  # type: ignore[arg-type]
+    needed = images_needed(0.02, 0.9, guarantee)
+    assert walk(counts_of(0, 0, needed), 0.02, 0.9, guarantee) == 0
+    assert walk(counts_of(0, 0, needed - 1), 0.02, 0.9, guarantee) == -1
 
 
 def test_sentences() -> None:
@@ -199,7 +199,7 @@ def test_sentences() -> None:
         ("no_exit_network", "the network without exits gets right"),
         ("teacher", "the teacher gets right"),
     ):
-        _, certificate = certify(path, split, 0.05, 0.95, reference)  # type: ignore[arg-type]
+        _, certificate = certify(path, split, 0.05, 0.95, reference)
         assert certificate is not None
         assert "With 95 % confidence, at most 5 % of images" in certificate.sentence()
         assert words in certificate.sentence()

@@ -48,11 +48,11 @@ def test_exit_decisions_do_not_see_the_label(calibrated: CalibratedPolicy) -> No
     shuffled = TestLogits(test.logits, np.random.default_rng(0).permutation(test.labels))
     honest = measure_points(test, calibrated, COST, None)
     other = measure_points(shuffled, calibrated, COST, None)
-    for one, two in zip(honest, other, strict=True):
-        assert one.test is not None
-        assert two.test is not None
-        assert one.test.exit_rates == two.test.exit_rates
-        assert one.test.macs == two.test.macs
+    for fair, unfair in zip(honest, other, strict=True):
+        assert fair.test is not None
+        assert unfair.test is not None
+        assert fair.test.exit_rates == unfair.test.exit_rates
+        assert fair.test.macs == unfair.test.macs
     assert any(
         a.test and b.test and a.test.accuracy != b.test.accuracy for a, b in zip(honest, other, strict=True)
     )
@@ -68,7 +68,9 @@ def test_the_curve_uses_thresholds_of_tune_not_the_best_of_test(calibrated: Cali
     assert curve.accuracy[-1] == scored.measure(path[-1], COST).accuracy
     # Every point is one of the path's, which was walked on tune, and no other labels of test can move its thresholds.
     measured = [scored.measure(thresholds, COST) for thresholds in path]
-    assert set(zip(curve.macs, curve.accuracy, strict=True)) <= {(one.macs, one.accuracy) for one in measured}
+    assert set(zip(curve.macs, curve.accuracy, strict=True)) <= {
+        (point.macs, point.accuracy) for point in measured
+    }
     assert len(curve.macs) > 10
     # A curve whose path was walked on test would be another one.
     best = TuneLogits(test.logits, test.labels)
@@ -82,7 +84,7 @@ def test_the_curve_uses_thresholds_of_tune_not_the_best_of_test(calibrated: Cali
 def test_head_cost_is_in_the_macs(calibrated: CalibratedPolicy) -> None:
     test = logits_of(TestLogits, 3)
     assert isinstance(test, TestLogits)
-    never = next(one for one in measure_points(test, calibrated, COST, None) if one.name == "no-exit")
+    never = next(point for point in measure_points(test, calibrated, COST, None) if point.name == "no-exit")
     assert never.test is not None
     # Without any early exit the heads were computed for nothing: that costs, and it is shown.
     assert never.test.macs == 103
@@ -128,9 +130,9 @@ def test_a_split_cannot_stand_in_for_another(tmp_path: Path) -> None:
     (tmp_path / "snippet.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "snippet.py"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
-    found = {
+    marked = {
         int(line.split(":")[1])
         for line in out.splitlines()
         if line.startswith("snippet.py:") and ": error: " in line
     }
-    assert found == {number for number, line in enumerate(lines, start=1) if line.endswith("# wrong")}
+    assert marked == {number for number, line in enumerate(lines, start=1) if line.endswith("# wrong")}

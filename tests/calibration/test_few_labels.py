@@ -124,7 +124,7 @@ def test_what_needs_all_labels(pool: tuple[Logits, Cost], changes: dict[str, str
     with user_error(
         "few labels certify the guarantee 'risk' or 'expected_risk' against the reference 'final_exit'"
     ):
-        waiting(pool, np.random.default_rng(0), Settings(max_risks=(0.01,), **changes))  # type: ignore[arg-type]
+        waiting(pool, np.random.default_rng(0), Settings(max_risks=(0.01,), **changes))
 
 
 # ---------------------------------------------------------------- a sealed bundle

@@ -65,7 +65,10 @@ def test_out_of_fold_scores_come_from_regressions_that_did_not_see_the_image() -
     np.testing.assert_array_equal(scores[:, folds == 2], changed[:, folds == 2])
     assert (scores[:2, folds != 2] != changed[:2, folds != 2]).any()
     own = np.stack(
-        [one.score(list(tune.logits[: i + 1])) for i, one in enumerate(harm.fit_harm(tune, right))]
+        [
+            predictor.score(list(tune.logits[: i + 1]))
+            for i, predictor in enumerate(harm.fit_harm(tune, right))
+        ]
     )
     assert (own != scores[:2]).mean() > 0.99
 

@@ -45,10 +45,10 @@ def test_temperatures_recover_the_known_ones() -> None:
     labels = np.array([generator.choice(6, p=p) for p in softmax(calm)])
     known = [0.5, 1.0, 3.0]
     logits = np.stack([temperature * calm for temperature in known]).astype(np.float32)
-    found = fit_temperatures(TuneLogits(logits, labels))
-    assert found == pytest.approx(known, rel=0.05)
+    temperatures = fit_temperatures(TuneLogits(logits, labels))
+    assert temperatures == pytest.approx(known, rel=0.05)
     # The same images: the exits' temperatures differ by exactly what their logits were scaled with.
-    assert found[2] / found[0] == pytest.approx(6, rel=1e-3)
+    assert temperatures[2] / temperatures[0] == pytest.approx(6, rel=1e-3)
 
 
 def test_temperature_has_the_least_nll() -> None:
@@ -58,8 +58,8 @@ def test_temperature_has_the_least_nll() -> None:
         p = softmax(tune.logits[index], temperature)
         return float(-np.log(p[np.arange(len(tune)), tune.labels]).mean())
 
-    for index, found in enumerate(fit_temperatures(tune)):
-        assert nll(index, found) <= min(nll(index, found * factor) for factor in (0.5, 0.98, 1.02, 2.0))
+    for index, fitted in enumerate(fit_temperatures(tune)):
+        assert nll(index, fitted) <= min(nll(index, fitted * factor) for factor in (0.5, 0.98, 1.02, 2.0))
 
 
 # ---------------------------------------------------------------- the choice of the score
@@ -86,7 +86,7 @@ def test_a_named_score_is_kept() -> None:
     tune = tune_logits(images=200)
 
     def rules(**given: object) -> list[ExitRule]:
-        return [choice.rule for choice in choose_score(tune, COST, Settings(max_risks=(0.02,), **given))]  # type: ignore[arg-type]
+        return [choice.rule for choice in choose_score(tune, COST, Settings(max_risks=(0.02,), **given))]
 
     assert {(rule.score, rule.ensemble) for rule in rules(score="margin")} == {("margin", "none")}
     assert rules(score="entropy", sharpness=0.6) == [ExitRule("entropy", 0.6)]
@@ -136,17 +136,17 @@ def calibrate(images: int = 500, **settings: object) -> CalibratedPolicy:
 
 
 def test_operating_points() -> None:
-    found = calibrate(max_risks=(0.05, 0.01), confidence=0.9, budgets=(0.9, 0.6))
-    assert [(one.name, one.kind, one.target) for one in found.points] == [
+    calibrated = calibrate(max_risks=(0.05, 0.01), confidence=0.9, budgets=(0.9, 0.6))
+    assert [(point.name, point.kind, point.target) for point in calibrated.points] == [
         ("no-exit", "no-exit", None),
         ("risk-5", "risk", 0.05),
         ("risk-1", "risk", 0.01),
         ("budget-90", "budget", 0.9),
         ("budget-60", "budget", 0.6),
     ]
-    assert found.default == "risk-5"
-    assert found.rule == MARGIN
-    no_exit, risk_5, risk_1, budget_90, budget_60 = found.points
+    assert calibrated.default == "risk-5"
+    assert calibrated.rule == MARGIN
+    no_exit, risk_5, risk_1, budget_90, budget_60 = calibrated.points
     assert no_exit.thresholds == [None, None]
     assert risk_5.certificate is not None
     assert risk_5.certificate.max_risk == 0.05
@@ -161,78 +161,81 @@ def test_operating_points() -> None:
     for point, budget in ((budget_90, 90), (budget_60, 60)):
         assert point.certificate is None
         assert point.tune is not None
-        assert point.tune.macs == max(macs for macs in found.path.macs if macs <= budget)
+        assert point.tune.macs == max(macs for macs in calibrated.path.macs if macs <= budget)
         assert "met on tune; its risk is at most" in str(point.note)
     tune = ScoredSplit.of(tune_logits(), MARGIN, None)
-    for point in found.points:
+    for point in calibrated.points:
         assert point.tune == tune.measure(point.thresholds, COST)
-    assert found.calibration.exit_rates == pytest.approx(measured.exit_rates)
-    assert [sum(one) for one in found.calibration.score_histograms] == [500, 500, 500]
-    assert found.temperatures == fit_temperatures(tune_logits())
-    assert found.left_out == []
+    assert calibrated.calibration.exit_rates == pytest.approx(measured.exit_rates)
+    assert [sum(histogram) for histogram in calibrated.calibration.score_histograms] == [500, 500, 500]
+    assert calibrated.temperatures == fit_temperatures(tune_logits())
+    assert calibrated.left_out == []
 
 
 def test_the_ladder_leaves_out_what_cannot_be_proved() -> None:
-    found = calibrate(images=450, max_risks=Settings().max_risks)
-    assert [one.name for one in found.left_out] == ["risk-0.25", "risk-0.5"]
-    assert [one.images_needed for one in found.left_out] == [920, 460]
-    assert found.left_out[0].note == (
+    calibrated = calibrate(images=450, max_risks=Settings().max_risks)
+    assert [missing.name for missing in calibrated.left_out] == ["risk-0.25", "risk-0.5"]
+    assert [missing.images_needed for missing in calibrated.left_out] == [920, 460]
+    assert calibrated.left_out[0].note == (
         "450 certify images cannot prove 0.25 % at 90 % confidence: at least 920 would be needed"
     )
-    certified = [one for one in found.points if one.kind == "risk"]
-    assert [one.name for one in certified] == ["risk-1", "risk-2", "risk-3", "risk-5"]
-    assert all(one.certificate is not None for one in certified)
-    macs = [one.tune.macs for one in certified if one.tune]
+    certified = [point for point in calibrated.points if point.kind == "risk"]
+    assert [point.name for point in certified] == ["risk-1", "risk-2", "risk-3", "risk-5"]
+    assert all(point.certificate is not None for point in certified)
+    macs = [point.tune.macs for point in certified if point.tune]
     assert macs == sorted(macs, reverse=True)
-    assert found.default == "risk-1"
+    assert calibrated.default == "risk-1"
 
 
 def test_where_the_default_cannot_be_certified_nothing_leaves_early() -> None:
-    found = calibrate(images=100, max_risks=(0.01, 0.05), confidence=0.9)
-    assert found.default == "no-exit"
-    assert [one.name for one in found.points] == ["no-exit", "risk-5"]
-    assert found.calibration.exit_rates == [0, 0, 1]
+    calibrated = calibrate(images=100, max_risks=(0.01, 0.05), confidence=0.9)
+    assert calibrated.default == "no-exit"
+    assert [point.name for point in calibrated.points] == ["no-exit", "risk-5"]
+    assert calibrated.calibration.exit_rates == [0, 0, 1]
 
 
 def test_calibration_does_not_choose_by_the_certify_split() -> None:
     # The same tune split with two certify splits: score, path, temperatures and budgets must not move.
-    one, other = (
+    first, other = (
         calibrate(images, score="auto", sharpness=None, budgets=(0.8,), max_risks=(0.02,))
         for images in (300, 900)
     )
-    assert (one.rule, one.temperatures) == (other.rule, other.temperatures)
-    assert one.path.thresholds == other.path.thresholds
-    assert one.points[-1].thresholds == other.points[-1].thresholds
-    assert one.contenders == other.contenders
+    assert (first.rule, first.temperatures) == (other.rule, other.temperatures)
+    assert first.path.thresholds == other.path.thresholds
+    assert first.points[-1].thresholds == other.points[-1].thresholds
+    assert first.contenders == other.contenders
 
 
 def test_the_papers_rule_stands_in_every_comparison() -> None:
     for settings in ({"score": "auto", "sharpness": None}, {"score": "margin"}, {"score": "harm"}):
-        found = calibrate(**settings)
-        assert PAPER_RULE in [one.rule for one in found.contenders]
+        calibrated = calibrate(**settings)
+        assert PAPER_RULE in [contender.rule for contender in calibrated.contenders]
         assert ("entropy", 1.0, "none") in [
-            (one.score, one.sharpness, one.ensemble) for one in found.candidates
+            (candidate.score, candidate.sharpness, candidate.ensemble) for candidate in calibrated.candidates
         ]
         tune = ScoredSplit.of(tune_logits(), PAPER_RULE, None)
-        assert found.paper_path.thresholds == search_path(tune, COST).thresholds
-    for contender in found.contenders:
-        assert [one.target for one in contender.targets] == [0.005, 0.01, 0.02]
+        assert calibrated.paper_path.thresholds == search_path(tune, COST).thresholds
+    for contender in calibrated.contenders:
+        assert [target.target for target in contender.targets] == [0.005, 0.01, 0.02]
 
 
 def test_what_is_fitted_is_searched_out_of_fold() -> None:
-    found = calibrate(score="harm")
-    assert found.rule.harm is not None
+    calibrated = calibrate(score="harm")
+    assert calibrated.rule.harm is not None
     # The final regressions have seen all of tune: their own scores there are too good, and were not used.
-    own = ScoredSplit.of(tune_logits(), found.rule, None)
-    assert search_path(own, COST).thresholds != found.path.thresholds
+    own = ScoredSplit.of(tune_logits(), calibrated.rule, None)
+    assert search_path(own, COST).thresholds != calibrated.path.thresholds
     assert all(
-        0 < one < 1 for thresholds in found.path.thresholds[5:50] for one in thresholds if one is not None
+        0 < threshold < 1
+        for thresholds in calibrated.path.thresholds[5:50]
+        for threshold in thresholds
+        if threshold is not None
     )
 
 
 def test_reference_reaches_the_certificate() -> None:
     right = np.zeros(500, dtype=bool)
-    found = calibrate_logits(
+    calibrated = calibrate_logits(
         tune_logits(),
         certify_logits(),
         COST,
@@ -241,18 +244,18 @@ def test_reference_reaches_the_certificate() -> None:
         certify_reference_right=right,
     )
     # A teacher that is never right is harmed by nothing: everything leaves first.
-    certificate = found.points[1].certificate
+    certificate = calibrated.points[1].certificate
     assert certificate is not None
     assert (certificate.reference, certificate.lost) == ("teacher", 0)
     assert certificate.won > 0
-    assert found.points[1].tune is not None
-    assert found.points[1].tune.macs == 42
+    assert calibrated.points[1].tune is not None
+    assert calibrated.points[1].tune.macs == 42
 
 
 def test_a_reference_that_is_never_wrong_leaves_every_rung_out() -> None:
     right = np.ones(500, dtype=bool)
     settings = Settings(max_risks=(0.01,), reference="teacher", score="margin", sharpness=1.0)
-    found = calibrate_logits(
+    calibrated = calibrate_logits(
         tune_logits(),
         certify_logits(),
         COST,
@@ -260,26 +263,28 @@ def test_a_reference_that_is_never_wrong_leaves_every_rung_out() -> None:
         tune_reference_right=right,
         certify_reference_right=right,
     )
-    assert found.default == "no-exit"
-    assert found.left_out[0].images_needed is None
-    assert "against the reference 'teacher' even the full network loses too many" in found.left_out[0].note
+    assert calibrated.default == "no-exit"
+    assert calibrated.left_out[0].images_needed is None
+    assert (
+        "against the reference 'teacher' even the full network loses too many" in calibrated.left_out[0].note
+    )
 
 
 @pytest.mark.parametrize("guarantee", ["risk", "net_drop", "expected_risk"])
 def test_guarantees(guarantee: str) -> None:
-    found = calibrate(guarantee=guarantee, max_risks=(0.05,), images=2000)
-    certificate = found.points[1].certificate
+    calibrated = calibrate(guarantee=guarantee, max_risks=(0.05,), images=2000)
+    certificate = calibrated.points[1].certificate
     assert certificate is not None
     assert certificate.guarantee == guarantee
-    assert found.points[1].tune is not None
-    assert found.points[1].tune.macs < 100
+    assert calibrated.points[1].tune is not None
+    assert calibrated.points[1].tune.macs < 100
 
 
 def test_a_latency_budget() -> None:
     cost = Cost(COST.exit_macs, COST.no_exit_macs, (1.0, 2.0, 3.0))
     settings = Settings(max_risks=(0.05,), latency_budgets=(1.5,), score="margin", sharpness=1.0)
-    found = calibrate_logits(tune_logits(), certify_logits(), cost, settings)
-    point = found.points[-1]
+    calibrated = calibrate_logits(tune_logits(), certify_logits(), cost, settings)
+    point = calibrated.points[-1]
     assert (point.name, point.kind, point.target) == ("latency-1.5ms", "latency", 1.5)
     assert point.tune is not None
     assert point.tune.milliseconds is not None
@@ -295,20 +300,20 @@ def test_a_single_exit_has_nothing_to_decide() -> None:
     assert isinstance(tune, TuneLogits)
     assert isinstance(certify, CertifyLogits)
     settings = Settings(max_risks=(0.01,), budgets=(0.1,))
-    found = calibrate_logits(tune, certify, Cost((100,), 100), settings)
-    assert [one.name for one in found.points] == ["no-exit"]
-    assert found.default == "no-exit"
+    calibrated = calibrate_logits(tune, certify, Cost((100,), 100), settings)
+    assert [point.name for point in calibrated.points] == ["no-exit"]
+    assert calibrated.default == "no-exit"
     # The same settings again are no second choice.
-    check_reuse(found.calibration, Request(tune, certify, Cost((100,), 100), settings))
+    check_reuse(calibrated.calibration, Request(tune, certify, Cost((100,), 100), settings))
 
 
 def test_a_policy_survives_json() -> None:
     for score in ("harm", "patience", "energy"):
-        found = calibrate(score=score, sharpness=None)
-        again = CalibratedPolicy.from_json(json.loads(json.dumps(found.to_json())))
-        assert again.rule == found.rule
-        assert again.path.thresholds == found.path.thresholds
-        assert again.to_json() == found.to_json()
+        calibrated = calibrate(score=score, sharpness=None)
+        again = CalibratedPolicy.from_json(json.loads(json.dumps(calibrated.to_json())))
+        assert again.rule == calibrated.rule
+        assert again.path.thresholds == calibrated.path.thresholds
+        assert again.to_json() == calibrated.to_json()
 
 
 # ---------------------------------------------------------------- what is refused
@@ -367,17 +372,17 @@ def test_an_impossible_latency_budget() -> None:
         calibrate_logits(tune_logits(), certify_logits(), cost, Settings(latency_budgets=(0.5,)))
 
 
-def damaged(**changes: object) -> TuneLogits:
+def damaged(**changes: Any) -> TuneLogits:
     logits, labels = synthetic_logits(0, 500)
     if "at" in changes:
-        logits[changes["at"]] = changes["value"]  # type: ignore[index]
+        logits[changes["at"]] = changes["value"]
     if "labels" in changes:
         labels[:2] = changes["labels"]
     if "without" in changes:
         keep = labels != changes["without"]
         logits, labels = logits[:, keep], labels[keep]
     if "exits" in changes:
-        logits = logits[: changes["exits"]]  # type: ignore[misc]
+        logits = logits[: changes["exits"]]
     return TuneLogits(logits, labels)
 
 
@@ -405,8 +410,8 @@ def test_splits_that_overlap_are_refused() -> None:
 
 
 def test_absent_classes_are_said_and_no_reason_to_stop(capsys: pytest.CaptureFixture[str]) -> None:
-    found = calibrate_logits(damaged(without=3), certify_logits(), COST, Settings(max_risks=(0.05,)))
-    assert found.points[1].certificate is not None
+    calibrated = calibrate_logits(damaged(without=3), certify_logits(), COST, Settings(max_risks=(0.05,)))
+    assert calibrated.points[1].certificate is not None
     assert (
         "warning: 1 of 5 classes have no image in tune: the promise is over images as they come, and rare classes have none "
         "of their own" in capsys.readouterr().err
@@ -472,20 +477,20 @@ def request(**changes: object) -> Request:
         "cost": COST,
         "settings": Settings(max_risks=(0.05,), score="margin", sharpness=1.0),
     }
-    return Request(**{**given, **changes})  # type: ignore[arg-type]
+    return Request(**{**given, **changes})
 
 
 def test_a_certify_split_serves_one_choice() -> None:
-    found = calibrate(max_risks=(0.05,)).calibration
+    calibration = calibrate(max_risks=(0.05,)).calibration
     other = Settings(max_risks=(0.02,), score="margin", sharpness=1.0)
     check_reuse(None, request(settings=other))
-    check_reuse(found, request())
-    check_reuse(found, request(settings=other, certify=certify_logits(seed=9)))
+    check_reuse(calibration, request())
+    check_reuse(calibration, request(settings=other, certify=certify_logits(seed=9)))
     for changes in (
         {"settings": other}, {"tune": tune_logits(seed=7)}, {"cost": Cost((42, 70, 104), 100)},
     ):  # fmt: skip
         with user_error("these certify images already certified other choices"):
-            check_reuse(found, request(**changes))
+            check_reuse(calibration, request(**changes))
 
 
 def test_another_split_of_the_same_images_is_a_second_choice_too() -> None:
@@ -502,9 +507,9 @@ def test_another_split_of_the_same_images_is_a_second_choice_too() -> None:
 def test_a_new_profile_is_no_second_choice() -> None:
     times = [Cost(COST.exit_macs, COST.no_exit_macs, (1.0, 2.0, last)) for last in (3.0, 3.1)]
     settings = Settings(max_risks=(0.05,), score="margin", sharpness=1.0, latency_budgets=(2.5,))
-    found = calibrate_logits(tune_logits(), certify_logits(), times[0], settings)
-    check_reuse(found.calibration, request(cost=times[1], settings=settings))
-    check_reuse(found.calibration, request(cost=COST, settings=settings))
+    calibrated = calibrate_logits(tune_logits(), certify_logits(), times[0], settings)
+    check_reuse(calibrated.calibration, request(cost=times[1], settings=settings))
+    check_reuse(calibrated.calibration, request(cost=COST, settings=settings))
 
 
 @pytest.mark.parametrize("milliseconds", [None, (1.0, 2.0, 3.0)])
@@ -521,8 +526,8 @@ def test_the_hash_of_choices_is_that_of_the_first_version(milliseconds: tuple[fl
         cost=Cost((42, 71, 104), 100, milliseconds),
     )
     assert (mine.choices() == old) == (milliseconds is None)
-    found = calibrate(max_risks=(0.05,)).calibration.model_copy(update={"choices": old})
-    check_reuse(found, mine)
+    calibration = calibrate(max_risks=(0.05,)).calibration.model_copy(update={"choices": old})
+    check_reuse(calibration, mine)
 
 
 def test_whole_numbers_are_the_choices_that_they_were() -> None:
@@ -534,10 +539,10 @@ def test_whole_numbers_are_the_choices_that_they_were() -> None:
     cost = {"exit_macs": [42, 71, 104], "no_exit_macs": 100, "exit_milliseconds": None}
     value = json.dumps([settings, cost, tune_logits().fingerprint()], sort_keys=True)
     old = hashlib.sha256(value.encode()).hexdigest()
-    found = calibrate(max_risks=(0.05,)).calibration.model_copy(update={"choices": old})
-    check_reuse(found, request(settings=validate(Settings, settings)))
+    calibration = calibrate(max_risks=(0.05,)).calibration.model_copy(update={"choices": old})
+    check_reuse(calibration, request(settings=validate(Settings, settings)))
     with user_error("these certify images already certified other choices"):
-        check_reuse(found, request(settings=validate(Settings, {**settings, "sharpness": 2})))
+        check_reuse(calibration, request(settings=validate(Settings, {**settings, "sharpness": 2})))
 
 
 def test_a_setting_of_a_later_version_keeps_the_hash_while_it_has_its_default() -> None:
@@ -551,8 +556,8 @@ def test_a_setting_of_a_later_version_keeps_the_hash_while_it_has_its_default() 
 
 def test_every_setting_is_a_choice() -> None:
     hashes = {
-        request(settings=Settings(**one)).choices()  # type: ignore[arg-type]
-        for one in (
+        request(settings=Settings(**changes)).choices()
+        for changes in (
             {}, {"max_risks": (0.01,)}, {"confidence": 0.95}, {"budgets": (0.5,)}, {"reference": "teacher"},
             {"guarantee": "net_drop"}, {"score": "margin"}, {"sharpness": 1.0}, {"ensemble": "none"},
             {"latency_budgets": (2.0,)},
@@ -565,11 +570,11 @@ def test_every_setting_is_a_choice() -> None:
 def test_a_budget_just_at_the_first_exit() -> None:
     # 0.29 * 100 is a little less than 29 in floats.
     cost = Cost((29, 60, 100), 100)
-    found = calibrate_logits(
+    calibrated = calibrate_logits(
         tune_logits(), certify_logits(), cost, Settings(max_risks=(0.05,), budgets=(0.29,))
     )
-    assert found.points[-1].tune is not None
-    assert found.points[-1].tune.macs == 29
+    assert calibrated.points[-1].tune is not None
+    assert calibrated.points[-1].tune.macs == 29
 
 
 @pytest.mark.parametrize(

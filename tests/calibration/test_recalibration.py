@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +40,14 @@ def photos(digits: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_images_are_split_by_class_and_seed(photos: Path, digits: DataSplits) -> None:
-    one, again, other = (load_tune_and_certify(photos, CLASSES, (8, 8, 1), 0.4, seed) for seed in (0, 0, 1))
-    assert len(one.tune) + len(one.certify) == 500
-    assert one.tune.images.paths == again.tune.images.paths != other.tune.images.paths  # type: ignore[attr-defined]
-    assert not set(one.tune.images.paths) & set(one.certify.images.paths)  # type: ignore[attr-defined]
+    first, again, other = (load_tune_and_certify(photos, CLASSES, (8, 8, 1), 0.4, seed) for seed in (0, 0, 1))
+    assert len(first.tune) + len(first.certify) == 500
+    assert first.tune.images.paths == again.tune.images.paths != other.tune.images.paths  # type: ignore[attr-defined]
+    assert not set(first.tune.images.paths) & set(first.certify.images.paths)  # type: ignore[attr-defined]
     for label in range(10):
         total = int((digits.certify.labels == label).sum())
-        assert abs((one.tune.labels == label).sum() - 0.4 * total) < 1
-    for split in (one.tune, one.certify):
+        assert abs((first.tune.labels == label).sum() - 0.4 * total) < 1
+    for split in (first.tune, first.certify):
         row = int(split.images.paths[7].stem)  # type: ignore[attr-defined]
         np.testing.assert_array_equal(split.images[7:8][0], digits.certify.images[row : row + 1][0])
         assert split.labels[7] == digits.certify.labels[row]
@@ -64,9 +65,9 @@ def test_a_copy_of_a_file_counts_once(photos: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     first = sorted((folder / "3").iterdir())[0]
     shutil.copy(first, folder / "3" / "copy.png")
-    found = load_tune_and_certify(folder, CLASSES, (8, 8, 1))
-    assert found.copies == 1
-    assert len(found.tune) + len(found.certify) == 500
+    loaded = load_tune_and_certify(folder, CLASSES, (8, 8, 1))
+    assert loaded.copies == 1
+    assert len(loaded.tune) + len(loaded.certify) == 500
     shutil.copy(first, folder / "4" / "copy.png")
     with user_error("are the same image in two classes: keep one of them"):
         load_tune_and_certify(folder, CLASSES, (8, 8, 1))
@@ -107,10 +108,10 @@ def test_a_long_tail_gives_certify_its_share_of_rare_classes() -> None:
     for seed in range(200):
         tune, certify = halves(labels, 0.5, seed)
         assert sorted([*tune, *certify]) == list(range(len(labels)))
-        found = labels[certify]
-        singles.append(((found >= 5) & (found < 45)).sum())
-        threes.append((found >= 45).sum())
-        assert all((found == label).sum() == 50 for label in range(5))
+        drawn = labels[certify]
+        singles.append(((drawn >= 5) & (drawn < 45)).sum())
+        threes.append((drawn >= 45).sum())
+        assert all((drawn == label).sum() == 50 for label in range(5))
     assert np.mean(singles) == pytest.approx(20, abs=1)
     assert np.mean(threes) == pytest.approx(30, abs=1)
 
@@ -121,14 +122,14 @@ def test_a_long_tail_gives_certify_its_share_of_rare_classes() -> None:
 def test_a_new_bundle_is_sealed_and_the_old_one_stays(
     tiny_bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
-    before = {one.name: one.read_bytes() for one in tiny_bundle.iterdir()}
+    before = {path.name: path.read_bytes() for path in tiny_bundle.iterdir()}
     out = tmp_path / "new"
     calibrated = recalibrate_bundle(tiny_bundle, photos, out, SETTINGS)
-    assert {one.name: one.read_bytes() for one in tiny_bundle.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in tiny_bundle.iterdir()} == before
     session = Session(out, threads=1)
     manifest = session.manifest
     assert manifest.default_operating_point == "risk-10"
-    assert [one.name for one in manifest.left_out] == ["risk-0.1"]
+    assert [missing.name for missing in manifest.left_out] == ["risk-0.1"]
     assert manifest.temperatures == calibrated.temperatures
     # What was promised is what runs: the certificate's own images, answered by the sealed bundle.
     images = load_tune_and_certify(photos, CLASSES, (8, 8, 1)).certify
@@ -246,58 +247,42 @@ def test_words_that_are_no_numbers() -> None:
 # ---------------------------------------------------------------- the command
 
 
-def run(*arguments: str) -> None:
-    sys.argv = ["erde", *arguments]
-    with pytest.raises(SystemExit) as stopped:
-        main.main()
-    assert stopped.value.code == 0
+@pytest.fixture
+def calibrate(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[str, str]]:
+    """``erde calibrate`` of a bundle on the photos: stdout and stderr."""
+
+    def run(folder: Path, *options: str) -> tuple[str, str]:
+        arguments = ("calibrate", str(folder), "--data", str(photos), "--score", "margin", *options)
+        monkeypatch.setattr(sys, "argv", ["erde", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+        assert stopped.value.code == 0
+        return capsys.readouterr()
+
+    return run
 
 
 def test_the_command_calibrates_a_bundle(
-    tiny_bundle: Path,
-    photos: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    calibrate: Callable[..., tuple[str, str]], bundle_copy: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [])
-    options = (
-        "--data",
-        str(photos),
-        "--max-risk",
-        "10%",
-        "--confidence",
-        "80%",
-        "--budget",
-        "80%",
-        "--score",
-        "margin",
-    )
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    run("calibrate", str(folder), *options, "--json")
-    lines = capsys.readouterr().out.splitlines()
-    found = json.loads(lines[-1])
-    assert found["out"] == str(tmp_path / "bundle-recalibrated")
-    assert found["default_operating_point"] == "risk-10"
-    assert lines[0] == f"bundle: {tmp_path / 'bundle-recalibrated'}"
-    assert bundle.read(tmp_path / "bundle-recalibrated").point("budget-80").note
+    out, _ = calibrate(bundle_copy, "--max-risk", "10%", "--confidence", "80%", "--budget", "80%", "--json")
+    recalibrated = bundle_copy.with_name("bundle-recalibrated")
+    lines = out.splitlines()
+    printed = json.loads(lines[-1])
+    assert printed["out"] == str(recalibrated)
+    assert printed["default_operating_point"] == "risk-10"
+    assert lines[0] == f"bundle: {recalibrated}"
+    assert bundle.read(recalibrated).point("budget-80").note
 
 
 def test_a_bundle_that_never_leaves_early_is_said(
-    tiny_bundle: Path,
-    photos: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    calibrate: Callable[..., tuple[str, str]], tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [])
     out = tmp_path / "out"
-    run(
-        "calibrate", str(tiny_bundle), "--data", str(photos), "--max-risk", "0.1%", "--budget", "80%", "--score", "margin",
-        "--out", str(out),
-    )  # fmt: skip
+    _, err = calibrate(tiny_bundle, "--max-risk", "0.1%", "--budget", "80%", "--out", str(out))
     assert (
         f"warning: risk-0.1 could not be certified, so the default operating point is no-exit: {out} never leaves early by "
         "default; name budget-80 where you use it, or give more images or a larger risk"
-        in capsys.readouterr().err
-    )
+    ) in err

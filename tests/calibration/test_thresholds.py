@@ -82,7 +82,8 @@ def test_path_tells_the_truth_of_itself(searched: tuple[ScoredSplit, ThresholdPa
 def test_thresholds_stand_strictly_between_scores(searched: tuple[ScoredSplit, ThresholdPath]) -> None:
     tune, path = searched
     for index in range(2):
-        used = sorted({one[index] for one in path.thresholds} - {None})
+        levels = {thresholds[index] for thresholds in path.thresholds}
+        used = sorted(level for level in levels if level is not None)
         scores = np.unique(tune.scores[index])
         places = np.searchsorted(scores, used)
         # Midway between neighbours; only the last one stands below all scores.
@@ -101,17 +102,19 @@ def test_path_with_tied_scores() -> None:
     assert (np.diff(path.macs) < 0).all()
     assert path.macs[-1] == 42
     for index in range(2):
-        assert not np.isin([one[index] for one in path.thresholds if one[index]], tune.scores[index]).any()
+        assert not np.isin(
+            [levels[index] for levels in path.thresholds if levels[index]], tune.scores[index]
+        ).any()
 
 
 def test_path_of_neighbouring_floats() -> None:
-    one = np.nextafter(1.0, 0)
-    scores = np.array([[1.0, one, 0.5, 1.0], [1.0, one, 0.25, 0.75], [0.0] * 4])
+    below = np.nextafter(1.0, 0)
+    scores = np.array([[1.0, below, 0.5, 1.0], [1.0, below, 0.25, 0.75], [0.0] * 4])
     harm = np.array([[False, True, False, False]] + [[False] * 4] * 2)
     tune = ScoredSplit(scores, ~harm, np.ones(4, dtype=bool))
     path = search_path(tune, COST)
     assert path.macs[-1] == 42
-    assert not {1.0, one} & {threshold for thresholds in path.thresholds for threshold in thresholds}
+    assert not {1.0, below} & {threshold for thresholds in path.thresholds for threshold in thresholds}
     for thresholds, risk, macs in zip(path.thresholds, path.risk, path.macs, strict=True):
         assert (tune.measure(thresholds, COST).risk, tune.measure(thresholds, COST).macs) == (risk, macs)
 
@@ -126,8 +129,8 @@ def test_path_of_a_single_exit() -> None:
 def every_pair(tune: ScoredSplit) -> tuple[np.ndarray, np.ndarray]:
     """Risk and MACs of every pair of thresholds of the two grids, disabled included."""
     grids = [[None, *_threshold_grid(tune.scores[index])] for index in range(2)]
-    found = sweep(tune, list(itertools.product(*grids)))
-    return found.lost / found.images, found.macs(COST)
+    counts = sweep(tune, list(itertools.product(*grids)))
+    return counts.lost / counts.images, counts.macs(COST)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -138,10 +141,10 @@ def test_greedy_saves_nearly_as_much_as_exhaustive_search(seed: int) -> None:
     assert len(macs) == (GRID_LEVELS + 1) ** 2
     for max_risk in (0.005, 0.01, 0.02, 0.05):
         best = 1 - macs[risks <= max_risk].min() / COST.no_exit_macs
-        found = 1 - path.macs[best_within_risk(path, max_risk)] / COST.no_exit_macs
+        saved = 1 - path.macs[best_within_risk(path, max_risk)] / COST.no_exit_macs
         assert best > 0.04
-        assert found <= best + 1e-12
-        assert found >= 0.95 * best, (max_risk, found / best)
+        assert saved <= best + 1e-12
+        assert saved >= 0.95 * best, (max_risk, saved / best)
 
 
 def test_best_within_risk() -> None:
@@ -164,27 +167,27 @@ def test_a_sweep_equals_one_decision_after_another() -> None:
     vectors = [
         [None if generator.random() < 0.2 else float(generator.random()) for _ in range(3)] for _ in range(50)
     ]
-    found = sweep(split, vectors)
+    counts = sweep(split, vectors)
     for index, vector in enumerate(vectors):
         exits = policy.decide(split.scores, vector)
         right = policy.take_exit(logits, exits).argmax(-1) == labels
-        assert found.leaving[index].tolist() == np.bincount(exits, minlength=4).tolist()
-        assert found.right[index] == right.sum()
-        assert found.lost[index] == (reference & ~right).sum()
-        assert found.won[index] == (right & ~reference).sum()
+        assert counts.leaving[index].tolist() == np.bincount(exits, minlength=4).tolist()
+        assert counts.right[index] == right.sum()
+        assert counts.lost[index] == (reference & ~right).sum()
+        assert counts.won[index] == (right & ~reference).sum()
 
 
 def test_a_measured_point_adds_up() -> None:
     split = tune_scored()
     cost = Cost((42, 71, 104), 100, (0.5, 0.75, 1.0))
-    found = split.measure([0.8, 0.6], cost)
+    measured = split.measure([0.8, 0.6], cost)
     exits = policy.decide(split.scores, [0.8, 0.6])
-    assert found.milliseconds == pytest.approx(np.array([0.5, 0.75, 1.0])[exits].mean())
-    assert found.macs == pytest.approx(np.array([42, 71, 104])[exits].mean())
+    assert measured.milliseconds == pytest.approx(np.array([0.5, 0.75, 1.0])[exits].mean())
+    assert measured.macs == pytest.approx(np.array([42, 71, 104])[exits].mean())
     final = split.right[-1].mean()
     # What is lost and not won back is exactly the drop of accuracy against the final exit.
-    assert found.net_drop == pytest.approx(final - found.accuracy)
-    assert found.net_drop <= found.risk
+    assert measured.net_drop == pytest.approx(final - measured.accuracy)
+    assert measured.net_drop <= measured.risk
     assert split.measure([0.8, 0.6], COST).milliseconds is None
 
 

@@ -46,7 +46,7 @@ def keys_in(section: BaseModel, place: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("what", "names"),
+    ("topic", "names"),
     [
         ("recipes", set(shipped_recipes())),
         ("backbones", {*BACKBONES, "timm/<name>"}),
@@ -57,9 +57,9 @@ def keys_in(section: BaseModel, place: str = "") -> Iterator[str]:
     ],
 )
 def test_list(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, names: set[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], topic: str, names: set[str]
 ) -> None:
-    code, out, _ = run(monkeypatch, capsys, "list", what, "--json")
+    code, out, _ = run(monkeypatch, capsys, "list", topic, "--json")
     lines = out.splitlines()
     assert code == 0
     assert set(json.loads(lines[-1])) == names
@@ -88,10 +88,10 @@ def test_cost_is_that_of_the_network(
         head="linear",
     )
     expected = network_cost(network, (3, 32, 32))
-    found = json.loads(out.splitlines()[-1])
+    summary = json.loads(out.splitlines()[-1])
     assert code == 0
-    assert found["macs"] == list(expected.macs)
-    assert found["exit_names"] == ["group1_block2", "group2_block1", "final"]
+    assert summary["macs"] == list(expected.macs)
+    assert summary["exit_names"] == ["group1_block2", "group2_block1", "final"]
     for macs in expected.macs:
         assert f"{macs:,}" in out
 
@@ -104,12 +104,12 @@ def test_cost_of_a_timm_model_draws_where_the_exits_stand(
     )
     assert code == 0
     *lines, shares, last = out.splitlines()
-    found = json.loads(last)
+    summary = json.loads(last)
     line = lines[-1].split("|")[1]
-    for index, macs in enumerate(found["macs"]):
-        assert line.index(str(index)) == round(64 * macs / found["macs"][-1])
-        assert f"{macs / found['no_exit_macs']:.0%}" in shares
-        assert f"{found['head_macs'][index]:,}" in out
+    for index, macs in enumerate(summary["macs"]):
+        assert line.index(str(index)) == round(64 * macs / summary["macs"][-1])
+        assert f"{macs / summary['no_exit_macs']:.0%}" in shares
+        assert f"{summary['head_macs'][index]:,}" in out
     assert set(line) == {"-", "0", "1", "2"}
 
 
@@ -349,11 +349,11 @@ def test_a_profile_from_the_command_line(
     assert json.loads(out.splitlines()[-1]) == written
     assert (written["threads"], written["rounds"], set(written["milliseconds"])) == (1, 2, {"1", "3"})
     assert len(written["gather_milliseconds"]) == 2
-    assert all(one > 0 for times in written["milliseconds"].values() for one in times)
+    assert all(value > 0 for times in written["milliseconds"].values() for value in times)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("arguments", "message"),
     [
         (("bundle", "profile", "BUNDLE", "--batch-sizes", "8"), "batch sizes 8 and 30 rounds: expected 1 among"),
         (("bundle", "profile", "BUNDLE", "--batch-sizes", "1,0"), "--batch-sizes is '1,0', expected numbers from 1 to 100,000"),
@@ -373,13 +373,13 @@ def test_a_profile_from_the_command_line(
 )  # fmt: skip
 def test_bad_arguments_of_bundle_commands(
     arguments: tuple[str, ...],
-    what: str,
+    message: str,
     tiny_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = [str(tiny_bundle) if one == "BUNDLE" else one for one in arguments]
+    given = [str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments]
     code, _, err = run(monkeypatch, capsys, *given)
     assert code == 2
-    assert what in err
+    assert message in err
     assert err.count("\n") == 1

@@ -4,6 +4,7 @@ import io
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from erde.common.array_file import ArrayFileError, read_npz
 
 
 def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, Any] = {
         "a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
         "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
         "empty": np.empty((0, 3)),
@@ -21,12 +22,12 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
         "zeros": np.zeros(10_000),
     }
     for save in (np.savez, np.savez_compressed):
-        save(tmp_path / "some.npz", **arrays)  # type: ignore[operator]
-        found = read_npz(tmp_path / "some.npz")
-        assert list(found) == list(arrays)
+        save(tmp_path / "some.npz", **arrays)
+        loaded = read_npz(tmp_path / "some.npz")
+        assert list(loaded) == list(arrays)
         for name, array in arrays.items():
-            assert np.array_equal(found[name], array)
-            assert found[name].dtype == array.dtype
+            assert np.array_equal(loaded[name], array)
+            assert loaded[name].dtype == array.dtype
 
 
 def npy(header: str, data: bytes = b"") -> bytes:

@@ -15,10 +15,10 @@ from erde.common import environment
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = environment.versions()
-    assert found["python"] == platform.python_version()
-    assert found["erde"] == erde.__version__
-    assert {name: found[name] for name in ("torch", "numpy", "onnxruntime")} == {
+    versions = environment.versions()
+    assert versions["python"] == platform.python_version()
+    assert versions["erde"] == erde.__version__
+    assert {name: versions[name] for name in ("torch", "numpy", "onnxruntime")} == {
         name: version(name) for name in ("torch", "numpy", "onnxruntime")
     }
     # What is not installed is left out.
@@ -27,8 +27,8 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_commit_of_this_checkout() -> None:
-    found = environment.commit()
-    assert found is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", found)
+    commit = environment.commit()
+    assert commit is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", commit)
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -60,11 +60,11 @@ def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_describe_on_the_cpu() -> None:
-    found = environment.describe("cpu", threads=3)
-    assert json.loads(json.dumps(found)) == found
-    assert (found["device"], found["gpu"], found["threads"]) == ("cpu", None, 3)
-    assert found["versions"] == environment.versions()
-    assert found["commit"] == environment.commit()
-    assert 1 <= found["cpus"] <= (os.cpu_count() or 1)
-    assert found["cpu"]
-    assert found["platform"] == platform.platform()
+    description = environment.describe("cpu", threads=3)
+    assert json.loads(json.dumps(description)) == description
+    assert (description["device"], description["gpu"], description["threads"]) == ("cpu", None, 3)
+    assert description["versions"] == environment.versions()
+    assert description["commit"] == environment.commit()
+    assert 1 <= description["cpus"] <= (os.cpu_count() or 1)
+    assert description["cpu"]
+    assert description["platform"] == platform.platform()

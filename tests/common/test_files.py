@@ -102,9 +102,9 @@ def test_a_replaced_folder_keeps_nothing_of_the_old_one(tmp_path: Path) -> None:
 
 def test_writers_of_the_same_file_do_not_share_a_half(tmp_path: Path) -> None:
     path = tmp_path / "some.txt"
-    with replacing_file(path) as one, replacing_file(path) as other:
-        assert one != other
-        one.write_text("one")
+    with replacing_file(path) as first, replacing_file(path) as other:
+        assert first != other
+        first.write_text("one")
         other.write_text("other")
     assert get(path) == "one"
 
@@ -136,8 +136,17 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(
 ) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (order.append("fsync"), fsync(number))[1])
-    monkeypatch.setattr(os, "replace", lambda *paths: (order.append("replace"), replace(*paths))[1])
+
+    def watched_fsync(number: int) -> None:
+        order.append("fsync")
+        fsync(number)
+
+    def watched_replace(old: Path, new: Path) -> None:
+        order.append("replace")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
     write_text(tmp_path / "some.txt", "new")
     assert order == ["fsync", "replace"]
 
@@ -439,5 +448,5 @@ while done < 20:
 """
     (tmp_path / "number").write_text("0")
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
-    assert [one.wait() for one in processes] == [0] * 4
+    assert [process.wait() for process in processes] == [0] * 4
     assert (tmp_path / "number").read_text() == "80"

@@ -27,9 +27,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **settings: object) -> bytes:
 def test_16_bit_gray_is_scaled_not_clipped() -> None:
     deep = (np.arange(64, dtype=np.uint16) * 1040).reshape(8, 8)
     for kind in ("PNG", "TIFF"):
-        found = to_array(open_image(encoded(Image.fromarray(deep), kind), "deep"), 8, 8, 1)[..., 0]
-        assert np.array_equal(found, np.round(deep / 257))
-        assert len(np.unique(found)) == 64
+        array = to_array(open_image(encoded(Image.fromarray(deep), kind), "deep"), 8, 8, 1)[..., 0]
+        assert np.array_equal(array, np.round(deep / 257))
+        assert len(np.unique(array)) == 64
 
 
 @pytest.mark.parametrize("mode", ["F", "I", "LAB"])
@@ -42,16 +42,16 @@ def test_pixels_without_an_agreed_white_are_refused(mode: str) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_formats_that_are_read(kind: str) -> None:
     pixels = np.full((6, 4, 3), 200, dtype=np.uint8)
-    found = to_array(open_image(encoded(Image.fromarray(pixels), kind), "x"), 6, 4, 3)
-    assert np.abs(found.astype(int) - 200).max() <= 2
+    array = to_array(open_image(encoded(Image.fromarray(pixels), kind), "x"), 6, 4, 3)
+    assert np.abs(array.astype(int) - 200).max() <= 2
 
 
 def test_of_a_gif_the_first_frame_is_taken() -> None:
     frames = [Image.new("L", (4, 4), value) for value in (10, 200)]
-    found = to_array(
+    array = to_array(
         open_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "x"), 4, 4, 1
     )
-    assert (found == 10).all()
+    assert (array == 10).all()
 
 
 def test_other_formats_start_nothing(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_images_are_set_upright(kind: str, orientation: int) -> None:
 
 def test_damaged_exif_is_no_reason_to_refuse() -> None:
     image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
-    found = open_image(encoded(image, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), "x")
-    assert np.array_equal(to_array(found, 8, 8, 1)[..., 0], np.asarray(image))
+    opened = open_image(encoded(image, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), "x")
+    assert np.array_equal(to_array(opened, 8, 8, 1)[..., 0], np.asarray(image))
 
 
 def peak_mib() -> float:
@@ -113,17 +113,17 @@ def peak_mib() -> float:
 def test_a_strip_takes_little_memory(size: tuple[int, int], tmp_path: Path) -> None:
     Image.new("L", size, 77).save(tmp_path / "strip.png")
     before = peak_mib()
-    found = load_image(tmp_path / "strip.png", (224, 224, 3))
+    array = load_image(tmp_path / "strip.png", (224, 224, 3))
     assert peak_mib() - before < 100
-    assert found.shape == (224, 224, 3)
-    assert (found == 77).all()
+    assert array.shape == (224, 224, 3)
+    assert (array == 77).all()
 
 
 def test_the_middle_of_a_strip() -> None:
     pixels = np.zeros((4, 4000), dtype=np.uint8)
     pixels[:, 1990:2010] = 255
-    found = to_array(Image.fromarray(pixels), 8, 8, 1)[..., 0]
-    assert (found == 255).all()
+    array = to_array(Image.fromarray(pixels), 8, 8, 1)[..., 0]
+    assert (array == 255).all()
 
 
 def test_up_to_the_limit_nothing_changes() -> None:
@@ -168,9 +168,9 @@ def test_resize_covers_then_crops_at_the_centre() -> None:
     # Left third black, middle white, right black: the centre crop of a wide image is white.
     pixels = np.zeros((10, 30, 3), dtype=np.uint8)
     pixels[:, 10:20] = 255
-    found = to_array(Image.fromarray(pixels), 8, 8, 3)
-    assert found.shape == (8, 8, 3)
-    assert found[:, 1:-1].min() == 255
+    array = to_array(Image.fromarray(pixels), 8, 8, 3)
+    assert array.shape == (8, 8, 3)
+    assert array[:, 1:-1].min() == 255
 
 
 def test_text_is_no_image() -> None:

@@ -75,10 +75,12 @@ def write_split(
     import datasets
 
     label = (
-        datasets.ClassLabel(names=[str(one) for one in range(names)]) if names else datasets.Value("int64")
+        datasets.ClassLabel(names=[str(number) for number in range(names)])
+        if names
+        else datasets.Value("int64")
     )
     features = datasets.Features({image: datasets.Image(), "label": label})
-    rows = [None if one is None else {"bytes": one, "path": None} for one in encoded]
+    rows = [None if content is None else {"bytes": content, "path": None} for content in encoded]
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict({image: rows, "label": labels}, features=features).to_parquet(path)
 
@@ -136,13 +138,13 @@ def test_digits_are_parted_completely() -> None:
         (int(label), np.round(image * 255 / 16).astype(np.uint8).tobytes())
         for image, label in zip(digits.images, digits.target, strict=True)
     )
-    found = sorted(
+    rows = sorted(
         (int(label), image.tobytes())
         for part in parts(splits)
         for image, label in zip(part.images, part.labels, strict=True)
     )
     # As a multiset: every image is in exactly one split, with its own label.
-    assert found == whole
+    assert rows == whole
 
 
 def test_splits_are_stratified() -> None:
@@ -167,13 +169,13 @@ def test_every_stretch_of_the_stratified_order_is_stratified(seed: int) -> None:
 
 
 def test_splits_are_decided_by_the_seed() -> None:
-    one, again, other = (
+    first, again, other = (
         load_data("digits", channels=1, seed=seed, **DIGITS).fingerprints() for seed in (3, 3, 4)
     )
-    assert one == again
-    assert [value["size"] for value in one.values()] == [1047, 300, 250, 200]
-    assert list(one) == ["train", "tune", "certify", "test"]
-    assert all(one[name]["fingerprint"] != other[name]["fingerprint"] for name in one)
+    assert first == again
+    assert [value["size"] for value in first.values()] == [1047, 300, 250, 200]
+    assert list(first) == ["train", "tune", "certify", "test"]
+    assert all(first[name]["fingerprint"] != other[name]["fingerprint"] for name in first)
 
 
 def test_train_subset_moves_no_other_split() -> None:
@@ -278,7 +280,7 @@ def test_images_are_resized_where_asked(tmp_path: Path) -> None:
     write_split(tmp_path / "set" / "train.parquet", encoded, [row % 10 for row in range(200)])
     splits = load(tmp_path / "set", image_size=5, test_size=50)
     assert splits.image_shape == (5, 5, 3)
-    known = {to_array(Image.open(io.BytesIO(one)), 5, 5, 3).tobytes() for one in encoded}
+    known = {to_array(Image.open(io.BytesIO(value)), 5, 5, 3).tobytes() for value in encoded}
     assert {image.tobytes() for part in parts(splits) for image in part.images} == known
 
 
@@ -287,22 +289,22 @@ def test_resize_covers_then_crops_the_centre() -> None:
     array = np.zeros((4, 12, 3), np.uint8)
     for index in range(3):
         array[:, 4 * index : 4 * index + 4, index] = 255
-    found = to_array(Image.fromarray(array), 4, 4, 3)
-    assert (found == [0, 255, 0]).all()
+    shrunk = to_array(Image.fromarray(array), 4, 4, 3)
+    assert (shrunk == [0, 255, 0]).all()
     assert to_array(Image.fromarray(array), 2, 2, 1).shape == (2, 2, 1)
 
 
 @pytest.mark.parametrize("streaming", ["never", "always"])
 def test_streaming_changes_nothing(root: Path, streaming: Any) -> None:
-    resident, found = load(root / "svhn"), load(root / "svhn", streaming=streaming)
-    assert isinstance(found.train.images, np.ndarray) == (streaming == "never")
+    resident, splits = load(root / "svhn"), load(root / "svhn", streaming=streaming)
+    assert isinstance(splits.train.images, np.ndarray) == (streaming == "never")
     held_out = ("tune", "certify", "test")
-    prints, expected_prints = found.fingerprints(), resident.fingerprints()
+    prints, expected_prints = splits.fingerprints(), resident.fingerprints()
     assert [prints[name] for name in held_out] == [expected_prints[name] for name in held_out]
     # Streamed train images are told apart without decoding them (tests/data/test_streaming.py).
     assert (prints["train"] == expected_prints["train"]) == (streaming == "never")
-    assert (found.mean, found.std) == (resident.mean, resident.std)
-    share, expected = found.train_share(64, skip=20), resident.train_share(64, skip=20)
+    assert (splits.mean, splits.std) == (resident.mean, resident.std)
+    share, expected = splits.train_share(64, skip=20), resident.train_share(64, skip=20)
     assert all(np.array_equal(x, y) for x, y in zip(share.batches(50), expected.batches(50), strict=True))
     for workers in (0, 1):
         streamed = make_batches(share, workers=workers).epoch(1, first_step=1)
@@ -330,6 +332,7 @@ def test_streaming_leaves_torchs_own_generator_alone(root: Path) -> None:
 
 def test_mean_and_std_are_measured_on_train(root: Path) -> None:
     splits = load(root / "svhn")
+    assert isinstance(splits.train.images, np.ndarray)
     values = splits.train.images.astype(np.float64) / 255
     assert splits.mean == pytest.approx(values.mean(axis=(0, 1, 2)), abs=6e-5)
     assert splits.std == pytest.approx(values.std(axis=(0, 1, 2)), abs=6e-5)
@@ -378,21 +381,21 @@ def train_split() -> TrainSplit:
 
 
 def assert_equal_batches(first: Any, second: Any) -> None:
-    for one, other in zip(first, second, strict=True):
-        assert one.seed == other.seed
-        assert torch.equal(one.indices, other.indices)
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
+    for batch, other in zip(first, second, strict=True):
+        assert batch.seed == other.seed
+        assert torch.equal(batch.indices, other.indices)
+        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.labels, other.labels)
 
 
 def test_batches_are_a_function_of_seed_epoch_and_step(train_split: TrainSplit) -> None:
-    one = list(make_batches(train_split).epoch(3))
+    epoch = list(make_batches(train_split).epoch(3))
     torch.rand(5)
     again = make_batches(train_split)
     list(again.epoch(0))
-    assert_equal_batches(one, again.epoch(3))
+    assert_equal_batches(epoch, again.epoch(3))
     for other in (make_batches(train_split).epoch(4), make_batches(train_split, seed=6).epoch(3)):
-        assert not torch.equal(one[0][0], next(other)[0])
+        assert not torch.equal(epoch[0][0], next(other)[0])
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 2, 3])
@@ -410,11 +413,13 @@ def test_an_epoch_shows_every_image_once(train_split: TrainSplit) -> None:
     for epoch in (0, 1):
         x = torch.cat([images for images, *_ in batches.epoch(epoch)])
         y = torch.cat([labels for _, labels, *_ in batches.epoch(epoch)])
-        found = sorted(zip(x.permute(0, 2, 3, 1).reshape(50, -1).tolist(), y.tolist(), strict=True))
+        rows = sorted(zip(x.permute(0, 2, 3, 1).reshape(50, -1).tolist(), y.tolist(), strict=True))
         pixels = (torch.from_numpy(train_split.images).float() / 255).reshape(50, -1)
         expected = sorted(zip(pixels.tolist(), train_split.labels.tolist(), strict=True))
-        np.testing.assert_allclose([one for one, _ in found], [one for one, _ in expected], atol=1e-6)
-        assert [label for _, label in found] == [label for _, label in expected]
+        np.testing.assert_allclose(
+            [values for values, _ in rows], [values for values, _ in expected], atol=1e-6
+        )
+        assert [label for _, label in rows] == [label for _, label in expected]
 
 
 def test_batches_are_float32_channels_last(train_split: TrainSplit) -> None:
@@ -473,12 +478,12 @@ def test_draws_cover_their_ranges_evenly(train_split: TrainSplit) -> None:
     batches = make_batches(train_split)
     draws = [batches._draw(epoch) for epoch in range(60)]
     for name, high in (("top", 5), ("left", 5), ("flip", 2), ("hole_top", 6), ("hole_left", 9)):
-        values = torch.cat([one[name].flatten() for one in draws])
+        values = torch.cat([draw[name].flatten() for draw in draws])
         counts = torch.bincount(values, minlength=high) / len(values)
         assert len(counts) == high
         assert float((counts - 1 / high).abs().max()) < 0.03
     # Independent of each other.
-    top, left = (torch.cat([one[name].flatten() for one in draws]).float() for name in ("top", "left"))
+    top, left = (torch.cat([draw[name].flatten() for draw in draws]).float() for name in ("top", "left"))
     assert abs(float(torch.corrcoef(torch.stack([top, left]))[0, 1])) < 0.1
 
 
@@ -565,8 +570,8 @@ def replace_row(folder: Path, row: int, encoded: Any, label: Any = None, names: 
     ids=["text", "truncated", "size", "null"],
 )
 def test_one_bad_image_among_good_ones(tmp_path: Path, streaming: str, encoded: Any, message: str) -> None:
-    found = refusal(replace_row(tmp_path / "set", 123, encoded), streaming=streaming, test_size=50)
-    assert found.startswith(f"data set '{tmp_path / 'set'}', split 'train', row 123 {message}")
+    refused = refusal(replace_row(tmp_path / "set", 123, encoded), streaming=streaming, test_size=50)
+    assert refused.startswith(f"data set '{tmp_path / 'set'}', split 'train', row 123 {message}")
 
 
 @pytest.mark.parametrize("streaming", ["never", "always"])
@@ -583,8 +588,8 @@ def test_gray_and_transparent_images_are_converted(
     gray = load(tmp_path / "set", test_size=50, streaming=streaming, channels=1)
     assert (colour.image_shape, gray.image_shape) == ((8, 8, 3), (8, 8, 1))
     for part, channels in ((colour.train, 3), (gray.train, 1)):
-        expected = {to_array(Image.fromarray(one), 8, 8, channels).tobytes() for one in pictures}
-        assert {one.tobytes() for one in part.images[np.arange(len(part))]} <= expected
+        expected = {to_array(Image.fromarray(picture), 8, 8, channels).tobytes() for picture in pictures}
+        assert {row.tobytes() for row in part.images[np.arange(len(part))]} <= expected
 
 
 def damaged_set(folder: Path, rows: Sequence[int] = (0, 5, 123)) -> Path:
@@ -615,7 +620,7 @@ def test_bad_images_can_be_left_out(
     folder = damaged_set(tmp_path / "set")
     splits = load(folder, test_size=50, skip_unreadable=True, streaming=streaming)
     assert "skipped 3 of 240 images: 3 images cannot be read: " in capsys.readouterr().err
-    seen = {one.tobytes(): label for part in parts(splits) for one, label in rows_and_labels(part)}
+    seen = {row.tobytes(): label for part in parts(splits) for row, label in rows_and_labels(part)}
     assert seen == {picture(row).tobytes(): row % 10 for row in range(240) if row not in (0, 5, 123)}
     none = refusal(damaged_set(tmp_path / "none", range(240)), skip_unreadable=True, streaming=streaming)
     assert "split 'train' has no image that can be read: 240 images cannot be read" in none
@@ -740,10 +745,10 @@ def test_labels_that_are_words(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_do_not_fit(root: Path, settings: dict[str, Any], message: str) -> None:
-    found = refusal(root / "svhn", **settings)
+    refused = refusal(root / "svhn", **settings)
     before, dot, after = message.partition("'.'")
-    assert before in found
-    assert not dot or after in found
+    assert before in refused
+    assert not dot or after in refused
 
 
 def test_too_few_images_for_a_test_split() -> None:
@@ -795,7 +800,7 @@ def test_batch_larger_than_the_train_split(train_split: TrainSplit) -> None:
 
 
 def seen_in(splits: DataSplits) -> list[list[bytes]]:
-    return [[one.tobytes() for one, _ in rows_and_labels(part)] for part in parts(splits)]
+    return [[row.tobytes() for row, _ in rows_and_labels(part)] for part in parts(splits)]
 
 
 @pytest.mark.parametrize("streaming", ["never", "always"])
@@ -825,8 +830,8 @@ def test_copies_stand_on_one_side(tmp_path: Path, streaming: str, capsys: pytest
     capsys.readouterr()
     splits = load_splits(config, 0)
     train, tune, certify, test = after = seen_in(splits)
-    for one, other in ((train, tune), (train, certify), (train, test), (tune, certify), (tune, test)):
-        assert not set(one) & set(other)
+    for first, second in ((train, tune), (train, certify), (train, test), (tune, certify), (tune, test)):
+        assert not set(first) & set(second)
     assert len(set(certify)) == len(certify)
     assert set(certify) == set(before[2])
     assert test == before[3]
@@ -842,12 +847,13 @@ def test_a_run_that_began_with_copies_goes_on(tmp_path: Path) -> None:
     old, new = (load_splits(config, 0, copies_apart=apart).fingerprints() for apart in (False, True))
     assert old != new
     run: Any = SimpleNamespace(config=SimpleNamespace(data=config, seed=0), folder=tmp_path)
+    splits_of = vars(Run)["data"].func
     for begun_with in (old, new):
         (tmp_path / "splits.json").write_text(json.dumps(begun_with))
-        assert Run.data.func(run).fingerprints() == begun_with
+        assert splits_of(run).fingerprints() == begun_with
     (tmp_path / "splits.json").write_text(json.dumps({**old, "train": new["train"]}))
     with pytest.raises(UserError, match="is not the one that this run started with"):
-        Run.data.func(run)
+        splits_of(run)
 
 
 def test_streamed_files_of_one_size_are_no_copies(tmp_path: Path) -> None:
@@ -859,7 +865,7 @@ def test_streamed_files_of_one_size_are_no_copies(tmp_path: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(place / f"{row}.bmp")
     splits = load(tmp_path / "set", test_size=40, streaming="always")
-    assert [len(one) for one in parts(splits)] == [90, 30, 40, 40]
+    assert [len(part) for part in parts(splits)] == [90, 30, 40, 40]
 
 
 def write_groups(folder: Path, groups: list[Any]) -> Path:
@@ -889,9 +895,9 @@ def test_a_group_stays_in_one_split(tmp_path: Path, streaming: str) -> None:
     folder = write_groups(tmp_path / "set", groups)
     group_of = {picture(row).tobytes(): groups[row] for row in range(240)}
     splits = load(folder, group="patient", test_size=40, streaming=streaming)
-    found = [{group_of[one] for one in part} for part in seen_in(splits)]
-    for one, other in itertools.combinations(found, 2):
-        assert not one & other
+    kept = [{group_of[image] for image in part} for part in seen_in(splits)]
+    for first, second in itertools.combinations(kept, 2):
+        assert not first & second
     sizes = [len(part) for part in parts(splits)]
     assert sum(sizes) == 240
     for size, least in zip(sizes[1:], (30, 40, 40), strict=True):

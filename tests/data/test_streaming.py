@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from erde.common.images import converted
 from erde.common.splits import TrainSplit
 from erde.data import encoded
 from erde.data.batches import TrainBatches
@@ -78,15 +79,15 @@ def load(folder: Path, **settings: Any) -> DataSplits:
 
 def make_batches(split: TrainSplit, **arguments: Any) -> TrainBatches:
     settings = {"batch_size": 16, "seed": 3, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    return TrainBatches(split, **{**settings, "device": torch.device("cpu"), **arguments})  # type: ignore[arg-type]
+    return TrainBatches(split, **{**settings, "device": torch.device("cpu"), **arguments})
 
 
 def see(batches: TrainBatches, epoch: int, first_step: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(batch.images, batch.labels) for batch in batches.epoch(epoch, first_step)]
 
 
-def same(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, ...]]) -> bool:
-    pairs = list(zip(one, other, strict=True))
+def same(first: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, ...]]) -> bool:
+    pairs = list(zip(first, other, strict=True))
     return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in pairs)
 
 
@@ -110,9 +111,9 @@ def test_batches_do_not_depend_on_workers_or_on_a_resume(
         assert same(see(batches[workers], 0), first), workers
         # Killed after four steps and continued, by workers that have seen an epoch and by new ones.
         again = make_batches(split, augmentation=augmentation, workers=workers)
-        for one in (batches[workers], again):
-            assert same(see(one, 1, first_step=4), second[4:]), workers
-            assert same(see(one, 1), second), workers
+        for loader in (batches[workers], again):
+            assert same(see(loader, 1, first_step=4), second[4:]), workers
+            assert same(see(loader, 1), second), workers
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -167,12 +168,12 @@ def test_an_older_pass_cannot_go_on_with_a_newer_ones_images(folder: Path) -> No
 
 def test_threads_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = load(folder).train.images
-    found = {}
+    read = {}
     for cpus in (1, 4):
         monkeypatch.setattr(encoded, "available_cpus", lambda cpus=cpus: cpus)
-        found[cpus] = images[0:100]
-    assert len(found[1]) == 100
-    assert np.array_equal(found[1], found[4])
+        read[cpus] = images[0:100]
+    assert len(read[1]) == 100
+    assert np.array_equal(read[1], read[4])
 
 
 def test_training_on_streamed_images_resumes_to_the_bit(
@@ -217,10 +218,10 @@ def test_training_on_streamed_images_resumes_to_the_bit(
     assert (state["epoch"], 0 < state["step"] < 6) == (1, True)
     fit(tmp_path / "killed")
     expected, _ = checkpoint.load(tmp_path / "whole" / FINAL)
-    found, _ = checkpoint.load(tmp_path / "killed" / FINAL)
+    saved, _ = checkpoint.load(tmp_path / "killed" / FINAL)
     assert whole
-    assert all(torch.equal(found[name], one) for name, one in expected.items())
-    assert not all(torch.equal(tensors[name], one) for name, one in expected.items() if name in tensors)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    assert not all(torch.equal(tensors[name], tensor) for name, tensor in expected.items() if name in tensors)
 
 
 # ---------------------------------------------------------------- random parts
@@ -272,8 +273,8 @@ def bilinear(array: NDArray[np.float64], box: tuple[int, int, int, int], size: i
         scale = (stop - start) / size
         support = max(1.0, scale)
         centres = start + (np.arange(size)[:, None] + 0.5) * scale
-        found = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - centres) / support)
-        return found / found.sum(axis=1, keepdims=True)
+        weights = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - centres) / support)
+        return weights / weights.sum(axis=1, keepdims=True)
 
     rows, columns = weights(top, bottom, array.shape[0]), weights(left, right, array.shape[1])
     return np.einsum("ih,jw,hwc->ijc", rows, columns, array, optimize=True)
@@ -282,23 +283,25 @@ def bilinear(array: NDArray[np.float64], box: tuple[int, int, int, int], size: i
 @pytest.mark.parametrize("box", [(3, 5, 40, 34), (10, 8, 21, 17)], ids=["shrunk", "grown"])
 def test_a_part_is_cut_and_resized(box: tuple[int, int, int, int]) -> None:
     image = photo(1, 48, 37)
-    found = pixels(encode(image), "", (24, 24, 3), False, lambda width, height: box)
+    resized = pixels(encode(image), "", (24, 24, 3), False, lambda width, height: box)
     expected = bilinear(np.asarray(image, dtype=np.float64), box, 24)
-    np.testing.assert_allclose(found, expected, atol=1.01)
+    np.testing.assert_allclose(resized, expected, atol=1.01)
 
 
 def test_a_large_part_of_a_jpeg_is_decoded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     value, box = encode(photo(2, 640, 480), "JPEG"), (100, 60, 580, 420)
     sizes = []
-    converted = encoded.converted
-    monkeypatch.setattr(
-        encoded, "converted", lambda image, channels: sizes.append(image.size) or converted(image, channels)
-    )
-    found = pixels(value, "", (90, 90, 3), False, lambda width, height: box)
+
+    def watched(image: Image.Image, channels: int) -> Any:
+        sizes.append(image.size)
+        return converted(image, channels)
+
+    monkeypatch.setattr(encoded, "converted", watched)
+    resized = pixels(value, "", (90, 90, 3), False, lambda width, height: box)
     # 360 pixels for 90: a quarter is enough.
     assert sizes == [(160, 120)]
     whole = np.asarray(Image.open(io.BytesIO(value["bytes"])), dtype=np.float64)
-    assert np.abs(found - bilinear(whole, box, 90)).mean() < 1.5
+    assert np.abs(resized - bilinear(whole, box, 90)).mean() < 1.5
     # Nothing is ever grown for it.
     pixels(value, "", (90, 90, 3), False, lambda width, height: (0, 0, 170, 170))
     assert sizes[1] == (640, 480)
@@ -310,12 +313,12 @@ def test_whole_images_are_decoded_as_the_deployed_network_sees_them(folder: Path
     splits = load(folder)
     known = {load_image(path, (24, 24, 3)).tobytes() for path in folder.rglob("*.jpg")}
     for part in (splits.train, splits.tune, splits.certify, splits.test):
-        assert {image.tobytes() for image in part.images[:]} <= known  # type: ignore[index]
+        assert {image.tobytes() for image in part.images[:]} <= known
 
 
 def test_resized_crop_streams_by_itself(folder: Path) -> None:
-    found = load(folder, streaming="auto", augmentation={"resized_crop": [0.5, 1]})
-    assert isinstance(found.train.images, StreamedImages)
+    splits = load(folder, streaming="auto", augmentation={"resized_crop": [0.5, 1]})
+    assert isinstance(splits.train.images, StreamedImages)
     assert isinstance(load(folder, streaming="auto").train.images, np.ndarray)
 
 
@@ -413,7 +416,7 @@ def test_fingerprint_of_streamed_train_images_is_sensitive(
     for file in sorted((renamed / "4").iterdir()):
         file.rename(file.with_name(f"x{file.name}"))
     order = np.arange(100)
-    prints = [whole, *(fingerprint(one) for one in (longer, other, renamed))]
+    prints = [whole, *(fingerprint(source) for source in (longer, other, renamed))]
     prints += [fingerprint(folder, rows) for rows in (order, order[::-1].copy(), order[:99])]
     # Sizes alone tell, where the bytes of hardly any image are looked at.
     monkeypatch.setattr(encoded, "CONTENT_IMAGES", 1)
@@ -437,15 +440,16 @@ def test_image_folders_are_what_the_datasets_library_makes_of_them(folder: Path,
     (parted / "train" / "2" / "LARGE.JPG").write_bytes((folder / "3" / "003.jpg").read_bytes())
     for place, splits in ((folder, {"train"}), (parted, {"train", "test"})):
         expected = datasets.load_dataset(str(place), cache_dir=str(tmp_path / "cache"))
-        found = open_image_folder(place)
-        assert found is not None
-        assert set(found) == set(expected) == splits
+        opened = open_image_folder(place)
+        assert opened is not None
+        assert set(opened) == set(expected) == splits
         for split in splits:
-            one, other = (
-                table[split].cast_column("image", datasets.Image(decode=False)) for table in (found, expected)
+            own, other = (
+                table[split].cast_column("image", datasets.Image(decode=False))
+                for table in (opened, expected)
             )
-            assert one.features == other.features
-            assert one[:] == other[:]
+            assert own.features == other.features
+            assert own[:] == other[:]
 
 
 @pytest.mark.parametrize(
@@ -527,8 +531,8 @@ def test_a_worker_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_worker_that_is_killed(folder: Path) -> None:
     images = load(folder).train.images
-    images.__class__ = _Deadly  # type: ignore[assignment]
-    loader = DecodedBatches(images, np.zeros(100, np.int64), workers=1, pin_memory=False)  # type: ignore[arg-type]
+    images.__class__ = _Deadly
+    loader = DecodedBatches(images, np.zeros(100, np.int64), workers=1, pin_memory=False)
     with user_error(r"a process that decodes images was killed, .* lower data\.workers"):
         list(loader.decode(0, np.arange(32).reshape(2, 16)))
 
@@ -557,9 +561,9 @@ def peak(folder: Path, streaming: str = "always", size: int = SIZE) -> dict[str,
         check=True,
         timeout=600,
     )
-    found: dict[str, Any] = json.loads(done.stdout)
-    print(f"\n{streaming}: {found}")
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout)
+    print(f"\n{streaming}: {measured}")
+    return measured
 
 
 def bound(few: dict[str, Any], process: str) -> float:

@@ -80,7 +80,7 @@ def test_the_view_that_a_batch_names_is_the_one_that_it_shows(views: int | None,
                 if epoch < 2:
                     shown = next(batches.view(view, np.array([[index]])))
                     assert torch.equal(shown[0], batch.images[row])
-    kinds = [len(one) for one in seen.values()]
+    kinds = [len(each) for each in seen.values()]
     assert max(kinds) == 3 if views else min(kinds) > 6
     assert len(seen) == 40
 

@@ -20,7 +20,7 @@ def results_without_times(folder: Path) -> dict[str, Any]:
 def assert_same_run(first: Path, second: Path) -> None:
     """Every file the same to the byte: weights, stages, logits, policies, bundle; results apart from times."""
     names = [
-        sorted(str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file())
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         for folder in (first, second)
     ]
     assert names[0] == names[1]
@@ -28,11 +28,11 @@ def assert_same_run(first: Path, second: Path) -> None:
         path = Path(name)
         if path.name in TIMES or name == "results.json":
             continue
-        one, other = (first / name).read_bytes(), (second / name).read_bytes()
+        left, right = (first / name).read_bytes(), (second / name).read_bytes()
         if path.suffix == ".safetensors":
             # The file's metadata holds the seconds that training took.
-            one, other = _weights(first / name), _weights(second / name)
-        assert one == other, f"{name} differs"
+            left, right = _weights(first / name), _weights(second / name)
+        assert left == right, f"{name} differs"
     assert results_without_times(first) == results_without_times(second)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from erde.cli import main
 
 # Small enough for seconds, large enough for every phase; the certify split stays the recipe's.
 TINY = (
@@ -19,6 +22,7 @@ TINY = (
     "teacher.backbone=resnet14",
     "threads=1",
 )
+Refused = Callable[..., str]
 
 
 def erde_process(*arguments: str, **keywords: object) -> subprocess.Popen[str]:
@@ -47,3 +51,33 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("tiny") / "run"
     out, _ = erde("run", *TINY, "--out", str(folder), "--json")
     return folder, out
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Refused:
+    """Run the command line in this process; the one line of its refusal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("ERDE_DATA", raising=False)
+
+    def run(*arguments: str) -> str:
+        before = files(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["erde", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+        assert stopped.value.code == 2
+        captured = capsys.readouterr()
+        errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, captured.err
+        assert "Traceback" not in captured.err
+        assert captured.err.splitlines()[-1] == errors[0]
+        assert files(tmp_path) == before, "something was written"
+        return errors[0]
+
+    return run
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path) for path in folder.rglob("*") if "cache" not in path.parts}

@@ -3,48 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from erde.cli import main
-
-from .conftest import TINY
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Refused:
-    """Run the command line in this process; the one line of its refusal."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("ERDE_DATA", raising=False)
-
-    def run(*arguments: str) -> str:
-        before = files(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["erde", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main.main()
-        assert stopped.value.code == 2
-        captured = capsys.readouterr()
-        errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, captured.err
-        assert "Traceback" not in captured.err
-        assert captured.err.splitlines()[-1] == errors[0]
-        assert files(tmp_path) == before, "something was written"
-        return errors[0]
-
-    return run
-
-
-def files(folder: Path) -> set[str]:
-    return {str(one) for one in folder.rglob("*") if "cache" not in one.parts}
+from .conftest import Refused
 
 
 def coloured_folder(folder: Path, mode: str = "RGB", per_class: int = 8) -> Path:
@@ -131,16 +95,16 @@ def test_too_few_images_for_a_split(refused: Refused, tmp_path: Path) -> None:
     assert "lower data.test_size" in line
 
 
-def test_an_image_file_that_is_text(refused: Refused, tmp_path: Path, tiny_run: tuple[Path, str]) -> None:
+def test_an_image_file_that_is_text(refused: Refused, tmp_path: Path, tiny_bundle: Path) -> None:
     (tmp_path / "note.png").write_text("no picture", encoding="utf-8")
-    bundle = str(tiny_run[0] / "bundle")
+    bundle = str(tiny_bundle)
     assert "note.png is not a readable image" in refused("predict", bundle, "note.png")
     assert "note.png" in refused("predict", bundle, "note.png", "--out", "answers.csv")
 
 
-def test_answers_into_a_folder(refused: Refused, tmp_path: Path, tiny_run: tuple[Path, str]) -> None:
+def test_answers_into_a_folder(refused: Refused, tmp_path: Path, tiny_bundle: Path) -> None:
     (tmp_path / "answers.csv").mkdir()
-    assert "which is a folder" in refused("predict", str(tiny_run[0] / "bundle"), ".", "--out", "answers.csv")
+    assert "which is a folder" in refused("predict", str(tiny_bundle), ".", "--out", "answers.csv")
 
 
 def test_an_out_folder_beneath_a_regular_file(refused: Refused, tmp_path: Path) -> None:
@@ -154,15 +118,9 @@ def test_a_folder_that_holds_something_else(refused: Refused, tmp_path: Path) ->
     assert "not empty" in refused("run", "digits", "--out", "thesis")
 
 
-def test_a_run_folder_of_another_config(refused: Refused, tiny_run: tuple[Path, str]) -> None:
-    line = refused("run", *TINY, "train.epochs=99", "--resume", "--out", str(tiny_run[0]))
-    assert "another recipe" in line
-    assert "99" in line
-
-
-def test_a_bundle_with_a_changed_byte(refused: Refused, tiny_run: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_bundle_with_a_changed_byte(refused: Refused, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    shutil.copytree(tiny_run[0] / "bundle", bundle)
+    shutil.copytree(tiny_bundle, bundle)
     stage = bundle / "stage_1.onnx"
     content = bytearray(stage.read_bytes())
     content[len(content) // 2] ^= 1
@@ -173,27 +131,3 @@ def test_a_bundle_with_a_changed_byte(refused: Refused, tiny_run: tuple[Path, st
         ("predict", str(bundle), "."),
     ):
         assert "stage_1.onnx does not match its checksum" in refused(*command)
-
-
-def test_what_a_bundle_and_a_run_cannot_be_asked(
-    refused: Refused, tiny_run: tuple[Path, str], tmp_path: Path
-) -> None:
-    folder = tiny_run[0]
-    assert "give labelled images with --data" in refused("calibrate", str(folder / "bundle"))
-    assert "knows its own MACs" in refused(
-        "calibrate", str(folder / "bundle"), "--data", "x", "--macs", "1,2,3"
-    )
-    assert "its own recipe says what to calibrate" in refused("calibrate", str(folder), "--max-risk", "1%")
-    assert "its results stay in its folder" in refused("evaluate", str(folder), "--out", "x.json")
-    assert "two runs or more" in refused("compare", str(folder))
-    assert "given twice" in refused("compare", str(folder), str(folder))
-
-
-def test_a_run_is_certified_once(tiny_run: tuple[Path, str], refused: Refused, tmp_path: Path) -> None:
-    """Editing the recipe after looking at what was certified voids the promise, so it is refused."""
-    folder = Path(shutil.copytree(tiny_run[0], tmp_path / "copy"))
-    recipe = folder / "config.yaml"
-    recipe.write_text(recipe.read_text().replace("confidence: 0.9", "confidence: 0.8"))
-    before = (folder / "arms" / "teacher" / "policy.json").read_bytes()
-    assert "these certify images already certified other choices" in refused("calibrate", str(folder))
-    assert (folder / "arms" / "teacher" / "policy.json").read_bytes() == before

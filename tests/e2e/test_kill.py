@@ -91,12 +91,9 @@ def test_killed_at_seeded_random_moments_it_ends_bit_for_bit_the_same(
     generator = random.Random(seed)
     kills = 0
     for _ in range(6):
-        seconds = generator.uniform(1.0, 9.0)
-        started = time.monotonic()
-        # Bound as defaults: the moment is asked later, in the loop's own time.
-        kills += kill_at(
-            folder, lambda _, started=started, seconds=seconds: time.monotonic() - started > seconds
-        )  # type: ignore[misc]
+        end = time.monotonic() + generator.uniform(1.0, 9.0)
+        # Bound as a default: it is asked later.
+        kills += kill_at(folder, lambda _, end=end: time.monotonic() > end)  # type: ignore[misc]
     assert kills >= 3
     erde(*start(folder))
     assert_same_run(tiny_run[0], folder)

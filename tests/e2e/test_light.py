@@ -81,13 +81,15 @@ def test_a_bundle_is_calibrated_anew_without_torch(tiny_run: tuple[Path, str], t
     done = erde("calibrate", str(folder / "bundle"), *options)
     assert done.returncode == 0, done.stderr
     (point,) = [
-        one for one in json.loads(done.stdout.splitlines()[-1])["operating_points"] if one["kind"] == "risk"
+        point
+        for point in json.loads(done.stdout.splitlines()[-1])["operating_points"]
+        if point["kind"] == "risk"
     ]
     assert point["certificate"]["confidence"] == 0.95
     assert "intact" in erde("bundle", "verify", "new").stdout
     logits = folder / "arms" / "erde" / "logits.npz"
-    options = ("--out", "policy.json", "--max-risk", "5%")
-    assert erde("calibrate", str(logits), *options).returncode == 0
+    calibrated = erde("calibrate", str(logits), "--out", "policy.json", "--max-risk", "5%")
+    assert calibrated.returncode == 0
     measured = erde("evaluate", str(logits), "--policy", "policy.json")
     assert "risk-5: accuracy" in measured.stdout, measured.stderr
     probe = "import importlib.util as u; print([n for n in ('torch', 'datasets', 'sklearn', 'onnxscript') if u.find_spec(n)])"
@@ -147,11 +149,11 @@ print(json.dumps({"exits": answer.exits.tolist(), "labels": answer.labels.tolist
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    answered = json.loads(done.stdout)
     expected = Session(folder / "bundle", threads=1).predict(images)
-    assert found["missing"] == ["torch", "scipy", "datasets", "sklearn", "onnx", "plotly"]
-    assert found["exits"] == expected.exits.tolist()
-    assert found["labels"] == expected.labels.tolist()
+    assert answered["missing"] == ["torch", "scipy", "datasets", "sklearn", "onnx", "plotly"]
+    assert answered["exits"] == expected.exits.tolist()
+    assert answered["labels"] == expected.labels.tolist()
 
     def erde(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(environment / "bin" / "erde"), *arguments]
@@ -174,8 +176,8 @@ print(json.dumps({"exits": answer.exits.tolist(), "labels": answer.labels.tolist
     timed = erde("bench", str(folder / "bundle"), *options)
     assert timed.returncode == 0, timed.stderr
     assert "no figure: pip install 'erde[analysis]'" in timed.stdout
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert {one["contender"] for one in found["measurements"]} >= {
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert {measurement["contender"] for measurement in report["measurements"]} >= {
         "no-exit.onnx",
         "risk-5",
         "every exit computed",
@@ -183,7 +185,11 @@ print(json.dumps({"exits": answer.exits.tolist(), "labels": answer.labels.tolist
     refused = erde("run", "digits")
     assert refused.returncode == 2
     assert "pip install 'erde[train]'" in refused.stderr
-    size = sum(one.stat().st_size for one in environment.rglob("*") if one.is_file() and not one.is_symlink())
-    pip = sum(one.stat().st_size for one in environment.glob("lib/*/site-packages/pip/**/*") if one.is_file())
+    size = sum(
+        path.stat().st_size for path in environment.rglob("*") if path.is_file() and not path.is_symlink()
+    )
+    pip = sum(
+        path.stat().st_size for path in environment.glob("lib/*/site-packages/pip/**/*") if path.is_file()
+    )
     print(f"base install without pip: {(size - pip) / 1e6:.0f} MB")
     assert (size - pip) / 1e6 <= 210

@@ -17,7 +17,7 @@ from erde.recipe.load import load_config
 from erde.runtime.session import Session
 
 from .compare import assert_same_run
-from .conftest import TINY, erde
+from .conftest import TINY, Refused, erde
 
 ARMS = ("teacher", "erde", "kd", "ce", "fixed-small", "fixed-tiny")
 
@@ -36,11 +36,11 @@ def test_run_leaves_exactly_the_documented_files(tiny_run: tuple[Path, str]) -> 
     stages = [f"stages/{name}" for name in ("stages.json", *(f"stage_{index}.onnx" for index in range(3)))]
     expected |= {f"arms/erde-int8/{name}" for name in ("logits.npz", "policy.json", *stages)}
     for arm in ARMS:
-        stages = range(1) if arm.startswith("fixed") else range(3)
+        exits = 1 if arm.startswith("fixed") else 3
         files = ["history.json", "timing.json", "logits.npz", "policy.json", "checkpoints/final.safetensors"]
-        files += ["stages/stages.json", *(f"stages/stage_{index}.onnx" for index in stages)]
+        files += ["stages/stages.json", *(f"stages/stage_{index}.onnx" for index in range(exits))]
         expected |= {f"arms/{arm}/{name}" for name in files}
-    assert {str(one.relative_to(folder)) for one in folder.rglob("*") if one.is_file()} == expected
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == expected
 
 
 def test_output_ends_with_a_table_and_one_json_line(tiny_run: tuple[Path, str]) -> None:
@@ -48,7 +48,9 @@ def test_output_ends_with_a_table_and_one_json_line(tiny_run: tuple[Path, str]) 
     lines = out.splitlines()
     summary = json.loads(lines[-1])
     results = Results.read(folder / "results.json")
-    assert summary["arms"]["erde"]["exit_accuracy"] == [one.accuracy for one in results.arms["erde"].exits]
+    assert summary["arms"]["erde"]["exit_accuracy"] == [
+        measured.accuracy for measured in results.arms["erde"].exits
+    ]
     for arm in (*ARMS, "erde-int8"):
         assert any(line.startswith("│") and f" {arm} " in line for line in lines), arm
     assert any(line.startswith(f"report: {folder}") for line in lines)
@@ -100,18 +102,18 @@ def test_runtime_agrees_with_the_evaluation_image_by_image(tiny_run: tuple[Path,
 def test_int8_is_calibrated_on_its_own_logits_and_agrees_with_its_runtime(tiny_run: tuple[Path, str]) -> None:
     folder, _ = tiny_run
     results = Results.read(folder / "results.json")
-    found, arm, float_arm = results.quantised, results.arms["erde-int8"], results.arms["erde"]
-    assert found is not None
-    assert (found.arm, arm.precision, float_arm.precision) == ("erde-int8", "int8", "fp32")
+    quantised, arm, float_arm = results.quantised, results.arms["erde-int8"], results.arms["erde"]
+    assert quantised is not None
+    assert (quantised.arm, arm.precision, float_arm.precision) == ("erde-int8", "int8", "fp32")
     assert (arm.role, arm.loss, arm.cost, arm.history) == (
         "student",
         "erde",
         float_arm.cost,
         float_arm.history,
     )
-    assert found.agreement.images == 360
-    assert found.agreement.disagreements == 0
-    assert found.bytes < 0.6 * found.fp32_bytes
+    assert quantised.agreement.images == 360
+    assert quantised.agreement.disagreements == 0
+    assert quantised.bytes < 0.6 * quantised.fp32_bytes
     assert list(results.arms)[:3] == ["teacher", "erde", "erde-int8"]
     # Once more from its files.
     session = Session(folder / "bundle-int8", threads=1)
@@ -126,16 +128,16 @@ def test_int8_is_calibrated_on_its_own_logits_and_agrees_with_its_runtime(tiny_r
     assert 0 < np.abs(logits["erde-int8"] - logits["erde"]).max() < 0.3 * np.abs(logits["erde"]).max()
     float_manifest = read(folder / "bundle")
     assert manifest.temperatures != float_manifest.temperatures
-    assert manifest.temperatures == [one.temperature for one in arm.exits]
+    assert manifest.temperatures == [measured.temperature for measured in arm.exits]
     assert manifest.calibration is not None
     assert float_manifest.calibration is not None
     assert manifest.calibration.certify_fingerprint != float_manifest.calibration.certify_fingerprint
     assert read(folder / "bundle-int8") == manifest
     seal = json.loads((folder / "bundle-int8/manifest.json").read_text(encoding="utf-8"))["seal"]
-    assert seal == found.bundle_seal != results.bundle_seal
+    assert seal == quantised.bundle_seal != results.bundle_seal
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    (line,) = [one for one in log if one["event"] == "quantised"]
-    assert (line["arm"], line["kept_in_float"]) == ("erde-int8", found.kept_in_float)
+    (line,) = [entry for entry in log if entry["event"] == "quantised"]
+    assert (line["arm"], line["kept_in_float"]) == ("erde-int8", quantised.kept_in_float)
 
 
 def test_arms_saw_the_same_students_and_shared_settings(tiny_run: tuple[Path, str]) -> None:
@@ -227,3 +229,36 @@ def test_a_profiled_bundle_gives_milliseconds(tiny_run: tuple[Path, str], tmp_pa
     # The profile outlives the new seal.
     assert Session(folder / "bundle").cost().exit_milliseconds == times
     assert "milliseconds" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- what a finished run refuses
+
+
+def test_a_run_folder_of_another_config(refused: Refused, tiny_run: tuple[Path, str]) -> None:
+    line = refused("run", *TINY, "train.epochs=99", "--resume", "--out", str(tiny_run[0]))
+    assert "another recipe" in line
+    assert "99" in line
+
+
+def test_what_a_bundle_and_a_run_cannot_be_asked(
+    refused: Refused, tiny_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tiny_run[0]
+    assert "give labelled images with --data" in refused("calibrate", str(folder / "bundle"))
+    assert "knows its own MACs" in refused(
+        "calibrate", str(folder / "bundle"), "--data", "x", "--macs", "1,2,3"
+    )
+    assert "its own recipe says what to calibrate" in refused("calibrate", str(folder), "--max-risk", "1%")
+    assert "its results stay in its folder" in refused("evaluate", str(folder), "--out", "x.json")
+    assert "two runs or more" in refused("compare", str(folder))
+    assert "given twice" in refused("compare", str(folder), str(folder))
+
+
+def test_a_run_is_certified_once(tiny_run: tuple[Path, str], refused: Refused, tmp_path: Path) -> None:
+    """Editing the recipe after looking at what was certified voids the promise, so it is refused."""
+    folder = Path(shutil.copytree(tiny_run[0], tmp_path / "copy"))
+    recipe = folder / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("confidence: 0.9", "confidence: 0.8"))
+    before = (folder / "arms" / "teacher" / "policy.json").read_bytes()
+    assert "these certify images already certified other choices" in refused("calibrate", str(folder))
+    assert (folder / "arms" / "teacher" / "policy.json").read_bytes() == before

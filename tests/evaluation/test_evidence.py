@@ -33,10 +33,10 @@ def along(arm: ArmInput, *thresholds: tuple[float | None, ...]) -> ArmInput:
     return dataclasses.replace(arm, policy=dataclasses.replace(arm.policy, path=path))
 
 
-def read(found: ArmEvidence, exits: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+def read(evidence: ArmEvidence, exits: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
     """Ranks (E-1, n), levels (P, E-1), bits (E+1, n) of what is embedded, unpacked as the page does."""
-    value = found.embedded()
-    kind = {1: "<u1", 2: "<u2"}[value["width"]]  # type: ignore[index]
+    value = evidence.embedded()
+    kind = {1: "<u1", 2: "<u2"}[value["width"]]
 
     def unpack(key: str, dtype: str) -> NDArray[Any]:
         return np.frombuffer(base64.b64decode(str(value[key])), dtype)
@@ -46,13 +46,13 @@ def read(found: ArmEvidence, exits: int) -> tuple[NDArray[Any], NDArray[Any], ND
     return unpack("ranks", kind).reshape(exits - 1, -1), unpack("levels", kind).reshape(-1, exits - 1), bits
 
 
-def check_counts(arm: ArmInput, found: ArmEvidence, rows: NDArray[np.int64] | slice = slice(None)) -> None:
+def check_counts(arm: ArmInput, evidence: ArmEvidence, rows: NDArray[np.int64] | slice = slice(None)) -> None:
     """At every point of the path the embedded numbers say what scores and thresholds say."""
     scored = ScoredSplit.of(arm.test, arm.policy.rule, arm.reference_right)
     mine = ScoredSplit(scored.scores[:, rows], scored.right[:, rows], scored.reference_right[rows])
     expected = sweep(mine, arm.policy.path.thresholds)
     exits = len(scored.scores)
-    ranks, levels, bits = read(found, exits)
+    ranks, levels, bits = read(evidence, exits)
     assert len(levels) == len(arm.policy.path.thresholds)
     for point, level in enumerate(levels):
         leaving = np.full(ranks.shape[1], exits - 1)
@@ -97,9 +97,9 @@ def test_many_thresholds_take_two_bytes_and_few_take_one() -> None:
     few = along(few, *few.policy.path.thresholds[::8])
     many = along(few, *((float(value), None) for value in np.linspace(0, 1, 700)))
     for arm, width in ((few, 1), (many, 2)):
-        found = collect({"a": arm}, "a").arms["a"]
-        assert found.embedded()["width"] == width
-        check_counts(arm, found)
+        evidence = collect({"a": arm}, "a").arms["a"]
+        assert evidence.embedded()["width"] == width
+        check_counts(arm, evidence)
 
 
 def test_thresholds_and_named_points_can_be_read_back() -> None:
@@ -107,11 +107,14 @@ def test_thresholds_and_named_points_can_be_read_back() -> None:
     path = arm.policy.path.thresholds
     points = [arm.policy.points[0], arm.policy.points[1].model_copy(update={"thresholds": list(path[30])})]
     arm = dataclasses.replace(arm, policy=dataclasses.replace(arm.policy, points=points))
-    found = collect({"a": arm}, "a").arms["a"]
-    assert (found.named, found.start) == ({"no-exit": 0, "early": 30}, 30)
-    _, levels, _ = read(found, 3)
+    evidence = collect({"a": arm}, "a").arms["a"]
+    assert (evidence.named, evidence.start) == ({"no-exit": 0, "early": 30}, 30)
+    _, levels, _ = read(evidence, 3)
     for thresholds, level in zip(path, levels, strict=True):
-        shown = [one[at] if at < len(one) else None for one, at in zip(found.thresholds, level, strict=True)]
+        shown = [
+            column[at] if at < len(column) else None
+            for column, at in zip(evidence.thresholds, level, strict=True)
+        ]
         assert tuple(shown) == thresholds
 
 
@@ -120,13 +123,13 @@ def test_large_test_splits_are_sampled_by_seed_and_alike_for_all_arms(
 ) -> None:
     monkeypatch.setattr(evidence, "MAX_IMAGES", 150)
     arms = {name: arm_input(seed=seed) for seed, name in enumerate("ab")}
-    found = collect(arms, "a", seed=7)
-    assert found.test_images == 400
+    collected = collect(arms, "a", seed=7)
+    assert collected.test_images == 400
     rows = np.sort(np.random.default_rng(7).choice(400, 150, replace=False))
     for name, arm in arms.items():
-        check_counts(arm, found.arms[name], rows)
+        check_counts(arm, collected.arms[name], rows)
     other = collect(arms, "a", seed=8)
-    assert not np.array_equal(other.arms["a"].right, found.arms["a"].right)
+    assert not np.array_equal(other.arms["a"].right, collected.arms["a"].right)
 
 
 def test_many_arms_share_the_room_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +145,9 @@ def test_networks_with_one_exit_have_no_path() -> None:
     logits, labels = synthetic_logits(1, 50)
     plain = ArmInput(TestLogits(logits[-1:], labels), hand_made_policy(cost=cost), cost)
     pictures = np.zeros((50, 8, 8, 1), dtype=np.uint8)
-    found = collect({"plain": plain, "several": arm_input(50)}, "plain", pictures)
-    assert set(found.arms) == {"several"}
-    assert found.galleries == ()
+    evidence = collect({"plain": plain, "several": arm_input(50)}, "plain", pictures)
+    assert set(evidence.arms) == {"several"}
+    assert evidence.galleries == ()
     assert collect({"plain": plain}, "plain", pictures).arms == {}
 
 
@@ -175,13 +178,13 @@ def row_of(address: str) -> int:
 
 def test_galleries_show_who_leaves_first_and_last_and_who_is_confidently_wrong() -> None:
     arm = arm_input()
-    found = collect({"a": arm}, "a", OneByOne(400)).galleries
+    galleries = collect({"a": arm}, "a", OneByOne(400)).galleries
     scored = ScoredSplit.of(arm.test, arm.policy.rule, None)
     exits = policy.decide(scored.scores, arm.policy.points[1].thresholds)
-    assert [(one.kind, one.exit) for one in found] == [
+    assert [(gallery.kind, gallery.exit) for gallery in galleries] == [
         ("surest", 0), ("unsure", 0), ("surest", 1), ("unsure", 1), ("stayed", 2), ("wrong", None)
     ]  # fmt: skip
-    for gallery in found[:5]:
+    for gallery in galleries[:5]:
         index = gallery.exit
         assert index is not None
         members = np.flatnonzero(exits == index)
@@ -189,16 +192,23 @@ def test_galleries_show_who_leaves_first_and_last_and_who_is_confidently_wrong()
         score = scored.scores[min(index, 1)]
         ranked = members[np.argsort(score[members], kind="stable")]
         expected = ranked[::-1] if gallery.kind == "surest" else ranked
-        assert [row_of(one.address) for one in gallery.thumbnails] == expected[:12].tolist()
-    wrong = found[5]
+        assert [row_of(thumbnail.address) for thumbnail in gallery.thumbnails] == expected[:12].tolist()
+    wrong = galleries[5]
     confidence = []
-    for one in wrong.thumbnails:
-        row = row_of(one.address)
-        assert exits[row] == one.exit < 2
-        assert arm.test.labels[row] == one.true != one.answer == arm.test.logits[one.exit, row].argmax()
-        tempered = policy.softmax(arm.test.logits[one.exit, row], arm.policy.temperatures[one.exit])
-        assert one.confidence == pytest.approx(tempered.max(), rel=1e-12)
-        confidence.append(one.confidence)
+    for thumbnail in wrong.thumbnails:
+        row = row_of(thumbnail.address)
+        assert exits[row] == thumbnail.exit < 2
+        assert (
+            arm.test.labels[row]
+            == thumbnail.true
+            != thumbnail.answer
+            == arm.test.logits[thumbnail.exit, row].argmax()
+        )
+        tempered = policy.softmax(
+            arm.test.logits[thumbnail.exit, row], arm.policy.temperatures[thumbnail.exit]
+        )
+        assert thumbnail.confidence == pytest.approx(tempered.max(), rel=1e-12)
+        confidence.append(thumbnail.confidence)
     assert confidence == sorted(confidence, reverse=True)
     assert wrong.total == int(((exits < 2) & ~policy.take_exit(scored.right, exits)).sum())
     assert len(wrong.thumbnails) == min(12, wrong.total)
@@ -206,14 +216,17 @@ def test_galleries_show_who_leaves_first_and_last_and_who_is_confidently_wrong()
 
 def test_a_group_without_images_is_empty() -> None:
     arm = arm_input(thresholds=(None, None))
-    found = collect({"a": arm}, "a", OneByOne(400)).galleries
-    assert [one.total for one in found] == [0, 0, 0, 0, 400, 0]
-    assert [len(one.thumbnails) for one in found] == [0, 0, 0, 0, 12, 0]
+    galleries = collect({"a": arm}, "a", OneByOne(400)).galleries
+    assert [gallery.total for gallery in galleries] == [0, 0, 0, 0, 400, 0]
+    assert [len(gallery.thumbnails) for gallery in galleries] == [0, 0, 0, 0, 12, 0]
 
 
 def test_many_exits_show_fewer_images_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "MAX_THUMBNAILS", 30)
-    assert max(len(one.thumbnails) for one in collect({"a": arm_input()}, "a", OneByOne(400)).galleries) == 5
+    assert (
+        max(len(gallery.thumbnails) for gallery in collect({"a": arm_input()}, "a", OneByOne(400)).galleries)
+        == 5
+    )
 
 
 def decoded(address: str) -> Image.Image:

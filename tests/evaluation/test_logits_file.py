@@ -28,12 +28,12 @@ SETTINGS = Settings(max_risks=(0.05, 0.02), score="margin", sharpness=1.0)
 
 def arrays(**changes: Any) -> dict[str, Any]:
     """A whole file: three splits and the costs."""
-    found: dict[str, Any] = {"exit_macs": np.array(MACS), "no_exit_macs": np.array(100)}
+    arrays: dict[str, Any] = {"exit_macs": np.array(MACS), "no_exit_macs": np.array(100)}
     for seed, name in enumerate(("tune", "certify", "test")):
         logits, labels = synthetic_logits(seed, 600)
-        found |= {f"{name}_logits": logits, f"{name}_labels": labels}
-    found |= changes
-    return {name: value for name, value in found.items() if value is not None}
+        arrays |= {f"{name}_logits": logits, f"{name}_labels": labels}
+    arrays |= changes
+    return {name: value for name, value in arrays.items() if value is not None}
 
 
 def saved(folder: Path, content: dict[str, Any]) -> Path:
@@ -53,16 +53,16 @@ def whole(tmp_path: Path) -> Path:
 def test_a_file_is_calibrated_like_its_arrays(whole: Path) -> None:
     out = default_policy_path(whole)
     assert out == whole.parent / "logits.policy.json"
-    found = calibrate_file(whole, SETTINGS, out)
+    calibrated = calibrate_file(whole, SETTINGS, out)
     expected = calibrate_logits(
         TuneLogits(*synthetic_logits(0, 600)),
         CertifyLogits(*synthetic_logits(1, 600)),
         Cost(MACS, 100),
         SETTINGS,
-        sources=found.calibration.sources,
+        sources=calibrated.calibration.sources,
     )
-    assert len(found.calibration.sources) == 2
-    assert found.to_json() == expected.to_json()
+    assert len(calibrated.calibration.sources) == 2
+    assert calibrated.to_json() == expected.to_json()
     read = read_policy(out)
     assert read.policy.to_json() == expected.to_json()
     assert read.cost == Cost(MACS, 100)
@@ -71,13 +71,13 @@ def test_a_file_is_calibrated_like_its_arrays(whole: Path) -> None:
 def test_a_policy_is_measured_on_the_test_logits(whole: Path, tmp_path: Path) -> None:
     policy = tmp_path / "deep" / "policy.json"
     calibrated = calibrate_file(whole, SETTINGS, policy)
-    found = evaluate_file(whole, policy, tmp_path / "measured.json")
+    evaluated = evaluate_file(whole, policy, tmp_path / "measured.json")
     scored = ScoredSplit.of(TestLogits(*synthetic_logits(2, 600)), calibrated.rule, None)
-    assert [point.name for point, _ in found.measured()] == ["no-exit", "risk-5", "risk-2"]
-    for point, measured in found.measured():
+    assert [point.name for point, _ in evaluated.measured()] == ["no-exit", "risk-5", "risk-2"]
+    for point, measured in evaluated.measured():
         assert measured == scored.measure(point.thresholds, Cost(MACS, 100))
-    assert json.loads((tmp_path / "measured.json").read_text()) == found.to_json()
-    assert [one.accuracy for one in found.exits] == scored.right.mean(axis=1).tolist()
+    assert json.loads((tmp_path / "measured.json").read_text()) == evaluated.to_json()
+    assert [at_exit.accuracy for at_exit in evaluated.exits] == scored.right.mean(axis=1).tolist()
 
 
 def test_one_set_of_logits_is_split_and_stratified(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_half_precision_and_a_reference(tmp_path: Path) -> None:
     right = np.zeros(600, dtype=bool)
     content = arrays(tune_reference_right=right, certify_reference_right=right)
     content["tune_logits"] = content["tune_logits"].astype(np.float16)
-    found = calibrate_file(saved(tmp_path, content), SETTINGS, tmp_path / "policy.json")
-    certificate = found.points[1].certificate
+    calibrated = calibrate_file(saved(tmp_path, content), SETTINGS, tmp_path / "policy.json")
+    certificate = calibrated.points[1].certificate
     assert certificate is not None
     # A reference that is never right can lose nothing.
     assert certificate.lost == 0
@@ -159,7 +159,7 @@ def test_wrong_files_are_refused_and_nothing_is_written(name: str, tmp_path: Pat
     path = saved(tmp_path, arrays(**changes))
     with user_error(message):
         calibrate_file(path, SETTINGS, tmp_path / "policy.json")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["logits.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logits.npz"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 torn"])
@@ -247,7 +247,7 @@ def test_other_splits_of_the_same_images_are_a_second_choice(tmp_path: Path) -> 
     calibrate_file(path, SETTINGS, tmp_path / "policy.json", seed=0)
     for change in ({"seed": 1}, {"tune_share": 0.4}, {"macs": [40, 71, 104]}):
         with user_error("these certify images already certified other choices"):
-            calibrate_file(path, SETTINGS, tmp_path / "policy.json", **change)  # type: ignore[arg-type]
+            calibrate_file(path, SETTINGS, tmp_path / "policy.json", **change)
 
 
 def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
@@ -298,13 +298,13 @@ def test_a_thousand_classes_most_of_them_absent(tmp_path: Path, capsys: pytest.C
         Settings(max_risks=(0.05,), sharpness=1.0, ensemble="none"),
     ):
         out.unlink(missing_ok=True)
-        found = calibrate_file(path, settings, out)
-        assert found.points[1].certificate is not None
-        assert found.calibration.exit_rates[0] > 0.1
+        calibrated = calibrate_file(path, settings, out)
+        assert calibrated.points[1].certificate is not None
+        assert calibrated.calibration.exit_rates[0] > 0.1
         assert (
             "classes have no image in tune: the promise is over images as they come"
             in capsys.readouterr().err
         )
         evaluated = evaluate_file(path, out)
-        assert all(0.5 < one.accuracy <= 1 for one in evaluated.exits)
+        assert all(0.5 < at_exit.accuracy <= 1 for at_exit in evaluated.exits)
         json.dumps(evaluated.to_json(), allow_nan=False)

@@ -75,11 +75,12 @@ def answers_by_hand(test: TestLogits, rule: ExitRule) -> NDArray[Any]:
 
 def exits_by_hand(test: TestLogits, rule: ExitRule, levels: policy.Thresholds) -> list[int]:
     """The exit of each image, one at a time, from the definitions of the scores."""
-    answers, found = answers_by_hand(test, rule), []
+    answers, exits = answers_by_hand(test, rule), []
     for n in range(len(test)):
         leaves_at = len(answers) - 1
         for index in range(len(answers) - 1):
             p = np.sort(oracles.softmax(answers[index, n], rule.sharpness))
+            value: float
             if rule.score == "entropy":
                 value = 1 + np.sum(p * np.log(p)) / math.log(len(p))
             elif rule.score == "margin":
@@ -88,13 +89,13 @@ def exits_by_hand(test: TestLogits, rule: ExitRule, levels: policy.Thresholds) -
                 value = p[-1]
             else:
                 labels = test.logits[: index + 1, n].argmax(axis=-1)[::-1]
-                value = next((k for k, one in enumerate(labels) if one != labels[0]), len(labels))
+                value = next((k for k, label in enumerate(labels) if label != labels[0]), len(labels))
             level = levels[index]
             if level is not None and value > level:
                 leaves_at = index
                 break
-        found.append(leaves_at)
-    return found
+        exits.append(leaves_at)
+    return exits
 
 
 # ---------------------------------------------------------------- single numbers
@@ -110,7 +111,7 @@ def test_wilson_interval_against_scipy(successes: int, trials: int) -> None:
 @settings(max_examples=80, deadline=None)
 def test_auroc_against_sklearn_with_ties(pairs: list[tuple[int, bool]]) -> None:
     scores = np.array([score for score, _ in pairs], np.float64)
-    positive = np.array([one for _, one in pairs])
+    positive = np.array([label for _, label in pairs])
     if positive.all() or not positive.any() or len(set(scores)) == 1:
         assert auroc(scores, positive) is None
     else:
@@ -121,7 +122,7 @@ def test_auroc_against_sklearn_with_ties(pairs: list[tuple[int, bool]]) -> None:
 def test_reliability_and_ece_against_a_slow_loop(bins: int) -> None:
     logits, labels = synthetic_logits(0, 400)
     p = oracles.softmax(logits[0])
-    found = reliability(p, labels, bins)
+    diagram = reliability(p, labels, bins)
     expected = 0.0
     for index in range(bins):
         inside = [
@@ -129,17 +130,17 @@ def test_reliability_and_ece_against_a_slow_loop(bins: int) -> None:
             for n in range(len(p))
             if index / bins <= p[n].max() < (index + 1) / bins or (index == bins - 1 and p[n].max() == 1)
         ]
-        assert found.count[index] == len(inside)
+        assert diagram.count[index] == len(inside)
         if inside:
             accuracy = np.mean([p[n].argmax() == labels[n] for n in inside])
             confidence = np.mean([p[n].max() for n in inside])
-            assert found.accuracy[index] == pytest.approx(accuracy)
-            assert found.confidence[index] == pytest.approx(confidence)
+            assert diagram.accuracy[index] == pytest.approx(accuracy)
+            assert diagram.confidence[index] == pytest.approx(confidence)
             expected += len(inside) / len(p) * abs(accuracy - confidence)
         else:
-            assert found.accuracy[index] == found.confidence[index] == 0
+            assert diagram.accuracy[index] == diagram.confidence[index] == 0
     assert expected > 0.01
-    assert calibration_error(found) == pytest.approx(expected, abs=1e-12)
+    assert calibration_error(diagram) == pytest.approx(expected, abs=1e-12)
 
 
 def test_ece_by_hand() -> None:
@@ -177,37 +178,37 @@ def test_measures_of_every_exit(name: str, held_out: TestLogits) -> None:
     scores = rule.apply(held_out.logits)[1]
     final_right = held_out.logits[-1].argmax(-1) == held_out.labels
     assert len(measures) == 3
-    for index, found in enumerate(measures):
+    for index, measured in enumerate(measures):
         right = answers[index].argmax(-1) == held_out.labels
         p = oracles.softmax(answers[index], calibrated.temperatures[index])
-        assert found.accuracy == right.mean()
-        assert found.accuracy_interval == wilson_interval(int(right.sum()), len(right))
-        assert found.temperature == calibrated.temperatures[index]
-        assert found.nll == pytest.approx(
+        assert measured.accuracy == right.mean()
+        assert measured.accuracy_interval == wilson_interval(int(right.sum()), len(right))
+        assert measured.temperature == calibrated.temperatures[index]
+        assert measured.nll == pytest.approx(
             -np.mean([np.log(p[n, label]) for n, label in enumerate(held_out.labels)])
         )
-        assert found.brier == pytest.approx(brier_score(p, held_out.labels))
-        assert found.reliability.count == reliability(p, held_out.labels).count
-        assert len(found.reliability.count) == 15
-        assert found.ece == pytest.approx(calibration_error(reliability(p, held_out.labels)))
-        assert found.answered == (leaving == index).mean()
-        if found.answered:
-            assert found.answered_accuracy == pytest.approx(right[leaving == index].mean())
+        assert measured.brier == pytest.approx(brier_score(p, held_out.labels))
+        assert measured.reliability.count == reliability(p, held_out.labels).count
+        assert len(measured.reliability.count) == 15
+        assert measured.ece == pytest.approx(calibration_error(reliability(p, held_out.labels)))
+        assert measured.answered == (leaving == index).mean()
+        if measured.answered:
+            assert measured.answered_accuracy == pytest.approx(right[leaving == index].mean())
         else:
-            assert found.answered_accuracy is None
+            assert measured.answered_accuracy is None
         if len(set(scores[index])) == 1:
             # After one exit, one exit agrees: patience has nothing to rank by.
             assert name == "patience"
             assert index == 0
-            assert found.auroc_correctness is None
-            assert found.auroc_harm is None
+            assert measured.auroc_correctness is None
+            assert measured.auroc_harm is None
             continue
-        assert found.auroc_correctness == pytest.approx(roc_auc_score(right, scores[index]))
+        assert measured.auroc_correctness == pytest.approx(roc_auc_score(right, scores[index]))
         if index < 2:
-            assert found.auroc_harm == pytest.approx(roc_auc_score(~(final_right & ~right), scores[index]))
+            assert measured.auroc_harm == pytest.approx(roc_auc_score(~(final_right & ~right), scores[index]))
     # The final exit does no harm when it is itself the reference.
     assert measures[-1].auroc_harm is None
-    assert sum(found.answered for found in measures) == pytest.approx(1)
+    assert sum(measured.answered for measured in measures) == pytest.approx(1)
     assert (measures[0].answered == 0) == (name == "patience")
 
 
@@ -222,30 +223,30 @@ def test_the_learned_score_ranks_nothing_at_the_final_exit(held_out: TestLogits)
 
 def test_measures_against_another_reference(held_out: TestLogits) -> None:
     reference_right = np.random.default_rng(0).random(len(held_out)) < 0.8
-    found = measure_exits(held_out, hand_made_policy(MARGIN), reference_right)[-1].auroc_harm
+    auroc = measure_exits(held_out, hand_made_policy(MARGIN), reference_right)[-1].auroc_harm
     right = held_out.logits[-1].argmax(-1) == held_out.labels
     expected = roc_auc_score(~(reference_right & ~right), policy.margin_score(held_out.logits[-1]))
-    assert found == pytest.approx(expected)
+    assert auroc == pytest.approx(expected)
 
 
 def test_entropies_against_a_slow_loop(held_out: TestLogits) -> None:
     teacher_right = np.random.default_rng(0).random(len(held_out)) < 0.7
-    found = entropies(held_out, teacher_right)
+    histograms = entropies(held_out, teacher_right)
     expected = np.zeros((2, 3, 20), int)
     for n in range(len(held_out)):
         for index in range(3):
             share = float(oracles.entropy(held_out.logits[index, n])) / math.log(5)
             expected[0 if teacher_right[n] else 1, index, min(19, int(share * 20))] += 1
-    assert found.teacher_right == expected[0].tolist()
-    assert found.teacher_wrong == expected[1].tolist()
+    assert histograms.teacher_right == expected[0].tolist()
+    assert histograms.teacher_wrong == expected[1].tolist()
 
 
 def test_entropies_at_both_ends() -> None:
     flat, sure = [0.0] * 5, [1000.0, 0.0, 0.0, 0.0, 0.0]
     test = TestLogits(np.array([[flat, sure, flat]], np.float32), np.zeros(3, np.int64))
-    found = entropies(test, np.array([True, True, False]))
-    assert found.teacher_right == [[1, *[0] * 18, 1]]
-    assert found.teacher_wrong == [[*[0] * 19, 1]]
+    histograms = entropies(test, np.array([True, True, False]))
+    assert histograms.teacher_right == [[1, *[0] * 18, 1]]
+    assert histograms.teacher_wrong == [[*[0] * 19, 1]]
 
 
 # ---------------------------------------------------------------- thresholds at work
@@ -265,10 +266,10 @@ def test_sweep_against_one_image_at_a_time(
         (2.0, -1.0),
         (-1.0, 0.5),
     ]
-    vectors += [tuple(one) for one in generator.random((7, 2))]
+    vectors += [tuple(vector) for vector in generator.random((7, 2))]
     # Blocks of two vectors: the seams between blocks are crossed.
     monkeypatch.setattr("erde.calibration.thresholds._BLOCK", 2 * len(held_out))
-    found = sweep(ScoredSplit.of(held_out, MARGIN, reference), vectors)
+    counts = sweep(ScoredSplit.of(held_out, MARGIN, reference), vectors)
     final_right = [held_out.logits[2, n].argmax() == label for n, label in enumerate(held_out.labels)]
     for index, levels in enumerate(vectors):
         leaving, right, lost, won = [0, 0, 0], 0, 0, 0
@@ -279,10 +280,10 @@ def test_sweep_against_one_image_at_a_time(
             right += is_right
             lost += reference_right and not is_right
             won += is_right and not reference_right
-        assert found.leaving[index].tolist() == leaving
-        assert (found.right[index], found.lost[index], found.won[index]) == (right, lost, won)
+        assert counts.leaving[index].tolist() == leaving
+        assert (counts.right[index], counts.lost[index], counts.won[index]) == (right, lost, won)
         macs = sum(count * cost for count, cost in zip(leaving, COST.exit_macs, strict=True)) / len(held_out)
-        assert found.macs(COST)[index] == pytest.approx(macs)
+        assert counts.macs(COST)[index] == pytest.approx(macs)
 
 
 def test_a_thousand_threshold_vectors_take_less_than_a_second() -> None:
@@ -290,7 +291,7 @@ def test_a_thousand_threshold_vectors_take_less_than_a_second() -> None:
     generator = np.random.default_rng(0)
     right = generator.random((8, 10_000)) < 0.8
     split = ScoredSplit(generator.random((8, 10_000)), right, right[-1])
-    vectors = [tuple(one) for one in generator.random((1000, 7))]
+    vectors = [tuple(vector) for vector in generator.random((1000, 7))]
     seconds = []
     for _ in range(2):
         start = time.process_time()
@@ -314,18 +315,18 @@ def test_points_are_measured_as_a_slow_loop_would(held_out: TestLogits) -> None:
     final = [bool(held_out.logits[2, n].argmax() == held_out.labels[n]) for n in range(count)]
     lost = sum(b and not a for a, b in zip(right, final, strict=True))
     won = sum(a and not b for a, b in zip(right, final, strict=True))
-    macs = sum(COST.exit_macs[one] for one in exits) / count
-    found = early.test
-    assert found is not None
-    assert min(found.exit_rates) > 0.03
-    assert found.images == count
-    assert found.accuracy == sum(right) / count
-    assert found.accuracy_interval == wilson_interval(sum(right), count)
-    assert found.risk == lost / count > 0
-    assert found.net_drop == pytest.approx((lost - won) / count)
-    assert found.macs == pytest.approx(macs)
-    assert found.macs_saved == pytest.approx(1 - macs / COST.no_exit_macs)
-    assert found.exit_rates == pytest.approx([exits.count(index) / count for index in range(3)])
+    macs = sum(COST.exit_macs[exit_index] for exit_index in exits) / count
+    measured = early.test
+    assert measured is not None
+    assert min(measured.exit_rates) > 0.03
+    assert measured.images == count
+    assert measured.accuracy == sum(right) / count
+    assert measured.accuracy_interval == wilson_interval(sum(right), count)
+    assert measured.risk == lost / count > 0
+    assert measured.net_drop == pytest.approx((lost - won) / count)
+    assert measured.macs == pytest.approx(macs)
+    assert measured.macs_saved == pytest.approx(1 - macs / COST.no_exit_macs)
+    assert measured.exit_rates == pytest.approx([exits.count(index) / count for index in range(3)])
     # What was known before stays; the point without early exits answers with the final one.
     assert early.certificate == calibrated.points[1].certificate
     assert none.test is not None
@@ -336,9 +337,9 @@ def test_points_are_measured_as_a_slow_loop_would(held_out: TestLogits) -> None:
 
 def test_risk_bounds_the_net_drop(held_out: TestLogits) -> None:
     calibrated = hand_made_policy(MARGIN)
-    found = sweep(ScoredSplit.of(held_out, MARGIN, None), calibrated.path.thresholds)
-    assert (found.lost >= found.right[0] - found.right).all()
-    assert found.lost.max() > 0
+    counts = sweep(ScoredSplit.of(held_out, MARGIN, None), calibrated.path.thresholds)
+    assert (counts.lost >= counts.right[0] - counts.right).all()
+    assert counts.lost.max() > 0
 
 
 def test_classes_against_a_slow_loop(held_out: TestLogits) -> None:
@@ -347,55 +348,69 @@ def test_classes_against_a_slow_loop(held_out: TestLogits) -> None:
     measures = measure_classes(test, hand_made_policy(MEAN, (0.9, 0.8)))
     answers, exits = answers_by_hand(test, MEAN), exits_by_hand(test, MEAN, (0.9, 0.8))
     assert len(measures) == 5
-    for label, found in enumerate(measures):
+    for label, measured in enumerate(measures):
         images = [n for n in range(len(test)) if test.labels[n] == label]
-        assert found.images == len(images)
+        assert measured.images == len(images)
         if label == 3:
             assert not images
-            assert found.accuracy == found.no_exit_accuracy == found.drop == sum(found.exit_rates) == 0
+            assert (
+                measured.accuracy
+                == measured.no_exit_accuracy
+                == measured.drop
+                == sum(measured.exit_rates)
+                == 0
+            )
             continue
         alone = np.mean([answers[2, n].argmax() == label for n in images])
         early = np.mean([answers[exits[n], n].argmax() == label for n in images])
-        assert found.no_exit_accuracy == pytest.approx(alone)
-        assert found.accuracy == pytest.approx(early)
-        assert found.drop == pytest.approx(alone - early)
-        assert found.exit_rates == pytest.approx([np.mean([exits[n] == k for n in images]) for k in range(3)])
-    assert any(found.drop for found in measures)
+        assert measured.no_exit_accuracy == pytest.approx(alone)
+        assert measured.accuracy == pytest.approx(early)
+        assert measured.drop == pytest.approx(alone - early)
+        assert measured.exit_rates == pytest.approx(
+            [np.mean([exits[n] == k for n in images]) for k in range(3)]
+        )
+    assert any(measured.drop for measured in measures)
 
 
 @pytest.mark.parametrize("rule", [PAPER_RULE, MEAN])
 def test_oracle_against_a_slow_loop_and_as_a_bound(rule: ExitRule, held_out: TestLogits) -> None:
     calibrated = hand_made_policy(rule)
-    found = oracle(held_out, calibrated, COST)
+    best = oracle(held_out, calibrated, COST)
     answers, right, macs = answers_by_hand(held_out, rule), 0, 0
     for n, label in enumerate(held_out.labels):
         correct = [index for index in range(3) if answers[index, n].argmax() == label]
         right += bool(correct)
         macs += COST.exit_macs[correct[0] if correct else 0]
-    assert found.accuracy == right / len(held_out)
-    assert found.macs == pytest.approx(macs / len(held_out))
+    assert best.accuracy == right / len(held_out)
+    assert best.macs == pytest.approx(macs / len(held_out))
     curve = measure_curve(held_out, calibrated, COST, None)
-    assert max(curve.accuracy) < found.accuracy
+    assert max(curve.accuracy) < best.accuracy
 
 
 def test_score_outcomes_against_slow_loops(held_out: TestLogits) -> None:
     calibrated = hand_made_policy()
     outcomes = score_outcomes(held_out, calibrated, COST, None)
-    expected = [(one.rule, target) for one in calibrated.contenders for target in one.targets]
+    expected = [
+        (contender.rule, target) for contender in calibrated.contenders for target in contender.targets
+    ]
     assert len(outcomes) == len(expected) == 3
     final = [held_out.logits[2, n].argmax() == label for n, label in enumerate(held_out.labels)]
-    for found, (rule, target) in zip(outcomes, expected, strict=True):
+    for outcome, (rule, target) in zip(outcomes, expected, strict=True):
         exits, answers = exits_by_hand(held_out, rule, target.thresholds), answers_by_hand(held_out, rule)
         right = [answers[k, n].argmax() == held_out.labels[n] for n, k in enumerate(exits)]
-        macs = np.mean([COST.exit_macs[one] for one in exits])
-        assert (found.score, found.sharpness, found.ensemble) == (rule.score, rule.sharpness, rule.ensemble)
-        assert (found.target, found.tune_macs_saved) == (target.target, target.macs_saved)
-        assert found.test_accuracy == np.mean(right)
-        assert found.test_risk == pytest.approx(
+        macs = np.mean([COST.exit_macs[exit_index] for exit_index in exits])
+        assert (outcome.score, outcome.sharpness, outcome.ensemble) == (
+            rule.score,
+            rule.sharpness,
+            rule.ensemble,
+        )
+        assert (outcome.target, outcome.tune_macs_saved) == (target.target, target.macs_saved)
+        assert outcome.test_accuracy == np.mean(right)
+        assert outcome.test_risk == pytest.approx(
             np.mean([b and not a for a, b in zip(right, final, strict=True)])
         )
-        assert found.test_risk > 0
-        assert found.test_macs_saved == pytest.approx(1 - macs / COST.no_exit_macs)
+        assert outcome.test_risk > 0
+        assert outcome.test_macs_saved == pytest.approx(1 - macs / COST.no_exit_macs)
 
 
 def test_risk_is_held_against_the_given_reference(held_out: TestLogits) -> None:
@@ -435,7 +450,9 @@ def test_curve(held_out: TestLogits) -> None:
         exits = exits_by_hand(held_out, MARGIN, path[kept[place]])
         right = [held_out.logits[k, n].argmax() == held_out.labels[n] for n, k in enumerate(exits)]
         assert curve.accuracy[place] == np.mean(right)
-        assert curve.macs[place] == pytest.approx(np.mean([COST.exit_macs[one] for one in exits]))
+        assert curve.macs[place] == pytest.approx(
+            np.mean([COST.exit_macs[exit_index] for exit_index in exits])
+        )
         assert curve.exit_rates[place] == pytest.approx([exits.count(k) / 600 for k in range(3)])
     expected = np.trapezoid(curve.accuracy[::-1], curve.macs[::-1]) / (curve.macs[0] - curve.macs[-1])
     assert curve.area == pytest.approx(expected)
@@ -458,9 +475,9 @@ def test_the_papers_curve_goes_along_its_own_path(held_out: TestLogits) -> None:
     calibrated = hand_made_policy(PAPER_RULE)
     assert paper_curve(held_out, calibrated, COST, None) == measure_curve(held_out, calibrated, COST, None)
     calibrated = hand_made_policy(MARGIN)
-    found = paper_curve(held_out, calibrated, COST, None)
-    assert found == measure_curve(held_out, hand_made_policy(PAPER_RULE), COST, None)
-    assert found != measure_curve(held_out, calibrated, COST, None)
+    curve = paper_curve(held_out, calibrated, COST, None)
+    assert curve == measure_curve(held_out, hand_made_policy(PAPER_RULE), COST, None)
+    assert curve != measure_curve(held_out, calibrated, COST, None)
 
 
 def test_a_single_exit_is_a_point_without_area(held_out: TestLogits) -> None:
@@ -488,8 +505,8 @@ def short_path(test: TestLogits, calibrated: CalibratedPolicy) -> tuple[ScoredSp
 
 def area_of_images(scored: ScoredSplit, levels: list[policy.Thresholds], images: NDArray[np.int64]) -> float:
     drawn = ScoredSplit(scored.scores[:, images], scored.right[:, images], scored.reference_right[images])
-    macs = [drawn.measure(one, COST).macs for one in levels]
-    accuracy = [drawn.measure(one, COST).accuracy for one in levels]
+    macs = [drawn.measure(thresholds, COST).macs for thresholds in levels]
+    accuracy = [drawn.measure(thresholds, COST).accuracy for thresholds in levels]
     return float(np.trapezoid(accuracy[::-1], macs[::-1]) / (macs[0] - macs[-1]))
 
 
@@ -498,12 +515,12 @@ def test_area_interval_draws_images(monkeypatch: pytest.MonkeyPatch) -> None:
     test = TestLogits(*synthetic_logits(5, 50))
     scored, levels = short_path(test, hand_made_policy(MARGIN))
     monkeypatch.setattr(evaluation, "_BLOCK", 50 * 30)  # the seams between blocks are crossed
-    found = area_interval(scored, levels, COST, seed=7, draws=100)
+    interval = area_interval(scored, levels, COST, seed=7, draws=100)
     draws = np.random.default_rng(7).integers(50, size=(100, 50))
     areas = [area_of_images(scored, levels, images) for images in draws]
-    assert found == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=1e-12)
-    assert area_interval(scored, levels, COST, seed=7, draws=100) == found
-    assert area_interval(scored, levels, COST, seed=8, draws=100) != found
+    assert interval == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=1e-12)
+    assert area_interval(scored, levels, COST, seed=7, draws=100) == interval
+    assert area_interval(scored, levels, COST, seed=8, draws=100) != interval
 
 
 def test_area_interval_against_scipy() -> None:

@@ -25,10 +25,10 @@ def test_runs_get_the_shortest_names_that_differ(tmp_path: Path) -> None:
     for name in ("a/run", "b/run", "c"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "saved.json").touch()
-    found = run_folder.read_results([tmp_path / "a/run", tmp_path / "c", tmp_path / "saved.json"])
-    assert list(found) == ["run", "c", "saved"]
-    found = run_folder.read_results([tmp_path / "a/run", tmp_path / "b/run"])
-    assert list(found) == ["a/run", "b/run"]
+    results = run_folder.read_results([tmp_path / "a/run", tmp_path / "c", tmp_path / "saved.json"])
+    assert list(results) == ["run", "c", "saved"]
+    results = run_folder.read_results([tmp_path / "a/run", tmp_path / "b/run"])
+    assert list(results) == ["a/run", "b/run"]
     with user_error("a/run is given twice: give each run once"):
         run_folder.read_results([tmp_path / "a/run", tmp_path / "b" / ".." / "a" / "run"])
 

@@ -74,7 +74,7 @@ def colour(
 ) -> tuple[EarlyExitNetwork, ExportedStages, Path]:
     folder = tmp_path_factory.mktemp("colour") / "stages"
     # As training leaves it.
-    network = plain_network(channels=3, size=32, exits=2).to(memory_format=torch.channels_last)
+    network = plain_network(channels=3, size=32, exits=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network, export_stages(network, COLOUR, MEAN, STD, folder), folder
 
 
@@ -536,7 +536,7 @@ def test_a_bundle_of_a_network_that_was_trained_elsewhere(digits: DataSplits, tm
     with user_error("precision='int8' needs images"):
         erde.export(network, images, tmp_path / "other", precision="int8")
     with user_error("the data are a NoneType, expected what erde.load_data gives, or an erde.ImageFormat"):
-        erde.export(network, None, tmp_path / "other")  # type: ignore[arg-type]
+        erde.export(network, None, tmp_path / "other")
     assert entries(tmp_path) == ["bundle"]
 
 

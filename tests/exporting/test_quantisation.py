@@ -330,7 +330,7 @@ def test_the_first_candidate_within_the_tolerance_is_taken() -> None:
     assert choose(fp32, [everything]) is None
     # On the edge: 0.8 - 0.795 is a last bit more than 0.005.
     assert choose(fp32, [everything, first]) is first
-    assert choose(fp32, [trial((), 0.81, 0.91), first]).kept_in_float == ()  # type: ignore[union-attr]
+    assert choose(fp32, [trial((), 0.81, 0.91), first]).kept_in_float == ()
 
 
 def kept_float(folder: Path, name: str, operation: str) -> list[bool]:
@@ -413,8 +413,8 @@ def test_the_types_let_no_other_split_in() -> None:
     for function in (export_int8_stages, quantisation.quantise_stages):
         hints = typing.get_type_hints(function)
         assert (hints["train"], hints["tune"]) == (TrainSplit, TuneSplit)
-    for function in (range_images, export_int8_plain):
-        assert typing.get_type_hints(function)["train"] is TrainSplit
+    for other in (range_images, export_int8_plain):
+        assert typing.get_type_hints(other)["train"] is TrainSplit
 
 
 # ---------------------------------------------------------------- what is refused

@@ -116,7 +116,7 @@ def hand_made_results(arms: Mapping[str, tuple[TestLogits, CalibratedPolicy, Cos
         data=DataInfo(
             name="synthetic", classes=list("abcde"), image_shape=(8, 8, 1), mean=[0.0], std=[1.0], splits={}
         ),
-        arms={name: hand_made_arm(*one, teacher=name != "ce") for name, one in arms.items()},
+        arms={name: hand_made_arm(*arguments, teacher=name != "ce") for name, arguments in arms.items()},
         comparisons=compare_arms(arms),
         agreement=Agreement(
             images=1, operating_points=[], disagreements=0, torch_disagreements=0, band=0, band_width=1e-5

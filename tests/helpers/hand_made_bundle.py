@@ -70,11 +70,11 @@ def write_bundle(
     if calibrate_on is not None:
         scores = rule.apply(runner.all_logits(calibrate_on))[1]
         exits = decide(scores, next(iter(points.values())))
-        ranges = [(float(one.min()), float(one.max())) for one in scores]
+        ranges = [(float(row.min()), float(row.max())) for row in scores]
         calibration = Calibration(
             exit_rates=(np.bincount(exits, minlength=len(models)) / len(exits)).tolist(),
             score_histograms=[
-                np.histogram(one, 20, span)[0].tolist() for one, span in zip(scores, ranges, strict=True)
+                np.histogram(row, 20, span)[0].tolist() for row, span in zip(scores, ranges, strict=True)
             ],
             score_ranges=ranges,
             tune_images=len(exits),

@@ -36,7 +36,7 @@ def kl(teacher: NDArray[Any], student: NDArray[Any], temperature: float) -> Arra
 
 
 def per_exit(value: float | Sequence[float], exits: int) -> list[float]:
-    return [float(value)] * exits if np.ndim(value) == 0 else [float(one) for one in value]
+    return [float(value)] * exits if np.ndim(value) == 0 else [float(each) for each in value]
 
 
 def ce_loss(logits: NDArray[Any], labels: NDArray[np.int64], exit_weights: Any = 1.0) -> float:
@@ -88,13 +88,13 @@ def erde_parts(
             ce = -np.log(p[y])
             if wrong and not ce_on_wrong and i < exits - 1:
                 ce = 0.0
-            divergence = 0.0
+            divergence: Any = 0.0
             if not wrong or kl_on_wrong:
                 divergence = temperature**2 * kl(t, scaled[i, b], temperature)
                 if distillation_form == "dkd":
                     target, others = decoupled(scaled[i, b], t, y, temperature)
                     divergence = temperature**2 * (target_weight * target + non_target_weight * others)
-            penalty = 0.0
+            penalty: Any = 0.0
             if wrong and (i < exits - 1 or entropy_exits == "all"):
                 if entropy_form == "negentropy":
                     penalty = np.log(classes) - entropy(s)
@@ -173,16 +173,15 @@ def dkd_parts(
     for i in range(exits):
         for b in range(images):
             s, t, y = student[i, b], teacher[i, b], labels[b]
-            first, second = decoupled(
-                *((standardised(s), standardised(t)) if standardise else (s, t)), y, temperature
-            )
-            found = (
+            read = standardised if standardise else np.asarray
+            first, second = decoupled(read(s), read(t), y, temperature)
+            terms = (
                 -np.log(softmax(s)[y]),
                 temperature**2 * first,
                 temperature**2 * second,
                 np.argmax(t) != y,
             )
-            for name, value in zip(parts, found, strict=True):
+            for name, value in zip(parts, terms, strict=True):
                 parts[name][i] += value / images
     loss = 0.0
     for i, (a, w) in enumerate(zip(per_exit(alpha, exits), per_exit(exit_weights, exits), strict=True)):
@@ -254,12 +253,12 @@ def exit_ensemble_parts(
     """arXiv 2104.00299: labels, and the mean of all exits, for every exit."""
     exits = len(student)
     ce = cross_entropy(student, labels).mean(axis=1)
-    ensemble = np.array([np.mean((one - sum(student) / exits) ** 2) for one in student])
+    ensemble = np.array([np.mean((logits - sum(student) / exits) ** 2) for logits in student])
     distance = np.zeros(exits)
     if features is not None:
-        distance = np.array([np.mean((one - sum(features) / exits) ** 2) for one in features])
+        distance = np.array([np.mean((feature - sum(features) / exits) ** 2) for feature in features])
     per_loss = ce + weight * ensemble + feature_weight * distance
-    loss = sum(w * one for w, one in zip(per_exit(exit_weights, exits), per_loss, strict=True))
+    loss = sum(w * part for w, part in zip(per_exit(exit_weights, exits), per_loss, strict=True))
     parts = {"loss": loss, "ce": ce, "ensemble": ensemble}
     return parts if features is None else {**parts, "feature": distance}
 
@@ -270,7 +269,7 @@ class CRD:
     def __init__(
         self, projections: list[tuple[Array, Array]], memories: Array, temperature: float, momentum: float
     ):
-        self.projections, self.memories = projections, [one.copy() for one in memories]
+        self.projections, self.memories = projections, [memory.copy() for memory in memories]
         self.temperature, self.momentum = temperature, momentum
         self.constants: list[float] | None = None
 
@@ -279,8 +278,8 @@ class CRD:
     ) -> float:
         """The loss, a mean over images; Z is set in the first step and the memories change after it."""
         embeddings = []
-        for (weight, bias), one in zip(self.projections, features, strict=True):
-            rows = one @ weight.T + bias
+        for (weight, bias), feature in zip(self.projections, features, strict=True):
+            rows = feature @ weight.T + bias
             embeddings.append(rows / np.linalg.norm(rows, axis=1, keepdims=True))
         images = len(self.memories[0])
         agreements = [
@@ -291,7 +290,7 @@ class CRD:
             for side in (0, 1)
         ]
         if self.constants is None:
-            self.constants = [float(np.mean(np.concatenate(one)) * images) for one in agreements]
+            self.constants = [float(np.mean(np.concatenate(agreement)) * images) for agreement in agreements]
         loss = 0.0
         for side in (0, 1):
             for values in agreements[side]:
@@ -317,7 +316,7 @@ def hooked_macs(module: nn.Module, *inputs: Tensor) -> tuple[int, Any]:
         elif isinstance(layer, nn.Linear):
             total += output.numel() * layer.in_features
 
-    hooks = [one.register_forward_hook(count) for one in module.modules()]
+    hooks = [child.register_forward_hook(count) for child in module.modules()]
     was_training = module.training
     module.eval()
     try:

@@ -67,8 +67,8 @@ def along(eagerness: float, macs: np.ndarray, accuracy: np.ndarray, no_exit_macs
 
 def curve(path: list[Measured], area: float) -> Curve:
     return Curve(
-        macs=[one.macs for one in path], accuracy=[one.accuracy for one in path], risk=[one.risk for one in path],
-        exit_rates=[one.exit_rates for one in path], area=area, area_interval=(area - 0.01, area + 0.01),
+        macs=[point.macs for point in path], accuracy=[point.accuracy for point in path], risk=[point.risk for point in path],
+        exit_rates=[point.exit_rates for point in path], area=area, area_interval=(area - 0.01, area + 0.01),
     )  # fmt: skip
 
 
@@ -90,8 +90,13 @@ def make_arm(name: str, exits: int, certified: bool, quality: float) -> Arm:
         return along(eagerness if exits > 1 else 0.0, macs, accuracy, no_exit_macs)
 
     def point(
-        label: str, kind: Any, target: float | None, eagerness: float, proof: Certificate | None, note=None
-    ):
+        label: str,
+        kind: Any,
+        target: float | None,
+        eagerness: float,
+        proof: Certificate | None,
+        note: str | None = None,
+    ) -> OperatingPoint:
         thresholds = [0.91 - 0.1 * eagerness] * (exits - 1) if eagerness else [None] * (exits - 1)
         return OperatingPoint(
             name=label, kind=kind, target=target, thresholds=thresholds, certificate=proof, note=note,
@@ -126,16 +131,16 @@ def make_arm(name: str, exits: int, certified: bool, quality: float) -> Arm:
         no_exit_macs=no_exit_macs,
         no_exit_parameters=272_474,
         cost=[
-            ExitCost(name=f"layer{place + 1}.2", macs=int(one), parameters=90_000 * (place + 1))
-            for place, one in enumerate(macs)
+            ExitCost(name=f"layer{place + 1}.2", macs=int(cost), parameters=90_000 * (place + 1))
+            for place, cost in enumerate(macs)
         ],
         exits=[
             ExitMeasures(
-                accuracy=float(one), accuracy_interval=wilson(float(one)), nll=1.3 - float(one),
+                accuracy=float(rate), accuracy_interval=wilson(float(rate)), nll=1.3 - float(rate),
                 brier=0.4321, ece=0.0123, auroc_correctness=0.87, auroc_harm=0.91 if place < exits - 1 else None,
                 temperature=1.31, answered=1 / exits, answered_accuracy=0.93, reliability=bins,
             )
-            for place, one in enumerate(accuracy)
+            for place, rate in enumerate(accuracy)
         ],
         score="margin",
         sharpness=1.4,

@@ -63,12 +63,12 @@ def gradients(loss: str, **settings: Any) -> dict[str, torch.Tensor]:
         seed=0,
         device=torch.device("cpu"),
     )
-    start = {name: one.detach().clone() for name, one in network.named_parameters()}
+    start = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     try:
         train_network(job)
     finally:
         Learner.enter_epoch = enter  # type: ignore[method-assign]
-    return {name: start[name] - one.detach() for name, one in network.named_parameters()}
+    return {name: start[name] - parameter.detach() for name, parameter in network.named_parameters()}
 
 
 def main() -> None:
@@ -82,8 +82,8 @@ def main() -> None:
     parallel.start("cpu")
     if not parallel.is_first():
         sys.addaudithook(watch)
-    found = {loss: gradients(loss) for loss in LOSSES}
-    found["in parts"] = gradients("erde", accumulate=4)
+    computed = {loss: gradients(loss) for loss in LOSSES}
+    computed["in parts"] = gradients("erde", accumulate=4)
     data = load()
     erde.train(
         make_network(data, 0),
@@ -97,14 +97,16 @@ def main() -> None:
         tensorboard=True,
     )
     if parallel.is_first():
-        flat = {f"{loss}/{name}": one for loss, all_ in found.items() for name, one in all_.items()}
+        flat = {
+            f"{loss}/{name}": gradient for loss, all_ in computed.items() for name, gradient in all_.items()
+        }
         from safetensors.torch import save_file
 
         save_file(flat, out / "gradients.safetensors")
         parallel.wait()
     else:
         parallel.wait()
-        (out / "second.json").write_text(json.dumps([one for one in written if str(out) in one]))
+        (out / "second.json").write_text(json.dumps([path for path in written if str(out) in path]))
     parallel.finish()
 
 

@@ -312,7 +312,7 @@ def test_variants_differ() -> None:
             result["loss"].backward()
             with torch.no_grad():
                 for parameter in module.parameters():
-                    parameter -= 0.1 * parameter.grad
+                    parameter.add_(parameter.grad, alpha=-0.1)
         value = float(call(module, loss)["loss"].detach())
         assert value not in values, f"{name} is {values.get(value)}"
         values[value] = name
@@ -334,7 +334,7 @@ def test_state_dict_is_all_of_the_state(name: str) -> None:
         call(first, loss, seed)["loss"].backward()
     with torch.no_grad():
         for parameter in first.parameters():
-            parameter -= 0.1 * parameter.grad
+            parameter.add_(parameter.grad, alpha=-0.1)
     second = build(loss, seed=9)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for seed in range(3, 5):

@@ -160,7 +160,7 @@ def test_crd() -> None:
     projections, memories, steps = crd_inputs()
     settings = make_settings(student_shapes=((5,),) * 3, teacher_shapes=((9,),) * 3)
     config = LOSSES["crd"](name="crd", dimensions=8, negatives=12)  # type: ignore[call-arg]
-    contrast = build_loss(config, settings).double().contrasts[0]  # type: ignore[union-attr,index]
+    contrast = build_loss(config, settings).double().contrasts[0]
     with torch.no_grad():
         for layer, (weight, bias) in zip(
             (contrast.project_student, contrast.project_teacher), projections, strict=True

@@ -82,12 +82,12 @@ def test_byot_and_exit_ensemble_equal_the_oracles(arguments: dict[str, Any], wei
     as_arrays = {"features": features.numpy(), "feature_weight": weight} if weight else {}
     assert_parts(
         byot_loss(student, labels, **arguments, **with_features),
-        oracles.byot_parts(*as_numpy(student, labels), **arguments, **as_arrays),
+        oracles.byot_parts(student.numpy(), labels.numpy(), **arguments, **as_arrays),
     )
     own = {"exit_weights": arguments.get("exit_weights", 1.0), "weight": 0.7}
     assert_parts(
         exit_ensemble_loss(student, labels, **own, **with_features),
-        oracles.exit_ensemble_parts(*as_numpy(student, labels), **own, **as_arrays),
+        oracles.exit_ensemble_parts(student.numpy(), labels.numpy(), **own, **as_arrays),
     )
 
 

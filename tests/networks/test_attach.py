@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -421,7 +421,7 @@ def test_an_answer_that_depends_on_the_batch_is_not_exported(
     class Model(Small):
         def __init__(self) -> None:
             super().__init__()
-            self.conv2 = part()
+            self.conv2 = part()  # type: ignore[assignment]
 
     model, network = make(Model(), ["conv"])
     for number in (1, 2):
@@ -740,7 +740,7 @@ def quantised(module: nn.Module) -> nn.Module:
         (lambda: Small, "Small is a class: pass an instance"),
         (lambda: torch.relu, "the model is a builtin_function_or_method, expected a torch.nn.Module"),
         (lambda: torch.compile(Small()), "OptimizedModule is compiled: put exits on it before"),
-        (lambda: nn.Sequential(torch.compile(Small())), "'0' in Sequential is compiled"),
+        (lambda: nn.Sequential(cast(nn.Module, torch.compile(Small()))), "'0' in Sequential is compiled"),
         (compiled_inside, r"'blocks\.1' in Mine is compiled"),
         (lambda: torch.jit.script(Small()), "RecursiveScriptModule is a scripted or traced module"),
         (
@@ -770,7 +770,7 @@ def test_a_network_in_half_precision_is_not_exported(tmp_path: Path) -> None:
     with user_error(r"the network has parameters of float16 \('stages.0.shift'\)"):
         export_stages(network.half(), (16, 16, 3), (0.5,) * 3, (0.25,) * 3, tmp_path / "stages")
     with user_error("the network is a Mine: put exits on it first"):
-        export_stages(Mine(), (16, 16, 3), (0.5,) * 3, (0.25,) * 3, tmp_path / "stages")  # type: ignore[arg-type]
+        export_stages(Mine(), (16, 16, 3), (0.5,) * 3, (0.25,) * 3, tmp_path / "stages")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -214,7 +214,7 @@ def take_step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -
 def test_an_optimiser_goes_on_bit_for_bit(name: str, channels_last: bool, tmp_path: Path) -> None:
     network = small_network()
     if channels_last:
-        network = network.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # A frozen parameter has no state.
     network[1].bias.requires_grad_(False)
     optimizer = make_optimizer(name, network)

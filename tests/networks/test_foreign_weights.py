@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import erde
-from erde.data.load import DataSplits, load_data
+from erde.data.load import load_data
 from erde.losses.base import pair_exits
 from erde.networks import checkpoint
 from erde.networks.attach import attach_exits
@@ -210,7 +211,7 @@ def test_plain_arrays_without_counters(tmp_path: Path) -> None:
     arrays = {
         public_name(name): tensor.numpy() for name, tensor in weights_of(trained).items() if tensor.ndim
     }
-    np.savez(tmp_path / "some.npz", **arrays)  # type: ignore[arg-type]
+    np.savez(tmp_path / "some.npz", **arrays)
     report = load_teacher_weights(network, tmp_path / "some.npz")
     assert same_weights(network, trained, counters=False)
     assert len(report.matched) == len(arrays)
@@ -223,7 +224,7 @@ def test_plain_arrays_without_counters(tmp_path: Path) -> None:
 def test_plain_arrays_by_order(tmp_path: Path) -> None:
     trained, network = make(seed=1), make(seed=2)
     arrays = [tensor.numpy() for tensor in weights_of(trained).values() if tensor.ndim]
-    np.savez(tmp_path / "some.npz", **{f"x{99 - index}": array for index, array in enumerate(arrays)})  # type: ignore[arg-type]
+    np.savez(tmp_path / "some.npz", **{f"x{99 - index}": array for index, array in enumerate(arrays)})
     with user_error("no name of its 47 tensors matches"):
         load_teacher_weights(network, tmp_path / "some.npz")
     load_teacher_weights(network, tmp_path / "some.npz", "order")
@@ -314,7 +315,7 @@ def test_arrays_that_do_not_fit(tmp_path: Path, kind: str) -> None:
             message = r"does not fit the network: '.*' has shape"
         np.savez(path, **arrays)
     with user_error(message):
-        load_teacher_weights(make(), path, match)  # type: ignore[arg-type]
+        load_teacher_weights(make(), path, match)
 
 
 def test_plain_weights_need_a_plain_teacher(tmp_path: Path) -> None:
@@ -385,16 +386,10 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
     data = load_data(
         "digits", channels=1, tune_size=300, certify_size=300, test_size=300, mean=[0.1], std=[0.7]
     )
-    backwards = DataSplits(
-        data.name,
-        *(
-            type(split)(split.images, 9 - split.labels)
-            for split in (data.train, data.tune, data.certify, data.test)
-        ),
-        data.classes[::-1],
-        data.mean,
-        data.std,
-    )
+    names = ("train", "tune", "certify", "test")
+    splits: dict[str, Any] = {name: getattr(data, name) for name in names}
+    turned = {name: dataclasses.replace(split, labels=9 - split.labels) for name, split in splits.items()}
+    backwards = dataclasses.replace(data, classes=data.classes[::-1], **turned)
     torch.manual_seed(0)
     network = attach_exits(build_backbone("resnet8x0.5", classes=10, channels=1), 1, input_size=(1, 8, 8))
     settings: dict[str, Any] = {"epochs": 4, "batch_size": 32, "learning_rate": 0.05, "device": "cpu"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,12 @@ AUTHORS_PARAMETERS = {
     "msdnet-7": "433876 876792 1274952 1695548 2178352 2603252 3067960",
     "msdnet-budgeted": "299704 649740 1018308 1492424 2078924",
 }
+
+
+def build(name: str = "msdnet", classes: int = 10, channels: int = 3) -> Backbone:
+    backbone = build_backbone(name, classes=classes, channels=channels)
+    assert isinstance(backbone, Backbone)
+    return backbone.eval()
 
 
 def native_stages(backbone: Backbone) -> list[tuple[nn.Module, nn.Module]]:
@@ -79,7 +86,7 @@ def authors_operations(module: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("name", MSDNETS)
 @pytest.mark.parametrize(("classes", "channels"), [(100, 3), (10, 1)])
 def test_msdnet_per_exit_by_hand(name: str, classes: int, channels: int) -> None:
-    backbone = build_backbone(name, classes=classes, channels=channels).eval()
+    backbone = build(name, classes, channels)
     expected = family_costs.msdnet(MSDNETS[name], classes, channels, 32)
     x, macs, parameters, result = torch.zeros(1, channels, 32, 32), 0, 0, []
     for block, head in native_stages(backbone):
@@ -95,7 +102,7 @@ def test_msdnet_per_exit_by_hand(name: str, classes: int, channels: int) -> None
 
 @pytest.mark.parametrize("name", MSDNETS)
 def test_msdnet_per_exit_as_the_authors_count(name: str) -> None:
-    backbone = build_backbone(name, classes=100).eval()
+    backbone = build(name, classes=100)
     operations, parameters, result = 0, 0, []
     x = torch.zeros(1, 3, 32, 32)
     for block, head in native_stages(backbone):
@@ -112,7 +119,7 @@ def test_msdnet_per_exit_as_the_authors_count(name: str) -> None:
 
 
 def test_msdnet_hands_over_its_scales() -> None:
-    backbone = build_backbone("msdnet", classes=10).eval()
+    backbone = build()
     x, shapes = torch.zeros(2, 3, 32, 32), []
     with torch.no_grad():
         for block in backbone.blocks:
@@ -132,7 +139,7 @@ def test_msdnet_hands_over_its_scales() -> None:
 
 def test_msdnet_coarse_scales_come_from_finer_ones_and_their_own() -> None:
     torch.manual_seed(0)
-    layer = build_backbone("msdnet", classes=10).blocks[0][1].eval()
+    layer: Any = build().blocks[0][1]
     scales = tuple(torch.randn(1, 16 * 2**s, 32 // 2**s, 32 // 2**s) for s in range(3))
     with torch.no_grad():
         before = layer(scales)
@@ -147,7 +154,7 @@ def test_msdnet_coarse_scales_come_from_finer_ones_and_their_own() -> None:
 @pytest.mark.parametrize("name", ["msdnet-7", "msdnet-budgeted"])
 def test_every_native_exit_learns(name: str) -> None:
     torch.manual_seed(0)
-    backbone = build_backbone(name, classes=5)
+    backbone = build(name, classes=5).train()
     logits = native_exits(backbone, torch.randn(4, 3, 32, 32))
     assert [rows.shape for rows in logits] == [(4, 5)] * len(MSDNETS[name])
     torch.stack(logits).square().sum().backward()
@@ -164,7 +171,7 @@ def with_native_exits(backbone: Backbone, exits: int | list[str]) -> EarlyExitNe
 
 
 def test_msdnet_with_all_its_exits_costs_what_it_should() -> None:
-    backbone = build_backbone("msdnet", classes=100).eval()
+    backbone = build(classes=100)
     network = with_native_exits(backbone, 10)
     assert network.exit_names == [*backbone.native_heads, "final"]
     cost = network_cost(network, (3, 32, 32))
@@ -178,7 +185,7 @@ def test_msdnet_with_all_its_exits_costs_what_it_should() -> None:
 
 @pytest.mark.parametrize("exits", [3, ["block2", "block7"]])
 def test_msdnet_with_some_of_its_exits(exits: int | list[str]) -> None:
-    backbone = build_backbone("msdnet", classes=10).eval()
+    backbone = build()
     network = with_native_exits(backbone, exits)
     *places, final = network.exit_names
     assert (len(places), final) == (2, "final")

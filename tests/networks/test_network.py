@@ -26,6 +26,7 @@ SIZE = (3, 8, 8)
 def make(exits: Any = 3, name: str = "resnet14", **arguments: Any) -> tuple[Backbone, EarlyExitNetwork]:
     torch.manual_seed(0)
     backbone = build_backbone(name, classes=5)
+    assert isinstance(backbone, Backbone)
     return backbone, attach_exits(backbone, exits, input_size=SIZE, **arguments)
 
 

@@ -44,10 +44,10 @@ def test_scores_against_independent_formulas(sharpness: float) -> None:
     expected["energy"] = sharpness * scipy.special.logsumexp(logits.astype(np.float64) / sharpness, axis=-1)
     assert policy.OWN_SCORES.keys() == expected.keys()
     for name, value in expected.items():
-        found = policy.score(logits, name, sharpness)
-        assert found.dtype == np.float64
-        assert found.shape == (3, 20)
-        np.testing.assert_allclose(found, value, rtol=1e-9, atol=1e-12, err_msg=name)
+        scores = policy.score(logits, name, sharpness)
+        assert scores.dtype == np.float64
+        assert scores.shape == (3, 20)
+        np.testing.assert_allclose(scores, value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("name", policy.OWN_SCORES)
@@ -63,8 +63,8 @@ def test_higher_is_surer(name: str) -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_bounds(name: str, least: float, logits: list[float], sharpness: float) -> None:
-    found = float(policy.score(np.array(logits, np.float32), name, sharpness))
-    assert least - 1e-12 <= found <= 1 + 1e-12
+    value = float(policy.score(np.array(logits, np.float32), name, sharpness))
+    assert least - 1e-12 <= value <= 1 + 1e-12
 
 
 @pytest.mark.parametrize(("name", "least"), [("entropy", 0.0), ("max_probability", 0.25), ("margin", 0.0)])
@@ -143,7 +143,7 @@ HARM = policy.HarmParameters(
 
 def test_the_learned_score_against_a_loop() -> None:
     logits = some_logits(shape=(2, 40, 6))
-    found = HARM.score(list(logits))
+    scores = HARM.score(list(logits))
     for n in range(40):
         p = [oracles.softmax(logits[e, n]) for e in range(2)]
         label, top = int(p[1].argmax()), np.sort(p[1])[::-1]
@@ -152,7 +152,7 @@ def test_the_learned_score_against_a_loop() -> None:
             np.log(p[0][label]), float(p[0].argmax() == label),
         ]  # fmt: skip
         log_odds = HARM.bias + np.dot(HARM.weights, features) + HARM.class_weights[label]
-        assert found[n] == pytest.approx(1 - scipy.special.expit(log_odds), rel=1e-9)
+        assert scores[n] == pytest.approx(1 - scipy.special.expit(log_odds), rel=1e-9)
     assert policy.harm_feature_count(1, 6) == len(HARM.weights)
     assert policy.harm_feature_count(0, 3) == policy.harm_features([logits[0][:, :3]])[0].shape[1] == 5
 
@@ -251,8 +251,8 @@ def test_take_exit() -> None:
 
 def test_answer_probabilities_use_the_temperature_of_the_exit_that_answered() -> None:
     logits, exits = some_logits(shape=(5, 6)), np.array([0, 2, 1, 1, 2])
-    found = policy.answer_probabilities(logits, exits, [1.0, 2.0, 0.5])
+    probabilities = policy.answer_probabilities(logits, exits, [1.0, 2.0, 0.5])
     expected = [oracles.softmax(logits[n], [1.0, 2.0, 0.5][e]) for n, e in enumerate(exits)]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
-    np.testing.assert_allclose(found.sum(-1), 1)
-    assert (found.argmax(-1) == logits.argmax(-1)).all()
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-12)
+    np.testing.assert_allclose(probabilities.sum(-1), 1)
+    assert (probabilities.argmax(-1) == logits.argmax(-1)).all()

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from erde.common.errors import UserError
-from erde.losses.erde import ERDEConfig
 from erde.recipe.load import load_config, shipped_recipes
+from erde.recipe.losses import ERDEConfig
 from erde.recipe.schema import Config
 from erde.recipe.validation import validate
 from tests.helpers.checks import user_error
@@ -242,8 +242,8 @@ def test_wrong_type_or_range(recipe: Path, override: str, start: str, got: str) 
     ],
 )
 def test_names_that_do_not_exist(recipe: Path, override: str, message: str) -> None:
-    found = refusal(recipe, override)
-    assert found == message
+    refused = refusal(recipe, override)
+    assert refused == message
 
 
 @pytest.mark.parametrize("name", ["teacher", "a/b", "..", "a b"])

@@ -16,7 +16,11 @@ from erde.report import compare_page
 from erde.report.compare_page import render_comparison, seed_groups, write_comparison
 from tests.helpers.pages import Page, browse, compared, make_results, needs_browser, root_of
 
-RECIPE = {"name": "a", "train": {"epochs": 30, "milestones": [0.5, 0.75]}, "arms": {"erde": {"loss": "erde"}}}
+RECIPE: dict[str, Any] = {
+    "name": "a",
+    "train": {"epochs": 30, "milestones": [0.5, 0.75]},
+    "arms": {"erde": {"loss": "erde"}},
+}
 NAMES = ("erde", "kd", "fixed-small")
 
 
@@ -66,7 +70,7 @@ def test_runs_of_two_machines_are_of_one_recipe(seeds: dict[str, Results]) -> No
     elsewhere = {
         **RECIPE, "seed": 4, "device": "cuda", "threads": 8, "data": {"workers": 8, "memory_limit_gib": 1},
         "teacher": {"cache": "/mnt/cache"}, "train": {**RECIPE["train"], "tensorboard": True, "together": True},
-    }  # type: ignore[dict-item]  # fmt: skip
+    }  # fmt: skip
     here = {**RECIPE, "seed": 5, "data": {}, "teacher": {}}
     runs = {
         name: run(seed).model_copy(update={"recipe": recipe})
@@ -158,15 +162,16 @@ def test_differences_between_recipes_are_listed_and_nothing_else() -> None:
 
 
 def test_many_runs_stay_small(tmp_path: Path) -> None:
-    one = run(0)
-    curve = one.arms["erde"].curve
+    results = run(0)
+    curve = results.arms["erde"].curve
     long = curve.model_copy(
         update={key: getattr(curve, key) * 3 for key in ("macs", "accuracy", "risk", "exit_rates")}
     )
     arms = {
-        name: arm.model_copy(update={"curve": long, "paper_curve": long}) for name, arm in one.arms.items()
+        name: arm.model_copy(update={"curve": long, "paper_curve": long})
+        for name, arm in results.arms.items()
     }
-    many = {f"run-{seed}": one.model_copy(update={"arms": arms, "seed": seed}) for seed in range(60)}
+    many = {f"run-{seed}": results.model_copy(update={"arms": arms, "seed": seed}) for seed in range(60)}
     write_comparison(many, tmp_path / "comparison.html")
     assert (tmp_path / "comparison.html").stat().st_size < 6_000_000
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.html"]
@@ -174,10 +179,10 @@ def test_many_runs_stay_small(tmp_path: Path) -> None:
 
 def test_thinned_curves_keep_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_page, "MAX_POINTS", 100)
-    one = run(0)
-    data = json.loads(Page(render_comparison({"a": one})).scripts[1])
+    results = run(0)
+    data = json.loads(Page(render_comparison({"a": results})).scripts[1])
     drawn = next(series for series in data["series"] if series["arm"] == "erde")["lines"][0]["curve"]["macs"]
-    whole = one.arms["erde"].curve.macs
+    whole = results.arms["erde"].curve.macs
     assert 10 < len(drawn) < 30
     assert drawn[0] == pytest.approx(whole[0], rel=1e-6)
     assert drawn[-1] == pytest.approx(whole[-1], rel=1e-6)
@@ -203,7 +208,7 @@ def test_text_from_the_data_stays_text() -> None:
     page = Page(source)
     assert len(page.scripts) == 3
     assert "img" not in page.tags
-    assert not [one for one in page.attributes if one[1].startswith("on")]
+    assert not [attribute for attribute in page.attributes if attribute[1].startswith("on")]
     assert HOSTILE not in source.replace(html.escape(HOSTILE), "")
     assert page.text.count("onerror=boom()><b>bold</b>") > 10
 

@@ -129,9 +129,9 @@ def test_series_differ_in_colour_or_marker(results: Results) -> None:
     arm = results.arms["erde"]
     many = results.model_copy(update={"arms": {f"arm{index}": arm for index in range(20)}})
     series = series_of({"run": many})
-    assert len({(one.colour, one.marker) for one in series}) == 20
-    assert len({one.marker for one in series[:8]}) == len({one.colour for one in series[:8]}) == 8
-    assert [one.label for one in series[:2]] == ["arm0", "arm1"]
+    assert len({(line.colour, line.marker) for line in series}) == 20
+    assert len({line.marker for line in series[:8]}) == len({line.colour for line in series[:8]}) == 8
+    assert [line.label for line in series[:2]] == ["arm0", "arm1"]
     assert series_of({"a": many, "b": many})[20].label == "arm0 (b)"
 
 
@@ -145,29 +145,35 @@ def test_curves_and_points(results: Results) -> None:
     figure = figures.accuracy_against_macs(series_of({"run": results}))
     lines = lines_of(figure)
     erde, ce, fixed = results.arms.values()
-    curves = [one for one in lines if len(one.get_xdata()) > 1]
+    curves = [line for line in lines if len(line.get_xdata()) > 1]
     # The curve and, dotted, the paper's rule; of the arm whose rule that is, one curve; of a point, none.
-    assert [one.get_color() for one in curves] == [figures.PALETTE[0], figures.PALETTE[0], figures.PALETTE[1]]
+    assert [line.get_color() for line in curves] == [
+        figures.PALETTE[0],
+        figures.PALETTE[0],
+        figures.PALETTE[1],
+    ]
     assert erde.paper_curve is not None
     drawn = (erde.curve, erde.paper_curve, ce.curve)
     for line, curve in zip(curves, drawn, strict=True):
         assert line.get_xdata() == pytest.approx(np.array(curve.macs) / 1e6)
         assert line.get_ydata() == pytest.approx(100 * np.array(curve.accuracy))
-    assert [one.is_dashed() for one in curves] == [False, True, False]
-    points = [one for one in lines if len(one.get_xdata()) == 1]
+    assert [line.is_dashed() for line in curves] == [False, True, False]
+    points = [line for line in lines if len(line.get_xdata()) == 1]
     expected = [
         (point.test.macs / 1e6, 100 * point.test.accuracy, point.name == arm.default_operating_point)
         for arm in (erde, ce, fixed)
         for point in arm.operating_points
         if point.test is not None
     ]
-    found = [(one.get_xdata()[0], one.get_ydata()[0], one.get_markerfacecolor() != "white") for one in points]
-    assert [one[2] for one in found] == [one[2] for one in expected]
-    assert np.array(found) == pytest.approx(np.array(expected, np.float64))
+    markers = [
+        (line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() != "white") for line in points
+    ]
+    assert [point[2] for point in markers] == [point[2] for point in expected]
+    assert np.array(markers) == pytest.approx(np.array(expected, np.float64))
     assert figure is not None
-    bars = list(figure.axes[0].collections)
+    bars: list[Any] = list(figure.axes[0].collections)
     assert len(bars) == 3
-    low, high = erde.operating_points[1].test.accuracy_interval  # type: ignore[union-attr]
+    low, high = erde.operating_points[1].test.accuracy_interval
     assert bars[0].get_segments()[0][:, 1] == pytest.approx([100 * low, 100 * high])
 
 
@@ -184,7 +190,7 @@ def test_axis_suits_the_costs(costs: tuple[float, float], scale: str, label: str
     arms = {}
     for index, macs in enumerate(costs):
         factor = macs / arm.curve.macs[0]
-        curve = arm.curve.model_copy(update={"macs": [factor * one for one in arm.curve.macs]})
+        curve = arm.curve.model_copy(update={"macs": [factor * value for value in arm.curve.macs]})
         arms[str(index)] = arm.model_copy(
             update={"curve": curve, "paper_curve": None, "operating_points": []}
         )
@@ -197,7 +203,7 @@ def test_axis_suits_the_costs(costs: tuple[float, float], scale: str, label: str
 def test_milliseconds_only_where_they_are_known(results: Results, tmp_path: Path) -> None:
     assert figures.accuracy_against_milliseconds(series_of({"run": results})) is None
     arm = results.arms["erde"]
-    curve = arm.curve.model_copy(update={"milliseconds": [one / 10 for one in arm.curve.macs]})
+    curve = arm.curve.model_copy(update={"milliseconds": [value / 10 for value in arm.curve.macs]})
     timed = [
         point.model_copy(update={"test": point.test.model_copy(update={"milliseconds": 7.0})})
         for point in arm.operating_points
@@ -206,9 +212,9 @@ def test_milliseconds_only_where_they_are_known(results: Results, tmp_path: Path
     arm = arm.model_copy(update={"curve": curve, "operating_points": timed})
     known = results.model_copy(update={"arms": {**results.arms, "erde": arm}})
     lines = lines_of(figures.accuracy_against_milliseconds(series_of({"run": known})))
-    assert {one.get_color() for one in lines} == {figures.PALETTE[0]}
+    assert {line.get_color() for line in lines} == {figures.PALETTE[0]}
     assert lines[0].get_xdata() == pytest.approx(curve.milliseconds)
-    assert [one.get_xdata()[0] for one in lines[1:]] == [7, 7]
+    assert [line.get_xdata()[0] for line in lines[1:]] == [7, 7]
     figures.write({"run": known}, tmp_path, ["svg"])
     assert "accuracy-against-milliseconds.svg" in entries(tmp_path)
 
@@ -217,22 +223,24 @@ def test_accuracy_of_exits(results: Results) -> None:
     figure = figures.exits(series_of({"run": results}))
     first, second, across = lines_of(figure)
     for line, name in ((first, "erde"), (second, "ce")):
-        assert line.get_ydata() == pytest.approx([100 * one.accuracy for one in results.arms[name].exits])
+        assert line.get_ydata() == pytest.approx(
+            [100 * measured.accuracy for measured in results.arms[name].exits]
+        )
         assert np.round(line.get_xdata()).tolist() == [0, 1, 2]
     assert (first.get_xdata() < second.get_xdata()).all()
     assert across.get_ydata() == pytest.approx([100 * results.arms["fixed"].exits[0].accuracy] * 2)
     assert figure is not None
-    bars = figure.axes[0].collections[0].get_segments()
+    bars: Any = figure.axes[0].collections[0]
     low, high = results.arms["erde"].exits[0].accuracy_interval
-    assert bars[0][:, 1] == pytest.approx([100 * low, 100 * high])
+    assert bars.get_segments()[0][:, 1] == pytest.approx([100 * low, 100 * high])
 
 
 def test_reliability_shows_the_bins_with_images(results: Results) -> None:
     figure = figures.reliability(series_of({"run": results}))
     assert figure is not None
-    shown = [one for one in figure.axes if one.get_visible()]
-    assert [one.get_title() for one in shown] == ["erde", "ce", "fixed"]
-    assert [len(one.get_lines()) - 1 for one in shown] == [3, 3, 1]
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == ["erde", "ce", "fixed"]
+    assert [len(axes.get_lines()) - 1 for axes in shown] == [3, 3, 1]
     bins = results.arms["ce"].exits[1].reliability
     filled = [index for index, count in enumerate(bins.count) if count]
     assert len(filled) < 15
@@ -240,21 +248,22 @@ def test_reliability_shows_the_bins_with_images(results: Results) -> None:
     assert line.get_xdata() == pytest.approx([100 * bins.confidence[index] for index in filled])
     assert line.get_ydata() == pytest.approx([100 * bins.accuracy[index] for index in filled])
     # The last panel of each column has numbers below it, and says of what.
-    assert [one.get_xlabel() for one in shown] == ["", "confidence (%)", "confidence (%)"]
+    assert [axes.get_xlabel() for axes in shown] == ["", "confidence (%)", "confidence (%)"]
 
 
 def test_entropies_of_arms_that_had_a_teacher(results: Results) -> None:
     series = series_of({"run": results})
     figure = figures.entropies(series)
     assert figure is not None
-    shown = [one for one in figure.axes if one.get_visible()]
-    assert [one.get_title() for one in shown] == ["erde, exit 0", "exit 1", "exit 2", "fixed, exit 0"]
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == ["erde, exit 0", "exit 1", "exit 2", "fixed, exit 0"]
     histograms = results.arms["erde"].entropies
     assert histograms is not None
     for panel, right, wrong in zip(shown, histograms.teacher_right, histograms.teacher_wrong, strict=False):
-        for patch, counts in zip(panel.patches, (right, wrong), strict=True):
+        patches: list[Any] = list(panel.patches)
+        for patch, counts in zip(patches, (right, wrong), strict=True):
             assert patch.get_data().values == pytest.approx(100 * np.array(counts) / sum(counts))
-    assert figures.entropies([one for one in series if one.label == "ce"]) is None
+    assert figures.entropies([line for line in series if line.label == "ce"]) is None
 
 
 def test_names_are_names(only_erde: Results, tmp_path: Path) -> None:
@@ -266,7 +275,7 @@ def test_names_are_names(only_erde: Results, tmp_path: Path) -> None:
     odd = only_erde.model_copy(update={"arms": arms})
     figure = figures.exits(series_of({"run": odd}))
     assert figure is not None
-    assert [one.get_text() for one in figure.legends[0].get_texts()] == list(arms)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(arms)
     figures.write({"run": odd}, tmp_path, ["png"])
 
 
@@ -286,18 +295,18 @@ def test_tables_hold_the_results(results: Results, tmp_path: Path) -> None:
         text, rows = read_both(tmp_path, name)
         assert len(text) == len(rows) == 2 * size
         assert [row["run"] for row in rows] == ["a"] * size + ["b"] * size
-        for one, other in zip(text, rows, strict=True):
-            assert list(one) == list(other) == list(rows[0])
+        for written, other in zip(text, rows, strict=True):
+            assert list(written) == list(other) == list(rows[0])
             for column, value in other.items():
                 if isinstance(value, float):
-                    assert float(one[column]) == value
+                    assert float(written[column]) == value
                 elif isinstance(value, list):
                     assert (
-                        one[column].split(";") == ["" if part is None else str(part) for part in value]
+                        written[column].split(";") == ["" if part is None else str(part) for part in value]
                         or not value
                     )
                 else:
-                    assert one[column] == ("" if value is None else str(value))
+                    assert written[column] == ("" if value is None else str(value))
     default = erde.operating_points[1]
     assert default.test is not None
     arm = read_both(tmp_path, "arms")[1][0]
@@ -327,6 +336,6 @@ def test_tables_hold_the_results(results: Results, tmp_path: Path) -> None:
 def test_disabled_exits_and_what_is_missing_are_empty_cells(results: Results) -> None:
     points = tables.rows_of("operating-points", {"run": results})
     text = list(csv.DictReader(tables.csv_text(points).splitlines()))
-    assert [one["thresholds"] for one in text] == [";", "0.6;0.4", ";", "0.5;", ""]
+    assert [row["thresholds"] for row in text] == [";", "0.6;0.4", ";", "0.5;", ""]
     assert text[0]["certificate_lost"] == text[0]["target"] == text[0]["tune_macs"] == ""
     assert text[1]["test_exit_rates"].count(";") == 2

@@ -188,8 +188,8 @@ def hostile_results() -> Results:
     results = make_results(names=("teacher", "erde"))
     arm = results.arms["erde"]
     texts = {"name": HOSTILE, "note": HOSTILE, "certificate": None}
-    outcomes = [one.model_copy(update={"score": HOSTILE}) for one in arm.score_outcomes]
-    missing = [one.model_copy(update={"name": HOSTILE, "note": HOSTILE}) for one in arm.left_out]
+    outcomes = [outcome.model_copy(update={"score": HOSTILE}) for outcome in arm.score_outcomes]
+    missing = [point.model_copy(update={"name": HOSTILE, "note": HOSTILE}) for point in arm.left_out]
     points = [arm.operating_points[0], arm.operating_points[1].model_copy(update=texts)]
     costs = [cost.model_copy(update={"name": HOSTILE}) for cost in arm.cost]
     changed = arm.model_copy(
@@ -222,7 +222,7 @@ def test_text_from_the_data_stays_text() -> None:
     assert len(page.scripts) == len(clean.scripts) == 3
     assert page.tags.count("img") > 30  # thumbnails, whose alternatives hold hostile class names
     assert "img" not in clean.tags
-    assert not [one for one in page.attributes if one[1].startswith("on")]
+    assert not [attribute for attribute in page.attributes if attribute[1].startswith("on")]
     assert HOSTILE not in source.replace(html.escape(HOSTILE), "")
     assert any(HOSTILE in value for tag, name, value in page.attributes if (tag, name) == ("img", "alt"))
     assert json.loads(page.scripts[1])["exported"] == HOSTILE
@@ -253,9 +253,9 @@ def test_size_with_long_histories_and_many_exits(tmp_path: Path) -> None:
 
 def test_size_with_evidence_of_ten_thousand_images_and_five_arms(tmp_path: Path) -> None:
     arms = {f"arm-{seed}": arm_input(seed, images=10_000) for seed in range(5)}
-    found = collect(arms, "arm-0", pictures(10_000, side=96))
-    assert len(found.arms["arm-4"].reference_right) == 10_000
-    write_report(make_results(names=tuple(arms)), tmp_path / "report.html", found)
+    evidence = collect(arms, "arm-0", pictures(10_000, side=96))
+    assert len(evidence.arms["arm-4"].reference_right) == 10_000
+    write_report(make_results(names=tuple(arms)), tmp_path / "report.html", evidence)
     assert (tmp_path / "report.html").stat().st_size < 6_000_000
 
 
@@ -364,8 +364,8 @@ def test_the_class_that_pays_most_is_named(page: Page) -> None:
 
 
 def test_of_a_thousand_classes_those_that_pay_most_are_shown(results: Results) -> None:
-    one = results.arms["erde"].classes[0]
-    many = [one.model_copy(update={"drop": number / 1e4}) for number in range(1000)]
+    measured = results.arms["erde"].classes[0]
+    many = [measured.model_copy(update={"drop": number / 1e4}) for number in range(1000)]
     arm = results.arms["erde"].model_copy(update={"classes": many})
     names = [f"name-{number}" for number in range(1000)]
     page = Page(
@@ -399,8 +399,8 @@ def test_a_promise_against_a_poor_network_is_not_green(
 ) -> None:
     arm = results.arms["erde"]
     exits = [
-        one.model_copy(update={"accuracy": accuracy})
-        for one, accuracy in zip(arm.exits, accuracies, strict=True)
+        measured.model_copy(update={"accuracy": accuracy})
+        for measured, accuracy in zip(arm.exits, accuracies, strict=True)
     ]
     data = results.data.model_copy(update={"classes": [str(number) for number in range(classes)]})
     changed = results.model_copy(
@@ -463,9 +463,9 @@ def test_without_evidence_there_is_no_slider_and_it_says_why(page: Page) -> None
 def test_every_image_says_in_words_what_it_shows(results: Results, evidence: Evidence) -> None:
     page = Page(render(results, evidence))
     alternatives = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
-    assert len(alternatives) == sum(len(one.thumbnails) for one in evidence.galleries) > 40
+    assert len(alternatives) == sum(len(gallery.thumbnails) for gallery in evidence.galleries) > 40
     shape = r"true class \w+, (rightly|wrongly) answered \w+ at exit [012] with confidence (> )?[\d.]+.%"
-    assert all(re.fullmatch(shape, one) for one in alternatives)
+    assert all(re.fullmatch(shape, text) for text in alternatives)
     kinds = ["surest", "unsure", "surest", "unsure", "stayed", "wrong"]
     assert page.values("data-gallery") == kinds
     assert "all 2,500 test images" in page.part(id="explore-note")
@@ -500,41 +500,43 @@ def test_a_sample_of_the_test_images_is_said_to_be_one(results: Results, evidenc
 def drawn_traces(dom: str) -> dict[str, int]:
     """Scatter traces in each figure of a DOM."""
     figures = re.split(r'id="plot-', dom)[1:]
-    return {one[: one.index('"')]: len(re.findall(r'class="trace scatter', one)) for one in figures}
+    return {
+        figure[: figure.index('"')]: len(re.findall(r'class="trace scatter', figure)) for figure in figures
+    }
 
 
 def slider(dom: str) -> dict[str, str]:
     """What stands on the slider's panel as data, its words among them."""
     panel = re.search(r'<div id="explore"[^>]*>', dom)
     assert panel is not None
-    found = dict(re.findall(r'data-(\w+)="([^"]*)"', panel[0]))
+    values = dict(re.findall(r'data-(\w+)="([^"]*)"', panel[0]))
     control = re.search(r'<input type="range"[^>]*>', dom)
     assert control is not None
     spoken = re.search(r'aria-valuetext="([^"]*)"', control[0])
     assert spoken is not None
-    return found | {"spoken": spoken[1].replace("\N{NO-BREAK SPACE}", " ")}
+    return values | {"spoken": spoken[1].replace("\N{NO-BREAK SPACE}", " ")}
 
 
 def expected_at(name: str, point: int) -> dict[str, str]:
     """The same, computed in Python from scores and thresholds."""
     arm = INPUTS[name]
     scored = ScoredSplit.of(arm.test, arm.policy.rule, None)
-    found = sweep(scored, [arm.policy.path.thresholds[point]])
-    measured = found.measured(0, arm.cost)
+    counts = sweep(scored, [arm.policy.path.thresholds[point]])
+    measured = counts.measured(0, arm.cost)
     words = (
         f"accuracy {100 * measured.accuracy:.1f} %, {100 - 100 * measured.macs_saved:.1f} % of the MACs, "
         f"risk {100 * measured.risk:.2f} %"
     )
     return {
-        "point": str(point), "leaving": " ".join(map(str, found.leaving[0])), "right": str(found.right[0]),
-        "lost": str(found.lost[0]), "won": str(found.won[0]), "macs": f"{measured.macs:.17g}", "spoken": words,
+        "point": str(point), "leaving": " ".join(map(str, counts.leaving[0])), "right": str(counts.right[0]),
+        "lost": str(counts.lost[0]), "won": str(counts.won[0]), "macs": f"{measured.macs:.17g}", "spoken": words,
     }  # fmt: skip
 
 
-def same(found: dict[str, str], expected: dict[str, str]) -> bool:
+def same(shown: dict[str, str], expected: dict[str, str]) -> bool:
     """Equal as they stand; of a number with a fraction the value counts, not how it is written."""
-    macs = float(found["macs"]) == float(expected["macs"])
-    return macs and {**found, "macs": ""} == {**expected, "macs": ""}
+    macs = float(shown["macs"]) == float(expected["macs"])
+    return macs and {**shown, "macs": ""} == {**expected, "macs": ""}
 
 
 def check_ring(dom: str, expected: dict[str, str]) -> None:
@@ -721,7 +723,7 @@ def test_a_browser_runs_nothing_from_the_data(tmp_path: Path) -> None:
     # Plotly sets a few tags itself, <b> among them: the name has to be seen as it is.
     legends = re.findall(r'<text class="legendtext".*?</text>', dom, re.DOTALL)
     assert any(
-        re.search(r">[^<>]*onerror=boom\(\)&gt;&lt;b&gt;bold&lt;/b&gt;[^<>]*<", one) for one in legends
+        re.search(r">[^<>]*onerror=boom\(\)&gt;&lt;b&gt;bold&lt;/b&gt;[^<>]*<", legend) for legend in legends
     )
     # The slider works for an arm and a point of that name, and says the point's name as text.
     assert slider(dom)["point"] == str(DEFAULT)

@@ -16,6 +16,7 @@ from erde.runs.networks import new_network, trained_network
 from erde.runs.opening import open_run
 from erde.runs.training import distill, make_job, train
 from erde.training.job import FINAL, Job
+from erde.training.loop import train_network
 from tests.helpers.checks import user_error
 
 FOLDS = 3
@@ -44,7 +45,7 @@ def test_each_image_is_judged_by_a_teacher_that_never_saw_it(
         tmp_path / "run", "teacher.disjoint=false", "teacher.train_subset=100", f"teacher.cross_fit={FOLDS}"
     )
     jobs: list[Job] = []
-    train_fold = cross_fitting.train_network
+    train_fold = train_network
 
     def record(job: Job, *arguments: Any) -> Any:
         jobs.append(job)

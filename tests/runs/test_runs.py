@@ -20,6 +20,7 @@ from erde.cli import main
 from erde.common import progress
 from erde.common.errors import UserError
 from erde.evaluation import run_folder
+from erde.networks.backbones import build_backbone
 from erde.recipe.load import load_config
 from erde.recipe.schema import Config
 from erde.runs import chain, networks
@@ -133,7 +134,7 @@ def test_while_one_process_writes_into_a_run_others_may_only_read(
     partial = run_copy / "arms" / "early" / f".stages.{holder.pid}-12345678.partial"
     partial.mkdir()
     (run_copy / "log.jsonl").write_bytes(b'{"torn": ')
-    before = sorted(str(one) for one in run_copy.rglob("*"))
+    before = sorted(str(path) for path in run_copy.rglob("*"))
     writers = [
         ("distill", str(run_copy), "--arm", "early"),
         ("export", str(run_copy)),
@@ -151,7 +152,7 @@ def test_while_one_process_writes_into_a_run_others_may_only_read(
         assert f"the run {run_copy} is being written by process {holder.pid} on " in error, command
         assert "wait until it has ended, or stop it" in error
     export_without_exits(existing_run(run_copy, read_only=True), "early", tmp_path / "plain.onnx")
-    assert sorted(str(one) for one in run_copy.rglob("*")) == before
+    assert sorted(str(path) for path in run_copy.rglob("*")) == before
     assert (run_copy / "log.jsonl").read_bytes() == b'{"torn": '
     holder.communicate()
     with existing_run(run_copy):
@@ -266,7 +267,7 @@ def test_finished_arms_need_neither_their_starting_weights_nor_timms(
 ) -> None:
     edit_saved(run_copy, lambda value: value["student"].update(weights="gone.safetensors", pretrained=True))
     asked = []
-    build = networks.build_backbone
+    build = build_backbone
 
     def watch(name: str, **settings: Any) -> Any:
         asked.append(settings["pretrained"])
@@ -335,19 +336,19 @@ def test_a_run_may_go_on_with_another_memory_limit(tmp_path: Path, monkeypatch: 
         with open_run(
             recipe(tmp_path, *data, f"data.memory_limit_gib={goes_on}"), run, resume=True
         ) as second:
-            found = second.data
-        assert isinstance(found.train.images, np.ndarray) != isinstance(expected.train.images, np.ndarray)
-        assert (found.mean, found.std) == (expected.mean, expected.std)
-        assert found.fingerprints() == expected.fingerprints()
+            resumed = second.data
+        assert isinstance(resumed.train.images, np.ndarray) != isinstance(expected.train.images, np.ndarray)
+        assert (resumed.mean, resumed.std) == (expected.mean, expected.std)
+        assert resumed.fingerprints() == expected.fingerprints()
         assert existing_run(run, read_only=True).data.mean == expected.mean
     Image.new("L", (8, 8), 7).save(next(folder.rglob("*.png")))
     with (
         open_run(
             recipe(tmp_path, *data, "data.memory_limit_gib=1e-6"), tmp_path / "resident", resume=True
-        ) as run,
+        ) as opened,
         user_error("is not the one that this run started with"),
     ):
-        _ = run.data
+        _ = opened.data
 
 
 def test_a_run_knows_its_local_data_from_every_folder(

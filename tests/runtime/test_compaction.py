@@ -63,11 +63,11 @@ def with_times(folder: Path, name: str) -> Session:
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Session]:
     """A session for every rule with every profile."""
-    found = {}
+    folders = {}
     for rule, times in itertools.product(RULES, TIMES):
         folder = pixel_bundle(tmp_path_factory.mktemp("pixels") / "bundle", EXITS, RULES[rule])
-        found[rule, times] = with_times(folder, times)
-    return found
+        folders[rule, times] = with_times(folder, times)
+    return folders
 
 
 def empty(count: int, exits: int = EXITS) -> Images:
@@ -98,12 +98,12 @@ def batches(draw: st.DrawFn) -> Images:
     return images
 
 
-def same(one: Prediction, other: Prediction) -> None:
+def same(first: Prediction, other: Prediction) -> None:
     for name in ("labels", "exits"):
-        assert getattr(one, name).tolist() == getattr(other, name).tolist()
+        assert getattr(first, name).tolist() == getattr(other, name).tolist()
     for name in ("probabilities", "scores", "first_scores"):
-        np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-9, atol=1e-12)
-    assert (one.capped, one.operating_point) == (other.capped, other.operating_point)
+        np.testing.assert_allclose(getattr(first, name), getattr(other, name), rtol=1e-9, atol=1e-12)
+    assert (first.capped, first.operating_point) == (other.capped, other.operating_point)
 
 
 def rows(answer: Prediction, row: int) -> list[Any]:
@@ -139,8 +139,8 @@ def check(session: Session, images: Images, arguments: dict[str, Any]) -> Predic
         alone = session.predict(images[row : row + 1], **arguments)
         assert alone.exits.tolist() == [expected[row]]
         assert alone.macs.tolist() == [macs[expected[row]]]
-        for one, other in zip(rows(alone, 0), rows(answer, row), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+        for own, other in zip(rows(alone, 0), rows(answer, row), strict=True):
+            np.testing.assert_allclose(own, other, rtol=1e-9, atol=1e-12)
     return answer
 
 
@@ -180,9 +180,9 @@ def test_answers_are_those_of_the_policy(
     arguments |= {"operating_point": point} if thresholds is None else {"thresholds": thresholds}
     scores = session.rule.apply(pixel_logits(images))[1][:-1]
     chosen = thresholds or session.manifest.point(point).thresholds
-    for one, level in zip(scores, chosen, strict=True):
+    for values, level in zip(scores, chosen, strict=True):
         # Scores of a batch and of an image alone may differ in the last bits.
-        assume(level is None or not (np.abs(one - level) < 1e-9).any())
+        assume(level is None or not (np.abs(values - level) < 1e-9).any())
     check(session, images, arguments)
 
 
@@ -212,11 +212,11 @@ def test_a_stream_and_a_monitor_take_any_mixture(tmp_path: Path, times: str) -> 
     pattern = [0, 3, 1, 0, 2, 2, 3, 0, 1, 1, 0]
     images = leaving_at(pattern)
     monitor = session.monitor()
-    found = []
+    answered = []
     for answer in session.predict_stream(iter(images), batch_size=3):
         monitor.add(answer)
-        found += list(zip(answer.exits.tolist(), answer.labels.tolist(), strict=True))
-    assert found == [(exit, row % CLASSES) for row, exit in enumerate(pattern)]
+        answered += list(zip(answer.exits.tolist(), answer.labels.tolist(), strict=True))
+    assert answered == [(exit, row % CLASSES) for row, exit in enumerate(pattern)]
     report = monitor.report()
     assert (report.images, report.ignored) == (11, 0)
     assert report.exit_rates == tuple((np.bincount(pattern) / 11).tolist())
@@ -298,7 +298,7 @@ def hammer(session: Session, calls: list[Call], seconds: float, threads: int = 8
     stop = time.monotonic() + seconds
     together = threading.Barrier(threads)
 
-    def one(number: int) -> int:
+    def predicted(number: int) -> int:
         generator = np.random.default_rng(number)
         done = 0
         together.wait()
@@ -310,7 +310,7 @@ def hammer(session: Session, calls: list[Call], seconds: float, threads: int = 8
         return done
 
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(one, range(threads)))
+        return sum(pool.map(predicted, range(threads)))
 
 
 @pytest.fixture

@@ -39,32 +39,34 @@ Array = NDArray[np.float64]
 
 def manifest(calibration: Calibration | None, default: str = "risk-5", certified: bool = True) -> Manifest:
     """All of a manifest that a monitor looks at, for three exits and ten classes."""
-    return Manifest.model_construct(
-        name="made",
-        classes=[str(label) for label in range(10)],
-        stages=[
+    fields: dict[str, Any] = {
+        "name": "made",
+        "classes": [str(label) for label in range(10)],
+        "stages": [
             Stage(file=f"stage_{index}.onnx", exit_name=str(index), macs=macs, parameters=1)
             for index, macs in enumerate(MACS)
         ],
-        no_exit_macs=MACS[-1],
-        calibration=calibration,
-        operating_points=[
+        "no_exit_macs": MACS[-1],
+        "calibration": calibration,
+        "operating_points": [
             SimpleNamespace(name=default, thresholds=[0.5, 0.5], certificate=object() if certified else None)
         ],
-        default_operating_point=default,
-    )
+        "default_operating_point": default,
+    }
+    return Manifest.model_construct(**fields)
 
 
 def calibration(scores: Array, exits: NDArray[np.int64]) -> Calibration:
     """What calibration would keep of certify images with these scores (N,) at exit 0, which left at ``exits``."""
     histogram = np.histogram(scores, bins=20, range=(0, 1))[0].tolist()
     rates = (np.bincount(exits, minlength=3) / len(exits)).tolist()
-    return Calibration.model_construct(
-        exit_rates=rates,
-        score_histograms=[histogram, histogram, histogram],
-        score_ranges=[(0.0, 1.0)] * 3,
-        certify_images=len(exits),
-    )
+    fields: dict[str, Any] = {
+        "exit_rates": rates,
+        "score_histograms": [histogram, histogram, histogram],
+        "score_ranges": [(0.0, 1.0)] * 3,
+        "certify_images": len(exits),
+    }
+    return Calibration.model_construct(**fields)
 
 
 def prediction(scores: Array, exits: NDArray[np.int64], point: str | None = "risk-5") -> Prediction:
@@ -113,14 +115,14 @@ def test_cuts_are_fishers_exact_test(rows: list[tuple[int, int]]) -> None:
     first, second = np.asarray(rows).T
     n, m = first.sum(), second.sum()
     before = 0
-    for cut, found in enumerate(cut_p_values(first, second)):
+    for cut, p_value in enumerate(cut_p_values(first, second)):
         below, both = first[: cut + 1].sum(), int(first[: cut + 1].sum() + second[: cut + 1].sum())
         if both in (before, n + m):
-            assert np.isnan(found)
+            assert np.isnan(p_value)
         else:
             table = scipy.stats.hypergeom(n + m, both, n)
             tail = table.sf(below - 1) if below * (n + m) > both * n else table.cdf(below)
-            np.testing.assert_allclose(found, min(1.0, 2 * tail), rtol=1e-6, atol=1e-250)
+            np.testing.assert_allclose(p_value, min(1.0, 2 * tail), rtol=1e-6, atol=1e-250)
         before = both
 
 
@@ -133,11 +135,11 @@ def test_tails_at_every_size(n: int, m: int) -> None:
             a, b = int(generator.binomial(n, share)), int(generator.binomial(m, share * factor))
             if not 0 < a + b < n + m:
                 continue
-            found = cut_p_values(np.array([a, n - a]), np.array([b, m - b]))[0]
+            p_value = cut_p_values(np.array([a, n - a]), np.array([b, m - b]))[0]
             table = scipy.stats.hypergeom(n + m, a + b, n)
             tail = table.sf(a - 1) if a * (n + m) > (a + b) * n else table.cdf(a)
-            np.testing.assert_allclose(found, min(1.0, 2 * tail), rtol=1e-5, atol=1e-250)
-            smallest = min(smallest, found)
+            np.testing.assert_allclose(p_value, min(1.0, 2 * tail), rtol=1e-5, atol=1e-250)
+            smallest = min(smallest, p_value)
     assert smallest < 1e-4
 
 
@@ -168,9 +170,11 @@ def test_the_smallest_p_value_is_corrected_exactly(pooled: tuple[int, ...]) -> N
     counts = np.array(pooled)
     for n in (int(counts.sum()) // 2, int(counts.sum()) // 4):
         possible = list(arrangements(counts, n))
-        smallest = [float(np.nanmin(cut_p_values(one, counts - one))) for one, _ in possible]
-        for value, (one, _) in zip(smallest, possible, strict=True):
-            corrected = smallest_p_value(one, counts - one, value)
+        smallest = [
+            float(np.nanmin(cut_p_values(histogram, counts - histogram))) for histogram, _ in possible
+        ]
+        for value, (histogram, _) in zip(smallest, possible, strict=True):
+            corrected = smallest_p_value(histogram, counts - histogram, value)
             as_small = sum(
                 chance
                 for other, (_, chance) in zip(smallest, possible, strict=True)
@@ -215,12 +219,13 @@ def upper(lives: int, level: float) -> float:
 
 def test_false_alarms_are_as_rare_as_promised() -> None:
     # 31 looks in each life; the rate is below the level, as the union bound is not tight.
-    lives, level = 2000, 0.2
-    found = [watch(500, seed, false_alarm=level).report().p_value for seed in range(lives)]
+    # 1,000 lives find a rate a third above 0.2, or a fifth above 0.5, in 95 of 100 repetitions.
+    lives, level = 1000, 0.2
+    p_values = [watch(500, seed, false_alarm=level).report().p_value for seed in range(lives)]
     for x in (0.05, 0.1, level, 0.5):
-        assert sum(p <= x for p in found) <= upper(lives, x)
+        assert sum(p <= x for p in p_values) <= upper(lives, x)
     # And not by doing nothing.
-    assert sum(p <= 0.5 for p in found) > 0.01 * lives
+    assert sum(p <= 0.5 for p in p_values) > 0.01 * lives
 
 
 def test_without_spending_the_level_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,20 +259,20 @@ def calibrated(
     logits, labels, cost = pool
     rows = np.random.default_rng(seed).permutation(len(labels))
     tune, certify, rest = rows[:2500], rows[2500:5000], rows[5000:]
-    found = calibrate_logits(
+    policy = calibrate_logits(
         TuneLogits(logits[:, tune], labels[tune]),
         CertifyLogits(logits[:, certify], labels[certify]),
         cost,
         Settings(max_risks=(0.05,), score=score, sharpness=None if score in ("harm", "patience") else 1.0),
     )
-    return found, Monitor(manifest(found.calibration, found.default), false_alarm=false_alarm), rest
+    return policy, Monitor(manifest(policy.calibration, policy.default), false_alarm=false_alarm), rest
 
 
-def answers(found: CalibratedPolicy, logits: NDArray[Any]) -> Prediction:
-    scores = found.rule.apply(logits)[1]
-    thresholds = next(point.thresholds for point in found.points if point.name == found.default)
+def answers(policy: CalibratedPolicy, logits: NDArray[Any]) -> Prediction:
+    scores = policy.rule.apply(logits)[1]
+    thresholds = next(point.thresholds for point in policy.points if point.name == policy.default)
     exits = decide(scores[:-1], thresholds)
-    answer = prediction(scores[0], exits, found.default)
+    answer = prediction(scores[0], exits, policy.default)
     return replace(answer, scores=take_exit(scores, exits))
 
 
@@ -276,8 +281,8 @@ def test_silent_on_real_logits(score: str, pool: tuple[NDArray[Any], NDArray[np.
     # What is fitted was fitted on other images than those that are compared with.
     lives, p_values = 10, []
     for seed in range(lives):
-        found, monitor, rest = calibrated(pool, score, seed, 0.1)
-        monitor.add(answers(found, pool[0][:, rest]))
+        policy, monitor, rest = calibrated(pool, score, seed, 0.1)
+        monitor.add(answers(policy, pool[0][:, rest]))
         report = monitor.report()
         assert report.images == 10_000
         p_values.append(report.p_value)
@@ -301,12 +306,14 @@ def imbalanced(
 ) -> NDArray[Any]:
     """Cats and dogs three times in four, as against once in five."""
     pets = np.isin(labels, (3, 5))
-    chosen = [generator.choice(np.flatnonzero(one), count) for one, count in ((pets, 7500), (~pets, 2500))]
+    chosen = [generator.choice(np.flatnonzero(mask), count) for mask, count in ((pets, 7500), (~pets, 2500))]
     return logits[:, generator.permutation(np.concatenate(chosen))]
 
 
 @pytest.mark.parametrize(
-    ("shift", "within"), [(noisier, 1600), (flatter, 800), (imbalanced, 400)], ids=lambda one: str(one)[:20]
+    ("shift", "within"),
+    [(noisier, 1600), (flatter, 800), (imbalanced, 400)],
+    ids=lambda value: str(value)[:20],
 )
 def test_shifts_of_real_logits_are_noticed(
     shift: Callable[..., NDArray[Any]], within: int, pool: tuple[NDArray[Any], NDArray[np.int64], Cost]
@@ -314,9 +321,9 @@ def test_shifts_of_real_logits_are_noticed(
     logits, labels, _ = pool
     after = []
     for seed in range(10):
-        found, monitor, rest = calibrated(pool, "margin", seed)
+        policy, monitor, rest = calibrated(pool, "margin", seed)
         shifted = shift(logits[:, rest].astype(np.float64), labels[rest], np.random.default_rng(seed))
-        monitor.add(answers(found, shifted))
+        monitor.add(answers(policy, shifted))
         report = monitor.report()
         assert report.drifted, report
         after.append(report.drifted_after)
@@ -455,17 +462,20 @@ def test_scores_beyond_the_range_and_none_at_all() -> None:
 def test_memory_is_bounded() -> None:
     monitor = watch(500, 0, images=51_200)
     assert len(monitor._waiting) == 10
-    assert all(one.shape == (23,) for one in monitor._waiting)
+    assert all(scores.shape == (23,) for scores in monitor._waiting)
 
 
 def test_several_threads_add() -> None:
     generator = np.random.default_rng(0)
     monitor = Monitor(manifest(calibration(*draw(generator, 500))))
     parts = [prediction(*draw(generator, 7)) for _ in range(200)]
-    threads = [
-        threading.Thread(target=lambda: [(monitor.add(part), monitor.report()) for part in parts])
-        for _ in range(6)
-    ]
+
+    def add_all() -> None:
+        for part in parts:
+            monitor.add(part)
+            monitor.report()
+
+    threads = [threading.Thread(target=add_all) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -573,12 +583,12 @@ def test_a_calibration_that_lacks_something(change: dict[str, Any], session: Ses
 def test_answers_of_another_bundle() -> None:
     monitor = Monitor(manifest(calibration(*draw(np.random.default_rng(0), 500))))
     good = prediction(*draw(np.random.default_rng(1), 30))
-    for change, what in [
+    for change, message in [
         ({"logits": np.zeros((30, 7))}, "these answers have 7 classes, the bundle of this monitor 10"),
         ({"macs": good.macs + 1}, "these answers are of another bundle"),
         ({"exits": good.exits + 1}, "these answers are of another bundle"),
         ({"first_scores": np.zeros(3)}, "first scores for 30 answers: expected"),
     ]:
-        with user_error(what):
+        with user_error(message):
             monitor.add(replace(good, **change))
     assert monitor.report().images == 0

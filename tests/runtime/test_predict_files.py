@@ -106,10 +106,10 @@ def test_a_folder_is_listed_only_when_its_turn_comes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").touch()
-    found = find_images([tmp_path])
-    assert next(found) == tmp_path / "a" / "1.png"
+    paths = find_images([tmp_path])
+    assert next(paths) == tmp_path / "a" / "1.png"
     (tmp_path / "b" / "2.png").touch()
-    assert list(found) == [tmp_path / "b" / "1.png", tmp_path / "b" / "2.png"]
+    assert list(paths) == [tmp_path / "b" / "1.png", tmp_path / "b" / "2.png"]
 
 
 def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,15 +145,15 @@ def test_a_file_is_decoded_as_in_training(
         mode = mode.removesuffix("A")  # JPEG has no alpha
     path = tmp_path / f"some{FORMATS[kind]}"
     picture(mode, *size).save(path, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    found = load_image(path, (8, 8, channels))
-    assert found.shape == (8, 8, channels)
-    assert found.dtype == np.uint8
+    array = load_image(path, (8, 8, channels))
+    assert array.shape == (8, 8, channels)
+    assert array.dtype == np.uint8
     with Image.open(path) as image:
-        assert np.array_equal(found, to_array(image, 8, 8, channels))
-    image = decode({"bytes": path.read_bytes(), "path": None}, "here")
-    assert np.array_equal(found, to_array(image, 8, 8, channels))
+        assert np.array_equal(array, to_array(image, 8, 8, channels))
+    decoded = decode({"bytes": path.read_bytes(), "path": None}, "here")
+    assert np.array_equal(array, to_array(decoded, 8, 8, channels))
     if kind != "JPEG" and mode in ("L", "RGB") and size == (8, 8) and len(mode) == channels:
-        assert np.array_equal(found, np.asarray(picture(mode, 8, 8)).reshape(8, 8, channels))
+        assert np.array_equal(array, np.asarray(picture(mode, 8, 8)).reshape(8, 8, channels))
 
 
 def test_a_digit_comes_back_from_its_file(
@@ -244,7 +244,7 @@ def test_limits_are_passed_on(digit_files: tuple[list[Path], NDArray[np.uint8]],
         ({"operating_point": "no-exit", "max_exit": 1}, 1),
         ({"operating_point": "no-exit", "max_macs": macs[0]}, 0),
     ):
-        summary = predict_files(tiny_bundle, paths, threads=1, **arguments)  # type: ignore[arg-type]
+        summary = predict_files(tiny_bundle, paths, threads=1, **arguments)
         assert summary["exit_rates"] == [float(index == last) for index in range(3)]
         assert summary["mean_macs"] == macs[last]
 
@@ -279,9 +279,9 @@ def mixed_files(digit_files: tuple[list[Path], NDArray[np.uint8]]) -> tuple[list
     torn.write_bytes(content.getvalue()[:1000])
     empty = folder / "empty.jpg"
     empty.touch()
-    what = "is not a readable image (PNG, JPEG, WebP, BMP, GIF or TIFF expected): remove or replace it"
+    reason = "is not a readable image (PNG, JPEG, WebP, BMP, GIF or TIFF expected): remove or replace it"
     mixed = [text, *paths[:2], torn, empty, *paths[2:], text]
-    return mixed, [f"{path} {what}" for path in (text, torn, empty, text)]
+    return mixed, [f"{path} {reason}" for path in (text, torn, empty, text)]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -403,7 +403,7 @@ def test_what_is_no_file_is_skipped_and_listed(
         "remove or replace it",
     ]
     assert (tmp_path / "some.csv.skipped.txt").read_text().splitlines() == [
-        one[len("skipped: ") :] for one in said[-3:]
+        line[len("skipped: ") :] for line in said[-3:]
     ]
 
 
@@ -735,11 +735,11 @@ def test_memory_does_not_grow_with_the_folder(
             raise UserError(f"{path} is not a readable image")
         return np.full(shape, 7, np.uint8)
 
-    def found(_: Sequence[Path]) -> Iterator[Path]:
+    def listed(_: Sequence[Path]) -> Iterator[Path]:
         return (Path(f"{number:09}.png") for number in range(6000))
 
     monkeypatch.setattr("erde.runtime.predict_files.load_image", load)
-    monkeypatch.setattr("erde.runtime.predict_files.find_images", found)
+    monkeypatch.setattr("erde.runtime.predict_files.find_images", listed)
     tracemalloc.start()
     try:
         predict_files(tiny_bundle, [some], tmp_path / "some.csv", threads=1)

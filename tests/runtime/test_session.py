@@ -85,16 +85,16 @@ batches = sizes.flatmap(lambda size: st.lists(st.integers(0, 199), min_size=size
 @contextmanager
 def recorded() -> Iterator[list[tuple[int, int]]]:
     """(stage, size of batch) of every call of a stage."""
-    found: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
     run = StageRunner.run_bound
 
     def record(self: StageRunner, index: int, x: NDArray[Any]) -> Any:
-        found.append((index, len(x)))
+        runs.append((index, len(x)))
         return run(self, index, x)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StageRunner, "run_bound", record)
-        yield found
+        yield runs
 
 
 def expected_runs(exits: NDArray[np.int64], last: int = 2) -> list[tuple[int, int]]:
@@ -150,11 +150,11 @@ def test_types_and_shapes_of_answers(session: Session, images: NDArray[np.uint8]
 
 
 def test_a_score_at_its_threshold_goes_on(session: Session, images: NDArray[np.uint8]) -> None:
-    one = images[:1]
-    score = float(session.predict(one, max_exit=0).scores[0])
-    assert session.predict(one, thresholds=[score, None]).exits.tolist() == [2]
+    image = images[:1]
+    score = float(session.predict(image, max_exit=0).scores[0])
+    assert session.predict(image, thresholds=[score, None]).exits.tolist() == [2]
     below = np.nextafter(score, 0)
-    assert session.predict(one, thresholds=[below, None]).exits.tolist() == [0]
+    assert session.predict(image, thresholds=[below, None]).exits.tolist() == [0]
 
 
 # ---------------------------------------------------------------- what runs
@@ -162,8 +162,8 @@ def test_a_score_at_its_threshold_goes_on(session: Session, images: NDArray[np.u
 
 @pytest.fixture
 def runs() -> Iterator[list[tuple[int, int]]]:
-    with recorded() as found:
-        yield found
+    with recorded() as runs:
+        yield runs
 
 
 def test_a_stage_runs_for_those_only_that_are_undecided(
@@ -238,7 +238,7 @@ def test_a_limit_on_macs_is_one_on_exits(session: Session, images: NDArray[np.ui
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("arguments", "message"),
     [
         ({"operating_point": "fast"}, "no operating point 'fast' in this bundle; it has: no-exit, risk-5"),
         ({"operating_point": "no-exit", "thresholds": [0.5, 0.5]}, "an operating point or thresholds, not"),
@@ -250,10 +250,10 @@ def test_a_limit_on_macs_is_one_on_exits(session: Session, images: NDArray[np.ui
     ],
 )
 def test_wrong_limits(
-    arguments: dict[str, Any], what: str, session: Session, images: NDArray[np.uint8]
+    arguments: dict[str, Any], message: str, session: Session, images: NDArray[np.uint8]
 ) -> None:
     for some in (images[:2], images[:0]):
-        with user_error(what):
+        with user_error(message):
             session.predict(some, **arguments)
 
 
@@ -315,7 +315,7 @@ def test_the_tightest_limit_counts(timed: Session, images: NDArray[np.uint8]) ->
 
 
 @pytest.mark.parametrize(
-    ("count", "deadline", "what"),
+    ("count", "deadline", "message"),
     [
         (1, 0.99, r"deadline_ms is 0.99, by .*profile.json the first exit takes 1 ms for a batch of 1: "),
         (0, 0.5, "deadline_ms is 0.5, by "),
@@ -326,9 +326,9 @@ def test_the_tightest_limit_counts(timed: Session, images: NDArray[np.uint8]) ->
     ],
 )
 def test_a_deadline_that_no_exit_meets(
-    count: int, deadline: float, what: str, timed: Session, images: NDArray[np.uint8]
+    count: int, deadline: float, message: str, timed: Session, images: NDArray[np.uint8]
 ) -> None:
-    with user_error(what), recorded() as runs:
+    with user_error(message), recorded() as runs:
         timed.predict(images[:count], deadline_ms=deadline)
     assert runs == []
 
@@ -389,9 +389,9 @@ def test_images_are_carried_along_where_taking_them_out_costs_more(
     some = images[:8]
     scores = scores_of(timed, some)
     # Three of the eight leave at exit 0, two more at exit 1.
-    levels = (float(np.sort(scores[0])[4:6].mean()), None)
-    later = np.sort(scores[1][scores[0] <= levels[0]])
-    levels = (levels[0], float(later[2:4].mean()))
+    first = float(np.sort(scores[0])[4:6].mean())
+    later = np.sort(scores[1][scores[0] <= first])
+    levels = (first, float(later[2:4].mean()))
     exits = policy.decide(scores, levels)
     assert np.bincount(exits).tolist() == [3, 2, 3]
     # A stage for one image less saves 6/7 of a millisecond at exit 0: 3 of them against 5 times the gather.
@@ -478,7 +478,7 @@ def test_milliseconds_are_those_of_each_stage(
 
 
 def joined(answers: list[Prediction], name: str) -> NDArray[Any]:
-    return np.concatenate([getattr(one, name) for one in answers])
+    return np.concatenate([getattr(prediction, name) for prediction in answers])
 
 
 @settings(max_examples=30, deadline=None)
@@ -493,7 +493,7 @@ def test_a_stream_is_answered_in_order(
     some = images[np.array(rows, dtype=int)]
     answers = list(session.predict_stream(iter(some), batch_size=batch_size, thresholds=levels))
     starts = range(0, len(some), batch_size)
-    expected = [session.predict(some[one : one + batch_size], thresholds=levels) for one in starts]
+    expected = [session.predict(some[start : start + batch_size], thresholds=levels) for start in starts]
     assert len(answers) == len(expected)
     for answer, other in zip(answers, expected, strict=True):
         for name in ("labels", "probabilities", "exits", "scores", "macs"):
@@ -505,8 +505,8 @@ def test_a_stream_takes_what_predict_takes(timed: Session, images: NDArray[np.ui
     assert list(timed.predict_stream([])) == []
     # An array of images is a stream of images.
     whole = list(timed.predict_stream(images[:70], operating_point="risk-10"))
-    assert [len(one.labels) for one in whole] == [32, 32, 6]
-    assert not any(one.capped for one in whole)
+    assert [len(prediction.labels) for prediction in whole] == [32, 32, 6]
+    assert not any(prediction.capped for prediction in whole)
     exits = timed.predict(images[:70], operating_point="risk-10").exits
     assert joined(whole, "exits").tolist() == exits.tolist()
     macs = timed.manifest.stages[0].macs
@@ -515,7 +515,7 @@ def test_a_stream_takes_what_predict_takes(timed: Session, images: NDArray[np.ui
             timed.predict_stream(iter(images[:10]), batch_size=5, operating_point="no-exit", **limits)
         )
         assert joined(answers, "exits").tolist() == [last] * 10
-        assert all(one.capped for one in answers)
+        assert all(prediction.capped for prediction in answers)
 
 
 def test_an_endless_stream_in_bounded_memory(session: Session, images: NDArray[np.uint8]) -> None:
@@ -536,7 +536,7 @@ def test_an_endless_stream_in_bounded_memory(session: Session, images: NDArray[n
     for number, answer in enumerate(islice(answers, 60), start=1):
         assert taken == 7 * number
         labels += answer.labels.tolist()
-        alive = [one for one in alive if one() is not None]
+        alive = [reference for reference in alive if reference() is not None]
         most = max(most, len(alive))
     # The answers do not keep their images, and neither does the stream but for the one at hand.
     assert most <= 2
@@ -544,7 +544,7 @@ def test_an_endless_stream_in_bounded_memory(session: Session, images: NDArray[n
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
         ({"operating_point": "fast"}, "no operating point 'fast'"),
@@ -555,13 +555,13 @@ def test_an_endless_stream_in_bounded_memory(session: Session, images: NDArray[n
     ],
 )
 def test_a_stream_refuses_what_cannot_be_before_it_begins(
-    arguments: dict[str, Any], what: str, timed: Session
+    arguments: dict[str, Any], message: str, timed: Session
 ) -> None:
     def images() -> Iterator[NDArray[np.uint8]]:
         raise AssertionError("an image was taken")
         yield
 
-    with user_error(what):
+    with user_error(message):
         timed.predict_stream(images(), **arguments)
 
 
@@ -650,16 +650,16 @@ def test_several_threads_share_a_session(timed: Session, images: NDArray[np.uint
         return timed.predict(call[0], **call[1])
 
     serial = [answer(call) for call in calls]
-    assert len({exit for one in serial for exit in one.exits.tolist()}) == 3
-    assert {one.capped for one in serial} == {False, True}
+    assert len({exit for prediction in serial for exit in prediction.exits.tolist()}) == 3
+    assert {prediction.capped for prediction in serial} == {False, True}
     # A session of its own, so that threads also meet where it reads the profile first.
     timed._profile = None
     with ThreadPoolExecutor(6) as pool:
-        for found in pool.map(lambda _: [answer(call) for call in calls], range(12)):
-            for one, expected in zip(found, serial, strict=True):
+        for predictions in pool.map(lambda _: [answer(call) for call in calls], range(12)):
+            for prediction, expected in zip(predictions, serial, strict=True):
                 for name in ("labels", "probabilities", "exits", "scores", "macs"):
-                    assert np.array_equal(getattr(one, name), getattr(expected, name))
-                assert one.capped == expected.capped
+                    assert np.array_equal(getattr(prediction, name), getattr(expected, name))
+                assert prediction.capped == expected.capped
 
 
 def test_the_runtime_loads_nothing_heavy(tiny_bundle: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,24 +32,24 @@ def runner(paths: list[Path]) -> StageRunner:
     return StageRunner(paths, threads=1)
 
 
-def through(runner: StageRunner, images: NDArray[np.uint8], bound: bool) -> list[NDArray[np.float32]]:
+def through(runner: StageRunner, images: NDArray[np.uint8], bound: bool) -> list[NDArray[Any]]:
     """Copies of every stage's feature map and logits."""
     x: NDArray[np.generic] | None = images
-    found = []
+    outputs: list[NDArray[Any]] = []
     for index in range(len(runner)):
         assert x is not None
         x, logits = (runner.run_bound if bound else runner.run)(index, x)
-        found += [logits.copy()] if x is None else [x.copy(), logits.copy()]
-    return found
+        outputs += [logits.copy()] if x is None else [x.copy(), logits.copy()]
+    return outputs
 
 
 def test_bound_and_plain_are_the_same_to_the_bit(runner: StageRunner, images: NDArray[np.uint8]) -> None:
     # Sizes go up and down: buffers grow, and are used in part.
     for rows in (1, 5, 3, 0, 1, 7, 200, 2):
         some = images[:rows]
-        for one, other in zip(through(runner, some, True), through(runner, some, False), strict=True):
-            assert one.shape == other.shape
-            assert one.tobytes() == other.tobytes()
+        for bound, other in zip(through(runner, some, True), through(runner, some, False), strict=True):
+            assert bound.shape == other.shape
+            assert bound.tobytes() == other.tobytes()
 
 
 def test_other_images_of_the_same_size_are_seen(runner: StageRunner, images: NDArray[np.uint8]) -> None:

@@ -19,7 +19,7 @@ from erde.networks.heads import ConvHead, ERDEHead, LinearHead, TokenHead, Vecto
 from erde.networks.network import EarlyExitNetwork
 from erde.training import health
 from erde.training.health import measure_health
-from erde.training.job import LAST
+from erde.training.job import LAST, Job, Outcome
 from erde.training.loop import train_network, train_together
 from tests.training.test_loop import (
     STEPS,
@@ -64,7 +64,7 @@ def train_head(make: Callable[[], nn.Module], learning_rate: float) -> tuple[int
 def trained_norm() -> nn.Module:
     """The head as it was up to 0.1: its norm is trained, and nothing is scaled."""
     head = ERDEHead((16, 16, 16), 10, dropout=0.0)
-    nn.init.ones_(head.norm.weight)  # type: ignore[arg-type]
+    nn.init.ones_(head.norm.weight)
     head.norm.requires_grad_(True)
     return head
 
@@ -89,8 +89,8 @@ def test_a_head_with_a_trained_norm_dies_and_ours_does_not() -> None:
 )
 def test_norms_of_heads_are_fixed_and_fit_their_linear_layer(head: nn.Module) -> None:
     norms = [module for module in head.modules() if isinstance(module, nn.BatchNorm2d | nn.LayerNorm)]
-    inputs = head.linear.in_features  # type: ignore[union-attr]
-    expected = min(1.0, (256 / inputs) ** 0.5)  # type: ignore[operator]
+    inputs = head.linear.in_features
+    expected = min(1.0, (256 / inputs) ** 0.5)
 
     def check() -> None:
         assert torch.unique(norms[-1].weight).tolist() == pytest.approx([expected])
@@ -121,8 +121,8 @@ def two_exits(head: nn.Module) -> EarlyExitNetwork:
 def test_a_unit_is_dead_if_its_relu_is_never_on() -> None:
     head = ERDEHead((6, 4, 4), 3)
     with torch.no_grad():
-        head.norm.bias[1] = -1e3  # type: ignore[index]
-        head.norm.weight[4] = 0.0  # type: ignore[index]
+        head.norm.bias[1] = -1e3
+        head.norm.weight[4] = 0.0
     x = torch.randn(40, 6, 4, 4)
     result = measure_health(
         two_exits(head), [(x[:20], torch.zeros(20).long()), (x[20:], torch.zeros(20).long())]
@@ -140,7 +140,7 @@ def test_a_token_head_has_a_dead_unit_where_nothing_reaches_its_linear_layer() -
     x = torch.randn(30, 5, 8)
     assert measure_health(two_exits(head), [(x, torch.zeros(30).long())]).dead_units == [0]
     with torch.no_grad():
-        head.norm.weight[2] = 1e-6  # type: ignore[index]
+        head.norm.weight[2] = 1e-6
     result = measure_health(two_exits(head), [(x, torch.zeros(30).long())])
     assert (result.dead_units, result.units) == ([1], [8])
 
@@ -188,12 +188,12 @@ def test_the_line_warns_where_heads_are_in_trouble() -> None:
 
 
 @pytest.fixture(scope="module")
-def refitted(digits: DataSplits) -> tuple:  # type: ignore[type-arg]
+def refitted(digits: DataSplits) -> tuple[Job, Outcome]:
     job = make_job(digits, refit_heads=2)
     return job, train_network(job)
 
 
-def test_the_refit_changes_intermediate_heads_only(digits: DataSplits, refitted: tuple) -> None:  # type: ignore[type-arg]
+def test_the_refit_changes_intermediate_heads_only(digits: DataSplits, refitted: tuple[Job, Outcome]) -> None:
     job, outcome = refitted
     plain = make_job(digits)
     history = train_network(plain).history
@@ -219,10 +219,10 @@ def test_the_refit_starts_from_new_heads(digits: DataSplits) -> None:
     # Whatever the heads had become: here they are spoilt from the start, and hardly trained.
     job = make_job(digits, epochs=1, refit_heads=1, learning_rate=1e-9)
     with torch.no_grad():
-        job.network.heads[0].linear.weight.fill_(7.0)  # type: ignore[union-attr, operator]
+        job.network.heads[0].linear.weight.fill_(7.0)
     train_network(job)
-    weight = job.network.heads[0].linear.weight  # type: ignore[union-attr]
-    assert weight.abs().max() < 1  # type: ignore[operator]
+    weight = job.network.heads[0].linear.weight
+    assert weight.abs().max() < 1
 
 
 @pytest.mark.parametrize(("at", "epoch", "step"), [(8, 2, 2), (9, 3, 0), (10, 3, 1), (14, 4, 2)])
@@ -231,8 +231,8 @@ def test_a_killed_refit_ends_bit_for_bit_the_same(
     epoch: int,
     step: int,
     digits: DataSplits,
-    refitted: tuple,
-    tmp_path: Path,  # type: ignore[type-arg]
+    refitted: tuple[Job, Outcome],
+    tmp_path: Path,
 ) -> None:
     killed = make_job(digits, Toy(at), refit_heads=2)
     with pytest.raises(KilledError):
@@ -259,9 +259,9 @@ def test_the_refit_works_on_the_averaged_network(at: int, digits: DataSplits, tm
 
 
 def test_refit_together_with_a_network_of_one_exit(
-    digits: DataSplits, refitted: tuple, tmp_path: Path
-) -> None:  # type: ignore[type-arg]
-    def jobs(at: int | None = None) -> list:  # type: ignore[type-arg]
+    digits: DataSplits, refitted: tuple[Job, Outcome], tmp_path: Path
+) -> None:
+    def jobs(at: int | None = None) -> list[Job]:
         plain = make_job(digits, network=new_network(digits, exits=1), refit_heads=2)
         return [dataclasses.replace(plain, name="plain"), make_job(digits, Toy(at), refit_heads=2)]
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import erde
-from erde.common import files, progress
+from erde.common import progress
 from erde.common.splits import TrainSplit
 from erde.data.load import DataSplits
 from erde.losses import cross_entropy_loss
@@ -121,10 +122,10 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(module.state_dict())
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+def differing(state: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
     """Names of the tensors that are not bit for bit the same."""
-    assert one.keys() == other.keys()
-    return {key for key in one if not torch.equal(one[key], other[key])}
+    assert state.keys() == other.keys()
+    return {key for key in state if not torch.equal(state[key], other[key])}
 
 
 # ---------------------------------------------------------------- learning rates
@@ -147,8 +148,8 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
 )
 def test_learning_rate_factor_by_hand(schedule: str, warmup: int, expected: list[float]) -> None:
     config = TrainConfig(schedule=schedule, milestones=[0.5, 0.75], gamma=0.1)
-    found = [learning_rate_factor(step, 4, warmup, config) for step in range(4)]
-    assert found == pytest.approx(expected, rel=1e-12)
+    factors = [learning_rate_factor(step, 4, warmup, config) for step in range(4)]
+    assert factors == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
@@ -180,7 +181,7 @@ def test_steps_and_learning_rates_of_two_phases(digits: DataSplits, monkeypatch:
     outcome = train_network(job)
     # Each phase has a schedule of its own: 3 steps, then 6, two of each for the warm-up.
     expected = [1 / 3, 2 / 3, 1, 1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]
-    assert rates == pytest.approx([0.3 * one for one in expected])
+    assert rates == pytest.approx([0.3 * factor for factor in expected])
     assert [entry.epoch for entry in outcome.history] == [1, 2, 3]
     assert [entry.phase for entry in outcome.history] == ["backbone", "joint", "joint"]
     assert [entry.learning_rate for entry in outcome.history] == [rates[2], rates[5], rates[8]]
@@ -210,7 +211,10 @@ def test_the_loss_falls_on_digits(optimizer: str, rate: float, digits: DataSplit
     losses = [entry.parts["loss"] for entry in history]
     assert losses[0] < 3 * math.log(10) * 1.2
     assert losses[-1] < 0.7 * losses[0]
-    assert min(history[-1].parts["accuracy"]) > max(0.5, *history[0].parts["accuracy"])
+    first, last = (entry.parts["accuracy"] for entry in (history[0], history[-1]))
+    assert isinstance(first, list)
+    assert isinstance(last, list)
+    assert min(last) > max(0.5, *first)
 
 
 def test_the_seed_decides_everything(digits: DataSplits) -> None:
@@ -220,11 +224,11 @@ def test_the_seed_decides_everything(digits: DataSplits) -> None:
         history = train_network(job).history
         return snapshot(job.network), history
 
-    (one, one_history), (same, same_history), (other, other_history) = trained(0), trained(0), trained(1)
-    assert not differing(one, same)
+    (first, one_history), (same, same_history), (other, other_history) = trained(0), trained(0), trained(1)
+    assert not differing(first, same)
     assert one_history == same_history
     # Equal at the start, since the seed of the job draws order, augmentation and dropout only.
-    assert "stages.0.stem.conv.weight" in differing(one, other)
+    assert "stages.0.stem.conv.weight" in differing(first, other)
     assert one_history != other_history
 
 
@@ -240,7 +244,7 @@ def test_arms_of_one_seed_see_the_same_batches(digits: DataSplits, tiny_network:
         return seen
 
     ce, kd, other = batches("ce", 3, 0), batches("kd", 2, 0), batches("ce", 3, 1)
-    assert all(torch.equal(one, two) for one, two in zip(ce, kd, strict=True))
+    assert all(torch.equal(left, right) for left, right in zip(ce, kd, strict=True))
     assert not torch.equal(ce[0], other[0])
     # An epoch is no repetition of the last one.
     assert not torch.equal(ce[0], ce[STEPS])
@@ -261,11 +265,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def uninterrupted(digits: DataSplits) -> dict[str, tuple[Job, Outcome]]:
     """Every one of ``SETTINGS`` trained in one go, without checkpoints."""
-    found = {}
+    outcomes = {}
     for name, settings in SETTINGS.items():
         job = make_job(digits, **settings)
-        found[name] = job, train_network(job)
-    return found
+        outcomes[name] = job, train_network(job)
+    return outcomes
 
 
 def check_equal(job: Job, outcome: Outcome, expected: tuple[Job, Outcome]) -> None:
@@ -359,7 +363,7 @@ def test_writing_checkpoints_does_not_count_as_training(
     digits: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     save = checkpoint.save
 
     def slow(*arguments: Any) -> None:
@@ -493,7 +497,7 @@ def test_gradient_clip_bounds_the_step(digits: DataSplits) -> None:
 
         def flat() -> Tensor:
             parameters = [*job.network.parameters(), job.criterion.share]
-            return torch.cat([one.detach().reshape(-1) for one in parameters])
+            return torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
 
         before = flat()
         train_network(job)
@@ -534,8 +538,10 @@ def test_bf16_on_the_cpu(digits: DataSplits) -> None:
 
 def test_a_loss_that_is_not_finite(digits: DataSplits, tmp_path: Path) -> None:
     job = make_job(digits, Toy(4, lambda: float("nan")))
-    what = r"the loss of 'arm' became nan in epoch 2: lower train\.learning_rate or set train\.gradient_clip"
-    with user_error(f"{what}.*; the last good checkpoint is {tmp_path / LAST}"):
+    message = (
+        r"the loss of 'arm' became nan in epoch 2: lower train\.learning_rate or set train\.gradient_clip"
+    )
+    with user_error(f"{message}.*; the last good checkpoint is {tmp_path / LAST}"):
         train_network(job, tmp_path)
     tensors, state = checkpoint.load(tmp_path / LAST)
     assert (state["epoch"], state["step"]) == (1, 1)
@@ -604,7 +610,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(number)
 
-    monkeypatch.setattr(files.os, "fsync", full_at_third)
+    monkeypatch.setattr(os, "fsync", full_at_third)
     with user_error(f"no space left on the disk while writing {tmp_path / LAST}.*--resume"):
         train_network(make_job(digits), tmp_path)
     assert entries(tmp_path) == [LAST]
@@ -665,7 +671,7 @@ def test_errors_from_python(digits: DataSplits, monkeypatch: pytest.MonkeyPatch)
     network = new_network(digits)
     for loss in ("kd", "erde"):
         with user_error(f"the loss '{loss}' needs a teacher; without one use 'ce'"):
-            erde.distill(network, None, digits, loss=loss)  # type: ignore[arg-type]
+            erde.distill(network, None, digits, loss=loss)
     with user_error(r"unknown key 'train\.epoch' \(did you mean 'train\.epochs'\?\)"):
         erde.train(network, digits, epoch=3)
     with user_error(r"unknown key 'augmentation\.flips'"):
@@ -701,19 +707,21 @@ def test_the_meter_is_a_plain_mean() -> None:
         accuracy = (logits.argmax(dim=-1) == labels).double().mean(dim=1)
         meter.add({**parts, "single": parts["ce"][:1], "accuracy": accuracy})
         losses.append(float(parts["loss"]))
-        ce.append([float(one) for one in parts["ce"]])
+        ce.append([float(value) for value in parts["ce"]])
         right.append(
             [
-                sum(int(row.argmax()) == int(label) for row, label in zip(one, labels, strict=True))
-                for one in logits
+                sum(int(row.argmax()) == int(label) for row, label in zip(exit_logits, labels, strict=True))
+                for exit_logits in logits
             ]
         )
     means = meter.means()
     assert list(means) == ["loss", "ce", "single", "accuracy"]
     assert means["loss"] == pytest.approx(sum(losses) / 7, rel=1e-12)
     for index in range(2):
-        assert means["ce"][index] == pytest.approx(sum(one[index] for one in ce) / 7, rel=1e-12)
-        assert means["accuracy"][index] == pytest.approx(sum(one[index] for one in right) / 42, rel=1e-12)
+        assert means["ce"][index] == pytest.approx(sum(values[index] for values in ce) / 7, rel=1e-12)
+        assert means["accuracy"][index] == pytest.approx(
+            sum(values[index] for values in right) / 42, rel=1e-12
+        )
     # One value per exit stays a list where there is one exit.
     assert means["single"] == [means["ce"][0]]
 
@@ -810,7 +818,7 @@ def test_plain_lines_say_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = iter([100.0, 110.0, 130.0, 400.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     # Of a training that goes on at 40, what was done before took no time.
     with progress.task("some (arm 1 of 2)", 100, completed=40) as task:
         task.update(40, "nothing yet")
@@ -831,13 +839,13 @@ def test_a_wrong_network_or_wrong_data_is_said(digits: DataSplits, tmp_path: Pat
         erde.build_backbone("resnet8x0.25", classes=10, channels=1), 2, input_size=digits.input_size
     )
     with user_error("data is None: expected .*erde.load_data"):
-        erde.train(network, None)  # type: ignore[arg-type]
+        erde.train(network, None)
     with user_error("data is a str: expected"):
-        erde.train(network, "digits")  # type: ignore[arg-type]
+        erde.train(network, "digits")
     with user_error("the network is a Linear: expected .*erde.attach_exits"):
-        erde.train(torch.nn.Linear(2, 2), digits)  # type: ignore[arg-type]
+        erde.train(torch.nn.Linear(2, 2), digits)
     with user_error("the teacher is a Linear: expected"):
-        erde.distill(network, torch.nn.Linear(2, 2), digits)  # type: ignore[arg-type]
+        erde.distill(network, torch.nn.Linear(2, 2), digits)
     few = erde.attach_exits(
         erde.build_backbone("resnet8x0.25", classes=3, channels=1), 2, input_size=digits.input_size
     )
@@ -854,7 +862,7 @@ def test_a_wrong_network_or_wrong_data_is_said(digits: DataSplits, tmp_path: Pat
     ):
         erde.train(network, digits, epochs=2, backbone_epochs=2)
     with user_error("name is 3: expected the name of a data set or a folder"):
-        erde.load_data(3)  # type: ignore[arg-type]
+        erde.load_data(3)
     with user_error("no data at"):
         erde.load_data(tmp_path / "nowhere")
     with user_error("classes is 0, expected 1 to 100,000"):
@@ -866,6 +874,7 @@ def test_training_from_python_leaves_the_allocator_alone(
 ) -> None:
     changed: list[int] = []
     monkeypatch.setattr(loop, "_keep_memory", lambda: changed.append(1))
+    monkeypatch.setattr(loop, "keeps_memory", False)  # the command sets it, in tests of this process too
     train_network(make_job(digits, epochs=1))
     assert not changed
     monkeypatch.setattr(loop, "keeps_memory", True)

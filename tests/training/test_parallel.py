@@ -39,17 +39,17 @@ def run(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     done = run("-m", "tests.helpers.parallel_worker", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "gradients.safetensors")
+    computed = load_file(tmp_path / "gradients.safetensors")
     worst = 0.0
     for loss in parallel_worker.LOSSES:
         expected = parallel_worker.gradients(loss)
-        largest = max(float(one.abs().max()) for one in expected.values())
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
         assert largest > 0.03
         for name, gradient in expected.items():
-            difference = float((found[f"{loss}/{name}"] - gradient).abs().max())
+            difference = float((computed[f"{loss}/{name}"] - gradient).abs().max())
             assert difference < 1e-5, (loss, name, difference)
             worst = max(worst, difference)
-            parts = float((found[f"in parts/{name}"] - found[f"erde/{name}"]).abs().max())
+            parts = float((computed[f"in parts/{name}"] - computed[f"erde/{name}"]).abs().max())
             assert parts < 1e-5
     print(f"largest difference {worst:.1e}")
     # The second process wrote nothing, the first one did.
@@ -102,7 +102,7 @@ def test_a_killed_rank_and_resume(tmp_path: Path) -> None:
         assert stages[0].read_bytes() == stages[1].read_bytes()
     # One writer: no event of the log stands there twice.
     events = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    trained = [one["arm"] for one in events if one["event"] == "trained"]
+    trained = [entry["arm"] for entry in events if entry["event"] == "trained"]
     assert trained == ["teacher", "erde", "kd"]
 
 
@@ -124,7 +124,9 @@ def second_process(launcher: int) -> int:
 @pytest.mark.slow
 def test_two_processes_learn_as_much_as_one(tmp_path: Path) -> None:
     arguments = [
-        one for one in DIGITS if not one.startswith(("train.epochs", "arms", "teacher", "train.checkpoint"))
+        setting
+        for setting in DIGITS
+        if not setting.startswith(("train.epochs", "arms", "teacher", "train.checkpoint"))
     ]
     arguments += ["train.epochs=25", "arms={ce: {loss: ce}}", "export.arm=ce"]
     folders = {"one": tmp_path / "one", "two": tmp_path / "two"}

@@ -71,7 +71,8 @@ def test_training_from_the_cache_is_bit_for_bit_that_without(
     cached = cached_job(digits, teacher, tmp_path, loss)
     assert train_network(cached).history == expected
     assert all(
-        torch.equal(one, snapshot(plain.network)[name]) for name, one in snapshot(cached.network).items()
+        torch.equal(tensor, snapshot(plain.network)[name])
+        for name, tensor in snapshot(cached.network).items()
     )
     # A second arm, or a second run: the teacher is asked for one batch only, to learn its shapes.
     asked: list[Tensor] = []
@@ -123,13 +124,13 @@ def test_features_are_kept_too(digits: DataSplits, teacher: EarlyExitNetwork, tm
     batches = batches_for(job)
     cached = CachedTeacher(direct, batches, tmp_path, len(job.train), {})
     batch = next(batches.epoch(1))
-    found, expected = cached(batch), direct(batch)
-    assert torch.equal(found.logits, expected.logits)
-    assert [one.shape for one in found.features] == [
-        one.shape for one in teacher.forward_features(batch.images)
+    answer, expected = cached(batch), direct(batch)
+    assert torch.equal(answer.logits, expected.logits)
+    assert [feature.shape for feature in answer.features] == [
+        feature.shape for feature in teacher.forward_features(batch.images)
     ]
-    for one, other in zip(found.features, expected.features, strict=True):
-        assert torch.equal(one, other)
+    for feature, other in zip(answer.features, expected.features, strict=True):
+        assert torch.equal(feature, other)
 
 
 def test_folding_batch_norm_changes_nothing_but_the_last_bits(
@@ -141,11 +142,13 @@ def test_folding_batch_norm_changes_nothing_but_the_last_bits(
     asked = Teacher(copy.deepcopy(teacher), torch.device("cpu"), features=True)
     answer = asked.ask(images)
     # Those behind convolutions are gone; heads begin with one of their own.
-    norms = [sum(isinstance(one, nn.BatchNorm2d) for one in of.modules()) for of in (teacher, asked._call)]
+    norms = [
+        sum(isinstance(module, nn.BatchNorm2d) for module in of.modules()) for of in (teacher, asked._call)
+    ]
     assert norms[0] > norms[1] == 2
     torch.testing.assert_close(answer.logits, expected, rtol=1e-4, atol=1e-5)
-    for one, other in zip(answer.features, features, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for feature, other in zip(answer.features, features, strict=True):
+        torch.testing.assert_close(feature, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_teacher_that_cannot_be_traced_is_asked_as_it_is(teacher: EarlyExitNetwork) -> None:

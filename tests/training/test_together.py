@@ -18,11 +18,12 @@ from erde.losses import cross_entropy_loss
 from erde.losses.base import exit_cross_entropy
 from erde.networks import checkpoint
 from erde.networks.network import EarlyExitNetwork
-from erde.training import loop, parallel
+from erde.training import parallel
 from erde.training.job import FINAL, Job
 from erde.training.learner import Learner
 from erde.training.loop import train_network, train_together
 from erde.training.scalars import Scalars
+from erde.training.teacher import Teacher
 from tests.helpers.checks import entries, user_error
 from tests.helpers.networks import plain_network
 from tests.training.test_loop import (
@@ -62,9 +63,9 @@ def test_together_is_bit_for_bit_apart(
     outcomes = [train_network(job) for job in apart]
     together = arms(digits, teacher)
     folders = [tmp_path / job.name for job in together]
-    found = train_together(together, folders)
-    for one, other, alone, outcome in zip(together, apart, found, outcomes, strict=True):
-        assert not differing(snapshot(one.network), snapshot(other.network))
+    trained = train_together(together, folders)
+    for mine, other, alone, outcome in zip(together, apart, trained, outcomes, strict=True):
+        assert not differing(snapshot(mine.network), snapshot(other.network))
         assert alone.history == outcome.history
     assert [entries(folder) for folder in folders] == [[FINAL]] * 4
 
@@ -73,13 +74,13 @@ def test_the_teacher_is_asked_once_for_all(
     digits: DataSplits, tiny_network: EarlyExitNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    ask = loop.Teacher.ask
+    ask = Teacher.ask
 
     def count(self: Any, images: Tensor) -> Any:
         asked.append(len(images))
         return ask(self, images)
 
-    monkeypatch.setattr(loop.Teacher, "ask", count)
+    monkeypatch.setattr(Teacher, "ask", count)
     train_together(arms(digits, copy.deepcopy(tiny_network)), [None] * 4)
     # Not at all in the first of three epochs, which trains backbones alone.
     assert asked == [BATCH] * 2 * STEPS
@@ -110,14 +111,14 @@ def test_killed_together_and_between_two_checkpoints(
     with pytest.raises(KilledError):
         train_together(arms(digits, teacher), folders)
     steps = [checkpoint.load(folder / "last.safetensors")[1] for folder in folders]
-    assert len({(one["epoch"], one["step"]) for one in steps}) == 2
+    assert len({(entry["epoch"], entry["step"]) for entry in steps}) == 2
     again = arms(digits, teacher)
-    found = train_together(again, folders)
-    assert [one.history for one in found] == [one.history for one in expected]
+    resumed = train_together(again, folders)
+    assert [outcome.history for outcome in resumed] == [outcome.history for outcome in expected]
     apart = arms(digits, teacher)
-    for job, one in zip(apart, again, strict=True):
+    for job, resumed_job in zip(apart, again, strict=True):
         train_network(job)
-        assert not differing(snapshot(job.network), snapshot(one.network))
+        assert not differing(snapshot(job.network), snapshot(resumed_job.network))
     # Those that are finished are not touched by one that is not.
     (folders[1] / FINAL).unlink()
     kept = [folder / FINAL for folder in folders if folder != folders[1]]
@@ -149,20 +150,20 @@ def one_step(digits: DataSplits, **settings: Any) -> dict[str, Tensor]:
     plain = {"epochs": 1, "momentum": 0.0, "weight_decay": 0.0, "warmup_epochs": 0, "learning_rate": 1.0}
     start = snapshot(network)
     train_network(make_job(digits, criterion, network=network, images=BATCH, **plain, **settings))
-    return {name: start[name] - one for name, one in snapshot(network).items()}
+    return {name: start[name] - tensor for name, tensor in snapshot(network).items()}
 
 
 @pytest.mark.parametrize("parts", [2, 8])
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int, digits: DataSplits) -> None:
-    whole, found = one_step(digits), one_step(digits, accumulate=parts)
+    whole, split = one_step(digits), one_step(digits, accumulate=parts)
     for name, gradient in whole.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6)
         assert gradient.abs().max() > 1e-3, name
 
 
 def test_parts_keep_their_rows_together(digits: DataSplits) -> None:
     class Rows(Toy):
-        def forward(
+        def forward(  # type: ignore[override]
             self,
             logits: Tensor,
             _: Tensor | None,
@@ -197,9 +198,9 @@ def test_the_average_is_that_of_the_formula(digits: DataSplits, monkeypatch: pyt
     step = torch.optim.SGD.step
 
     def record(self: torch.optim.SGD, *arguments: Any) -> Any:
-        found = step(self, *arguments)
+        value = step(self, *arguments)
         weights.append(job.network.heads[0].weight.detach().double().clone())
-        return found
+        return value
 
     monkeypatch.setattr(torch.optim.SGD, "step", record)
     network = plain_network()
@@ -207,9 +208,9 @@ def test_the_average_is_that_of_the_formula(digits: DataSplits, monkeypatch: pyt
     job = make_job(digits, make_criterion(digits, "ce", network, None), network=network, ema=0.3, epochs=2)
     train_network(job)
     assert len(weights) == 2 * STEPS
-    for number, one in enumerate(weights):
+    for number, current in enumerate(weights):
         decay = min(0.3, (1 + number) / (10 + number))
-        average = decay * average + (1 - decay) * one
+        average = decay * average + (1 - decay) * current
     torch.testing.assert_close(network.heads[0].weight.detach().double(), average, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(average, weights[-1], atol=1e-4)
 
@@ -234,12 +235,12 @@ def test_the_average_survives_a_kill(digits: DataSplits, tmp_path: Path) -> None
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 def test_label_smoothing_is_torchs(smoothing: float) -> None:
     logits, labels = torch.randn(3, 7, 5, dtype=torch.float64), torch.randint(5, (7,))
-    found = exit_cross_entropy(logits, labels, smoothing)
+    values = exit_cross_entropy(logits, labels, smoothing)
     for index in range(3):
         expected = F.cross_entropy(logits[index], labels, label_smoothing=smoothing, reduction="none")
-        torch.testing.assert_close(found[index], expected)
+        torch.testing.assert_close(values[index], expected)
     parts = cross_entropy_loss(logits, labels, label_smoothing=smoothing)
-    assert float(parts["loss"]) == pytest.approx(float(found.mean(dim=1).sum()))
+    assert float(parts["loss"]) == pytest.approx(float(values.mean(dim=1).sum()))
 
 
 @pytest.mark.parametrize(("loss", "changes"), [("ce", True), ("kd", False)])
@@ -265,7 +266,7 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return {
-        tag: [(one.step, one.value) for one in accumulator.Scalars(tag)]
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
         for tag in accumulator.Tags()["scalars"]
     }
 
@@ -281,13 +282,13 @@ def test_scalars_for_tensorboard(digits: DataSplits, tmp_path: Path) -> None:
         train_network(job(Toy(8), checkpoint_seconds=3600), checkpoints)
     # Killed before its first checkpoint: what it wrote of epochs that come again is not shown twice.
     outcome = train_network(job(), checkpoints)
-    found = read_scalars(tmp_path / "tensorboard")
-    assert {f"accuracy/exit_{index}" for index in range(3)} < set(found)
-    assert {"loss", "share", "learning_rate", "images_per_second", "ce/exit_2"} < set(found)
+    scalars = read_scalars(tmp_path / "tensorboard")
+    assert {f"accuracy/exit_{index}" for index in range(3)} < set(scalars)
+    assert {"loss", "share", "learning_rate", "images_per_second", "ce/exit_2"} < set(scalars)
     for index in range(3):
-        expected = [entry.parts["accuracy"][index] for entry in outcome.history]  # type: ignore[index]
-        assert [step for step, _ in found[f"accuracy/exit_{index}"]] == [1, 2, 3]
-        assert [value for _, value in found[f"accuracy/exit_{index}"]] == pytest.approx(expected)
+        expected = [entry.parts["accuracy"][index] for entry in outcome.history]
+        assert [step for step, _ in scalars[f"accuracy/exit_{index}"]] == [1, 2, 3]
+        assert [value for _, value in scalars[f"accuracy/exit_{index}"]] == pytest.approx(expected)
 
 
 def test_scalars_from_python(digits: DataSplits, tmp_path: Path) -> None:
