@@ -122,9 +122,9 @@ def test_files_beside_a_network(tmp_path: Path) -> None:
     written({"architectures": ["ViT"], "id2label": {}}, path.parent, "config.json")
     assert preprocessing_beside(path) is None
     written({**HALF, "size": 224}, tmp_path)  # as on the hub: the network in a folder of its own
-    found = preprocessing_beside(path)
-    assert found is not None
-    assert found.size == (224, 224)
+    beside = preprocessing_beside(path)
+    assert beside is not None
+    assert beside.size == (224, 224)
     written({**IMAGENET, "input_size": [3, 8, 8]}, path.parent, "config.json")
     other = path.parent / "sub" / "model.onnx"
     assert preprocessing_beside(other) is None
