@@ -184,7 +184,7 @@ def test_images_are_resized_and_cropped_in_the_graph_as_pillow_does(tmp_path: Pa
     )
     path = saved(model, tmp_path)
     images = np.random.default_rng(3).integers(0, 256, (5, 40, 52, 3)).astype(np.uint8)
-    for resize in ((height, width), (14, 30), (80, 104), (40, 52)):
+    for resize in ((height, width), (14, 30), (80, 104), (40, 52), size):
         given = Preprocessing(size, (0.0,), (1.0,), scale=1.0, resize=resize)
         stage = as_stage(read_classifier(path, given), tmp_path, images)
         for image, row in zip(images, stage, strict=True):
