@@ -15,16 +15,16 @@ from erde.calibration.recalibration import ask_for_labels, recalibrate_with_labe
 from erde.calibration.settings import Settings
 from erde.chains.cascading import cascade
 from erde.chains.preprocessing import Preprocessing
-from erde.cli import main
 from erde.data.load import DataSplits
 from erde.networks.network import EarlyExitNetwork
 from erde.policy import rule as policy
 from erde.runtime.session import Session
 from tests.helpers.big_network import MACS, MEAN, STD, big_answers, write_big_network, write_photos
 from tests.helpers.checks import user_error
+from tests.helpers.command import run_command
 
 BIG = Preprocessing(mean=(MEAN,), std=(STD,))
-SETTINGS = Settings(max_risks=(0.05, 0.02))
+SETTINGS = Settings(max_risks=(0.02, 0.01))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_chain_answers_as_its_networks_do(
     assert np.allclose(logits[:3], front.all_logits(images), atol=1e-5)
     assert logits[3].argmax(axis=1).tolist() == big_answers(big, images).tolist()
     answer = session.predict(images)
-    point = manifest.point("risk-5")
+    point = manifest.point("risk-2")
     scores = session.rule.apply(logits)[1]
     sure = ~policy.in_band(scores, point.thresholds)
     expected = policy.take_exit(session.rule.apply(logits)[0], answer.exits).argmax(axis=1)
@@ -78,11 +78,11 @@ def test_a_promise_without_labels(chain: Path, photos: tuple[Path, Path], big: P
     manifest = read(chain)
     point = manifest.point(None)
     certificate = point.certificate
-    assert point.name == "risk-5"
+    assert point.name == "risk-2"
     assert certificate is not None
     assert (certificate.guarantee, certificate.reference) == ("disagreement", "fallback")
     assert certificate.sentence(manifest.precision).startswith(
-        "With 90 % confidence, at most 5 % of images get another answer than the last network alone gives them"
+        "With 90 % confidence, at most 2 % of images get another answer than the last network alone gives them"
     )
     # No number that would need a label.
     assert point.tune is None
@@ -117,7 +117,7 @@ def test_a_few_labels_give_the_stronger_promise(
     import csv
 
     asked = tmp_path / "ask.csv"
-    settings = Settings(max_risks=(0.05,))
+    settings = Settings(max_risks=(0.02,))
     listed, images = ask_for_labels(chain, photos[1], asked, settings)
     assert 0 < listed < images / 4
     rows = list(csv.DictReader(asked.open(newline="")))
@@ -134,7 +134,7 @@ def test_a_few_labels_give_the_stronger_promise(
     certificate = calibrated.default_point().certificate
     assert certificate is not None
     assert (certificate.guarantee, certificate.reference) == ("risk", "fallback")
-    before = read(chain).point("risk-5").tune_agreement
+    before = read(chain).point("risk-2").tune_agreement
     after = calibrated.default_point().tune_agreement
     assert before is not None
     assert after is not None
@@ -170,7 +170,7 @@ def test_where_nothing_is_saved_the_last_network_runs_alone(
         [front, big],
         photos[1],
         tmp_path / "out",
-        settings=Settings(max_risks=(0.05,), score="entropy"),
+        settings=Settings(max_risks=(0.02,), score="entropy"),
         preprocessing=[BIG],
     )
     point = calibrated.default_point()
@@ -190,14 +190,20 @@ def test_the_command(
     photos: tuple[Path, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     about = tmp_path / "preprocessor_config.json"
-    about.write_text(json.dumps({"image_mean": [MEAN], "image_std": [STD]}))
-    arguments = ["cascade", str(tiny_bundle), str(big), "--data", str(photos[1]), "--max-risk", "5%"]
-    main([*arguments, "--out", str(tmp_path / "out"), "--preprocessing", str(about), "--json"])
+    about.write_text(json.dumps({"mean": [MEAN], "std": [STD]}))
+    arguments = ["cascade", str(tiny_bundle), str(big), "--data", str(photos[1]), "--max-risk", "2%"]
+    assert (
+        run_command(
+            monkeypatch, *arguments, "--out", str(tmp_path / "out"), "--preprocessing", str(about), "--json"
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     value = json.loads(captured.out.splitlines()[-1])
-    assert value["default_operating_point"] == "risk-5"
+    assert value["default_operating_point"] == "risk-2"
     assert value["operating_points"][1]["certificate"]["guarantee"] == "disagreement"
     assert "first image: tiny says" in captured.err
     assert "first image: big says" in captured.err

@@ -1,0 +1,147 @@
+"""``erde accelerate``: somebody's network and images, from start to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from erde.acceleration.images import FEWEST_IMAGES, load_material, read_pool
+from erde.acceleration.work import accelerate
+from erde.bundle.sealing import read
+from erde.chains.preprocessing import Preprocessing
+from erde.data.load import DataSplits
+from erde.runtime.session import Session
+from erde.training.learner import Learner
+from tests.helpers.big_network import MACS, MEAN, STD, big_answers, write_big_network, write_photos
+from tests.helpers.checks import user_error
+from tests.helpers.command import run_command
+
+BIG = Preprocessing(mean=(MEAN,), std=(STD,))
+
+
+@pytest.fixture(scope="module")
+def big(digits: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("big")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [MEAN], "image_std": [STD], "size": {"height": 8, "width": 8}})
+    )
+    return write_big_network(digits, folder / "big.onnx")
+
+
+@pytest.fixture(scope="module")
+def photos(digits: DataSplits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(digits, tmp_path_factory.mktemp("photos") / "plain", False)
+
+
+def test_from_a_model_and_images_to_a_quicker_bundle(
+    big: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    digits: DataSplits,
+) -> None:
+    out = tmp_path / "fast"
+    options = ("--images", str(photos), "--out", str(out), "--max-risk", "5%", "--minutes", "1", "--json")
+    arguments = ("accelerate", str(big), *options)
+    # Stopped in the middle of the training of the front, as by a kill.
+    step = Learner.step
+
+    def stop(self: Learner, *given: object) -> None:
+        if not self.job.name.startswith("trial") and self.position == (2, 1):
+            raise KeyboardInterrupt
+        step(self, *given)
+
+    monkeypatch.setattr(Learner, "step", stop)
+    assert run_command(monkeypatch, *arguments) != 0
+    assert not (out / "front").exists()
+    monkeypatch.setattr(Learner, "step", step)
+    assert run_command(monkeypatch, *arguments) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run_command(monkeypatch, *arguments, "--resume") == 0
+    captured = capsys.readouterr()
+    value = json.loads(captured.out.splitlines()[-1])
+    gain, promise = captured.out.splitlines()[2:4]
+    assert "ms an image in the mean" in gain
+    assert "at most 5 % of images get another answer than the last network alone gives them" in promise
+    # The bundle: a front of a tenth of the cost, then the network as it was.
+    manifest = read(out / "bundle")
+    assert manifest.networks() == (0, 3)
+    assert manifest.no_exit_macs == MACS
+    assert manifest.stages[2].macs <= 0.101 * MACS
+    session = Session(out / "bundle")
+    images = np.asarray(digits.test.images[:])
+    answer = session.predict(images, operating_point="no-exit")
+    assert answer.labels.tolist() == big_answers(big, images).tolist()
+    assert set(answer.macs.tolist()) == {MACS}
+    # Images that nothing was chosen on; no number that would need a label.
+    assert value["test"]["images"] == 180
+    assert value["test"]["macs_saved"] > 0.2
+    assert value["test"]["disagreement"] < 0.1
+    assert "accuracy" not in value["test"]
+    page = (out / "report.html").read_text()
+    assert "Certified." in page
+    assert "Accuracy" not in page
+    assert not (out / "trial").exists()
+    # Once more changes nothing but the clock's part.
+    before = (out / "bundle" / "manifest.json").read_bytes()
+    assert run_command(monkeypatch, *arguments, "--resume") == 0
+    assert (out / "bundle" / "manifest.json").read_bytes() == before
+    with user_error("was begun with other settings .max_risk."):
+        accelerate(big, photos, out, max_risk=0.02, resume=True)
+
+
+def test_images_are_split_once_and_apart(photos: Path, digits: DataSplits, tmp_path: Path) -> None:
+    classes = list(digits.classes)
+    pool = read_pool(photos, classes)
+    material = load_material(pool, None, (8, 8, 1), seed=3)
+    splits = material.calibration.splits
+    parts = [material.train, splits.tune.images, splits.certify.images, material.test.images]
+    seen = [{image.tobytes() for image in np.asarray(part)} for part in parts]
+    sizes = [len(part) for part in parts]
+    assert sizes == [len(pool) - sum(sizes[1:]), 270, 270, 180]
+    assert len(set().union(*seen)) == sum(map(len, seen))
+    assert not material.calibration.labelled
+    again = load_material(pool, None, (8, 8, 1), seed=3)
+    assert np.array_equal(material.train, again.train)
+    # A folder of other images is for all but the training; without labels there, none are used.
+    labelled = read_pool(write_photos(digits, tmp_path / "labelled", True), classes)
+    assert set(labelled.labels.tolist()) == set(range(10))
+    whole = load_material(labelled, pool, (8, 8, 1), seed=3)
+    assert len(whole.train) == len(labelled)
+    assert set(whole.train_labels.tolist()) == {-1}
+    both = load_material(labelled, labelled, (8, 8, 1), seed=3)
+    assert both.calibration.labelled
+    assert len(both.test) == len(labelled) - 2 * round(0.25 * len(labelled))
+
+
+def test_what_is_refused(
+    big: Path, photos: Path, tiny_bundle: Path, digits: DataSplits, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with user_error("is a bundle: give the ONNX file of a classifier"):
+        accelerate(tiny_bundle, photos, out)
+    with user_error("no folder at .*none"):
+        accelerate(big, tmp_path / "none", out)
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(photos.iterdir())[:20]:
+        (few / path.name).write_bytes(path.read_bytes())
+    with user_error(f"20 images: a front needs {FEWEST_IMAGES:,} or more"):
+        accelerate(big, few, out)
+    with user_error("holds nothing that could be continued"):
+        accelerate(big, photos, tmp_path / "nowhere", resume=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_network_that_is_too_quick(photos: Path, digits: DataSplits, tmp_path: Path) -> None:
+    from tests.helpers import big_network
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(big_network, "FEATURES", 64)
+        small = write_big_network(digits, tmp_path / "small.onnx")
+    with user_error("it is too quick to be made quicker by a network in front of it"):
+        accelerate(small, photos, tmp_path / "out", preprocessing=BIG)
