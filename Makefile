@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean
+FAST := -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15
+
+.PHONY: demo test test-slow coverage lint format clean
 
 demo: $(INSTALLED)
 	@# A new folder each time: an earlier demo is never overwritten.
@@ -12,7 +14,11 @@ demo: $(INSTALLED)
 
 test: lint
 	@# Whole files to each process: fixtures of a file are made once.
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15 --cov --cov-report=term
+	$(BIN)/python -m pytest $(FAST)
+
+# The same tests, half as slow again: which lines of src they run.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest $(FAST) --cov --cov-report=term
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15

@@ -10,9 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from erde.acceleration.work import accelerate as accelerate
     from erde.calibration.bundles import calibrate as calibrate
     from erde.calibration.recalibration import ask_for_labels as ask_for_labels
     from erde.calibration.recalibration import recalibrate_with_labels as recalibrate_with_labels
+    from erde.chains.cascading import cascade as cascade
     from erde.common.errors import UserError as UserError
     from erde.data.load import load_data as load_data
     from erde.exporting.api import ImageFormat as ImageFormat
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
+    "accelerate": "erde.acceleration.work",
     "adapt_teacher": "erde.networks.foreign_weights",
     "ask_for_labels": "erde.calibration.recalibration",
     "attach_exits": "erde.networks.attach",
     "build_backbone": "erde.networks.backbones",
     "calibrate": "erde.calibration.bundles",
+    "cascade": "erde.chains.cascading",
     "distill": "erde.training.api",
     "EarlyExitNetwork": "erde.networks.network",
     "export": "erde.exporting.api",
