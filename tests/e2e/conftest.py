@@ -21,6 +21,7 @@ TINY = (
     "train.checkpoint_seconds=0",
     "teacher.backbone=resnet14",
     "threads=1",
+    "cascade={}",
 )
 Refused = Callable[..., str]
 

@@ -31,6 +31,8 @@ def test_run_leaves_exactly_the_documented_files(tiny_run: tuple[Path, str]) -> 
         *(f"bundle/stage_{index}.onnx" for index in range(3)),
     }
     expected |= {name.replace("bundle/", "bundle-int8/") for name in expected}
+    chain = ("manifest.json", "README.md", *(f"stage_{index}.onnx" for index in range(6)))
+    expected |= {f"bundle-cascade/{name}" for name in chain}
     baselines = ("no-exit", "no-exit-int8", "fixed-small", "fixed-tiny")
     expected |= {f"baselines/{name}.onnx" for name in baselines}
     stages = [f"stages/{name}" for name in ("stages.json", *(f"stage_{index}.onnx" for index in range(3)))]
@@ -138,6 +140,39 @@ def test_int8_is_calibrated_on_its_own_logits_and_agrees_with_its_runtime(tiny_r
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     (line,) = [entry for entry in log if entry["event"] == "quantised"]
     assert (line["arm"], line["kept_in_float"]) == ("erde-int8", quantised.kept_in_float)
+
+
+def test_the_teacher_stands_behind_the_students(tiny_run: tuple[Path, str]) -> None:
+    folder, out = tiny_run
+    results = Results.read(folder / "results.json")
+    cascade = results.cascade
+    assert cascade is not None
+    assert set(cascade.fronts) == {*ARMS, "erde-int8"} - {"teacher"}
+    assert cascade.agreement.disagreements == 0
+    assert cascade.no_exit_macs == results.arms["teacher"].no_exit_macs
+    with np.load(folder / "arms" / "teacher" / "logits.npz") as arrays:
+        logits, labels = arrays["test_logits"][-1], arrays["test_labels"]
+    teacher_right = logits.argmax(axis=1) == labels
+    for name, front in cascade.fronts.items():
+        own = [cost.macs for cost in results.arms[name].cost]
+        behind = [own[-1] + cost.macs for cost in results.arms["teacher"].cost]
+        assert front.exit_macs == own + behind
+        for point in front.operating_points:
+            measured = point.test
+            assert measured is not None
+            if set(point.thresholds) == {None}:
+                assert measured.macs == results.arms["teacher"].cost[-1].macs
+                assert measured.accuracy == teacher_right.mean()
+                continue
+            macs = np.dot(measured.exit_rates, front.exit_macs)
+            assert measured.macs == pytest.approx(macs)
+            assert measured.macs_saved == pytest.approx(1 - macs / cascade.no_exit_macs)
+    session = Session(folder / "bundle-cascade")
+    assert session.manifest.networks() == (0, 3)
+    certificate = session.manifest.point(None).certificate
+    assert certificate is not None
+    assert certificate.reference == "fallback"
+    assert any(line.startswith("erde before the teacher") for line in out.splitlines())
 
 
 def test_arms_saw_the_same_students_and_shared_settings(tiny_run: tuple[Path, str]) -> None:

@@ -17,7 +17,7 @@ from erde.cli.options import Json, finish
 from erde.common.errors import UserError, nearest, printable
 
 if TYPE_CHECKING:
-    from erde.evaluation.results import Results, RuntimeAgreement
+    from erde.evaluation.results import Cascade, Results, RuntimeAgreement
     from erde.policy.points import Precision
     from erde.runs.folder import Run
 
@@ -603,6 +603,18 @@ def _print_results(results: Results) -> None:
             f"{agreement.band_width:g} of a threshold)"
         )
     print(f"{results.exported_arm}, torch against evaluation: {results.agreement.torch_disagreements}")
+    if results.cascade is not None:
+        _print_cascade(results.cascade)
+
+
+def _print_cascade(cascade: Cascade) -> None:
+    """The exported front's chain: what it saves and promises."""
+    point = cascade.fronts[cascade.front].default_point()
+    saved = f"{100 * point.test.macs_saved:.1f} % of its MACs saved on test. " if point.test else ""
+    said = point.certificate.sentence() if point.certificate else "Nothing is promised."
+    print(
+        f"{cascade.front} before the {cascade.fallback}, against the {cascade.fallback} alone: {saved}{said}"
+    )
 
 
 def _print_promise(results: Results, name: str) -> None:
@@ -633,6 +645,7 @@ def _summary(results: Results, folder: Path) -> dict[str, Any]:
         "agreement": results.agreement.model_dump(),
         "bundle_seal": results.bundle_seal,
         "quantised": results.quantised.model_dump() if results.quantised else None,
+        "cascade": results.cascade.model_dump(mode="json") if results.cascade else None,
     }
 
 

@@ -225,6 +225,32 @@ class Quantised(Frozen):
     bytes: int
 
 
+class CascadeFront(Frozen):
+    """A student in front of the fallback: the chain's exits with cumulative MACs, and its certified points on test."""
+
+    exit_names: list[str]
+    exit_macs: list[int]
+    score: str
+    operating_points: list[OperatingPoint]
+    default_operating_point: str
+    left_out: list[LeftOut]
+
+    def default_point(self) -> OperatingPoint:
+        """The operating point that answers when none is named."""
+        return next(point for point in self.operating_points if point.name == self.default_operating_point)
+
+
+class Cascade(Frozen):
+    """The students in front of the fallback, against the fallback alone (``no_exit_macs``); one is a bundle."""
+
+    fallback: str
+    front: str
+    bundle_seal: str
+    agreement: RuntimeAgreement
+    no_exit_macs: int
+    fronts: dict[str, CascadeFront]
+
+
 class Results(Frozen):
     """A whole run."""
 
@@ -239,6 +265,7 @@ class Results(Frozen):
     agreement: Agreement
     bundle_seal: str
     quantised: Quantised | None = None
+    cascade: Cascade | None = None
     environment: dict[str, Any]
     timings: dict[str, Any]
 

@@ -23,6 +23,7 @@ SECTIONS: dict[str, type[Section]] = {
     "arms.<arm>": schema.ArmConfig,
     "export": schema.ExportConfig,
     "calibration": schema.CalibrationConfig,
+    "cascade": schema.CascadeConfig,
 }
 
 

@@ -419,6 +419,13 @@ def _is_plain(student: Any, arm: Any) -> bool:
     return bool(exits) and exits[0] == 1
 
 
+class CascadeConfig(Section):
+    """A chain of networks, whose front is the exported arm."""
+
+    fallback: Literal["teacher"] = "teacher"
+    """The network that answers what the front is not sure of, and that the promise is held against."""
+
+
 class Config(Section):
     """A recipe.
 
@@ -437,7 +444,8 @@ class Config(Section):
     data: DataConfig = DataConfig()
     """The images and their splits."""
     teacher: TeacherConfig = TeacherConfig()
-    """The teacher. It is trained only if an arm learns from it or `calibration.reference` is `teacher`."""
+    """The teacher. It is trained only if an arm learns from it, `calibration.reference` is `teacher`, or there is
+    a `cascade`."""
     student: NetworkConfig = NetworkConfig()
     """The network of the arms."""
     distillation: DistillationConfig = DistillationConfig()
@@ -450,6 +458,9 @@ class Config(Section):
     """The arm that becomes the bundle."""
     calibration: CalibrationConfig = CalibrationConfig()
     """The promises, and the exit rules that are tried."""
+    cascade: CascadeConfig | None = None
+    """Keep the teacher behind the students: `cascade: {}` measures each student in front of it, and seals the exported
+    one's chain as `bundle-cascade`."""
 
     _teacher_train: TrainConfig = PrivateAttr()
     _students: dict[str, NetworkConfig] = PrivateAttr()
@@ -561,9 +572,9 @@ class Config(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether an arm learns from a teacher, or is compared with it."""
+        """Whether an arm learns from a teacher, is compared with it, or stands in front of it."""
         learns = any(arm.loss.needs_teacher for arm in self.arms.values())
-        return learns or self.calibration.reference == TEACHER
+        return learns or self.calibration.reference == TEACHER or self.cascade is not None
 
     @property
     def trained_arms(self) -> list[str]:

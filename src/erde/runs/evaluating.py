@@ -22,6 +22,7 @@ from erde.report.run_page import write_report
 from erde.runs.agreement import check_runtime, check_torch
 from erde.runs.arms import measure_arm
 from erde.runs.calibrating import reference_right
+from erde.runs.cascades import seal_cascade
 from erde.runs.folder import REPORT, Run
 from erde.runs.networks import trained_network
 
@@ -82,6 +83,7 @@ def measure_run(run: Run, inputs: dict[str, ArmInput]) -> Results:
         agreement=Agreement(**agreement.model_dump(), torch_disagreements=torch_off),
         bundle_seal=seal,
         quantised=None if int8 is None else _seal_int8(run, int8, inputs[int8], arms[int8]),
+        cascade=None if config.cascade is None else seal_cascade(run),
         environment=json.loads((run.folder / "environment.json").read_text(encoding="utf-8")),
         timings=_timings(run),
     )
