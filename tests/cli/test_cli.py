@@ -22,7 +22,7 @@ from erde.policy.rule import SCORES
 from erde.recipe.backbones import BACKBONES
 from erde.recipe.load import load_config, shipped_recipes
 from erde.recipe.losses import LOSSES
-from erde.recipe.schema import ArmConfig
+from erde.recipe.schema import ArmConfig, CascadeConfig
 
 
 def run(
@@ -51,7 +51,14 @@ def keys_in(section: BaseModel, place: str = "") -> Iterator[str]:
         ("recipes", set(shipped_recipes())),
         ("backbones", {*BACKBONES, "timm/<name>"}),
         ("losses", set(LOSSES)),
-        ("keys", {*keys_in(load_config("digits")), *(f"arms.<arm>.{key}" for key in ArmConfig.model_fields)}),
+        (
+            "keys",
+            {
+                *keys_in(load_config("digits")),
+                *(f"arms.<arm>.{key}" for key in ArmConfig.model_fields),
+                *(f"cascade.{key}" for key in CascadeConfig.model_fields),
+            },
+        ),
         ("scores", set(SCORES)),
         ("datasets", {"digits", "cifar10", "cifar100", "svhn"}),
     ],

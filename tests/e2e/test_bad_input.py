@@ -56,7 +56,7 @@ PLAIN_TEACHER = ("teacher.train_subset=null", "teacher.disjoint=false")
         (("calibrate", "nowhere.npz", "--score", "entropi"), ("entropi", "did you mean 'entropy'")),
         (
             ("calibrate", "nowhere.npz", "--guarantee", "all"),
-            ("all", "'risk', 'net_drop' or 'expected_risk'"),
+            ("all", "'risk', 'net_drop', 'expected_risk' or 'disagreement'"),
         ),
         (("calibrate", "nowhere.npz", "--macs", "1,two"), ("--macs", "numbers separated by commas")),
         (("calibrate", "nowhere.npz", "--data", "photos"), ("--data", "holds logits")),
