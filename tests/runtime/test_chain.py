@@ -147,3 +147,20 @@ def test_bundles_of_version_2_are_read_and_written_as_version_3(tmp_path: Path) 
     seal(folder, manifest)
     assert json.loads(path.read_text())["format_version"] == 3
     assert read(folder).networks() == (0,)
+
+
+def test_a_graph_that_tells_no_shape_of_its_input(tmp_path: Path) -> None:
+    import onnx
+
+    from erde.bundle import file_hash, seal
+
+    folder = pixel_bundle(tmp_path / "bundle")
+    path = folder / "stage_0.onnx"
+    model = onnx.load(str(path))
+    del model.graph.input[0].type.tensor_type.shape.dim[:]
+    onnx.save(model, str(path))
+    whole = Session(pixel_bundle(tmp_path / "other"))
+    files = {**whole.manifest.files, path.name: file_hash(path)}
+    seal(folder, whole.manifest.model_copy(update={"files": files}))
+    images = draw(5, 4)[:, :3]
+    assert np.array_equal(Session(folder).all_logits(images), whole.all_logits(images))

@@ -71,7 +71,7 @@ class StageRunner:
         self._inputs = [session.get_inputs()[0].name for session in self._sessions]
         self._empty = [_empty_outputs(session) for session in self._sessions]
         # A network of another program may take one image at a time only.
-        self._single = [session.get_inputs()[0].shape[0] == 1 for session in self._sessions]
+        self._single = [session.get_inputs()[0].shape[:1] == [1] for session in self._sessions]
         # On another device ONNX Runtime places what it computes by itself.
         self._binds = chosen == [CPU]
         self._local = threading.local()
