@@ -20,10 +20,10 @@ from erde.networks.attach import attach_exits
 from erde.networks.backbones import build_backbone
 from erde.networks.cost import network_cost
 from erde.networks.network import EarlyExitNetwork
-from erde.networks.shapes import mode
 from erde.policy.cost import Cost
 from erde.recipe.losses import resolve_loss
 from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig
+from erde.runs.agreement import torch_logits
 from erde.runtime.stages import StageRunner
 from erde.training.api import build_criterion
 from erde.training.job import Job, Outcome
@@ -166,25 +166,13 @@ def saving(
     network: EarlyExitNetwork, data: DataSplits, final_logits: NDArray[np.float32], macs: int
 ) -> float:
     """The share of the network's MACs that the chain saves on tune within ``TRIAL_RISK``."""
-    front = torch_logits(network, data)
+    front = torch_logits(network, data, data.tune)
     logits = np.concatenate([front, final_logits[None]])
     labels: Labels = data.tune.labels if (data.tune.labels >= 0).all() else final_logits.argmax(axis=-1)
     front_macs = network_cost(network, data.input_size).macs
     whole = max(macs, 1)
     cost = Cost((*front_macs, front_macs[-1] + whole), whole, networks=(0, len(front_macs)))
     return choose_score(TuneLogits(logits, labels), cost, Settings(max_risks=(TRIAL_RISK,)))[0].macs_saved
-
-
-@torch.no_grad()
-def torch_logits(network: EarlyExitNetwork, data: DataSplits) -> NDArray[np.float32]:
-    """Logits (E, N, K) on tune."""
-    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1) for values in (data.mean, data.std))
-    parts = []
-    with mode(network, False):
-        for batch in data.tune.batches(256):
-            x = (torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255 - mean) / std
-            parts.append(network(x).numpy())
-    return np.concatenate(parts, axis=1)
 
 
 def answers(stage: Path, images: NDArray[np.uint8], name: str) -> NDArray[np.float32]:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from erde.calibration.labelled_images import TuneAndCertify
+from erde.calibration.labelled_images import TuneAndCertify, distinct_files, set_fingerprint
 from erde.chains.cascading import Images, is_labelled
 from erde.common import progress
 from erde.common.environment import available_cpus
 from erde.common.errors import UserError
-from erde.common.images import SUFFIXES, load_image, read_file
+from erde.common.images import SUFFIXES, load_image
 from erde.common.splits import CertifySplit, Labels, TestSplit, TuneSplit
 from erde.common.splits import Images as Pixels
 
@@ -62,27 +62,18 @@ class Material:
 def read_pool(folder: Path, classes: Sequence[str]) -> Pool:
     """The images below ``folder``; labelled where most of its sub-folders are named by ``classes``."""
     labelled = is_labelled(folder, classes)
-    paths: list[Path] = []
-    labels: list[int] = []
-    digests: dict[bytes, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or not path.is_file():
-            continue
+    by_digest, _ = distinct_files(folder)
+    if not by_digest:
+        raise UserError(f"no image below {folder}: expected files ending in {', '.join(SUFFIXES)}")
+    labels = np.full(len(by_digest), UNKNOWN)
+    for row, path in enumerate(by_digest.values() if labelled else ()):
         name = path.relative_to(folder).parts[0]
-        if labelled and name not in classes:
+        if name not in classes:
             raise UserError(
                 f"{path} is in no folder of a class: the folders of {folder} give the labels; move it"
             )
-        digest = hashlib.sha256(read_file(path)).digest()
-        if digest in digests:
-            continue
-        digests[digest] = path
-        paths.append(path)
-        labels.append(classes.index(name) if labelled else UNKNOWN)
-    if not paths:
-        raise UserError(f"no image below {folder}: expected files ending in {', '.join(SUFFIXES)}")
-    whole = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
-    return Pool(tuple(paths), np.asarray(labels, dtype=np.int64), whole)
+        labels[row] = classes.index(name)
+    return Pool(tuple(by_digest.values()), labels, set_fingerprint(by_digest))
 
 
 def load_material(pool: Pool, held_out: Pool | None, shape: tuple[int, int, int], seed: int) -> Material:

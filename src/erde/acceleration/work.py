@@ -23,7 +23,7 @@ from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, sweep
 from erde.chains.building import class_names, common_shape
 from erde.chains.cascading import seal_chain
-from erde.chains.networks import BundleNetwork, Network, OnnxNetwork, open_network
+from erde.chains.networks import Network, bundle_network, open_network
 from erde.chains.preprocessing import Preprocessing
 from erde.common import progress
 from erde.common.environment import erde_version
@@ -111,7 +111,7 @@ def accelerate(
     started = time.monotonic()
     out, model = Path(out), Path(model)
     network = open_network(model, preprocessing)
-    if isinstance(network, BundleNetwork):
+    if network.manifest is not None:
         raise UserError(
             f"{model} is a bundle: give the ONNX file of a classifier; erde cascade chains bundles"
         )
@@ -167,14 +167,14 @@ class _Work:
     """One acceleration in its folder."""
 
     def __init__(
-        self, out: Path, network: OnnxNetwork, names: list[str], material: Material, loss: str, seed: int
+        self, out: Path, network: Network, names: list[str], material: Material, loss: str, seed: int
     ) -> None:
         self.out, self.network, self.names, self.material = out, network, names, material
         self.loss, self.seed = loss, seed
         self.stage = out / "model" / "stage_0.onnx"
         if not self.stage.exists():
             make_folder(self.stage.parent)
-            network.write(network.stages(), self.stage.parent, common_shape([network]))
+            network.write(network.stages, self.stage.parent, common_shape([network]))
 
     def data(self) -> DataSplits:
         """The splits of the training; where images have no labels, train has the model's answers."""
@@ -227,7 +227,7 @@ class _Work:
         bundle = self.out / "bundle"
         settings = Settings(max_risks=(max_risk,))
         if not bundle.exists():
-            networks: list[Network] = [BundleNetwork(front, read(front)), self.network]
+            networks = [bundle_network(front, read(front)), self.network]
             seal_chain(networks, self.material.calibration, self.names, settings, bundle)
         session = Session(bundle, threads=1)
         point = session.manifest.point(None)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from erde.bundle.card import model_card
-from erde.bundle.manifest import FORMAT_VERSION, MANIFEST, MAX_TOLERANCE, Manifest, ReferenceSample, Stage
+from erde.bundle.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MAX_TOLERANCE,
+    Manifest,
+    ReferenceSample,
+    Stage,
+    uncalibrated,
+)
 from erde.bundle.sealing import (
     MAX_FILE_BYTES,
     MAX_MANIFEST_BYTES,
@@ -32,5 +40,6 @@ __all__ = [
     "seal",
     "seal_of",
     "stages_hash",
+    "uncalibrated",
     "write",
 ]

@@ -175,3 +175,50 @@ class Manifest(Frozen):
                 return point
         known = ", ".join(point.name for point in self.operating_points)
         raise UserError(f"no operating point '{name}' in this bundle; it has: {known}")
+
+
+def uncalibrated(
+    *,
+    sample: NDArray[np.uint8],
+    logits: NDArray[np.float32],
+    tolerance: float,
+    stages: list[Stage],
+    note: str,
+    **fields: Any,
+) -> Manifest:
+    """The manifest of stages before calibration: no image leaves early.
+
+    ``logits`` (E, N, K) are those of the uint8 images ``sample`` (N, H, W, C), ``tolerance`` is a share of the largest
+    one; ``fields`` are the manifest's others: name, classes, normalisation, precision, costs without exits, files.
+    """
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        input_shape=sample.shape[1:],
+        resize="shorter side, then centre crop; bilinear",
+        stages=stages,
+        score="entropy",
+        sharpness=1.0,
+        ensemble="none",
+        score_parameters=None,
+        temperatures=[1.0] * len(stages),
+        operating_points=[
+            OperatingPoint(
+                name="no-exit",
+                kind="no-exit",
+                target=None,
+                thresholds=[None] * (len(stages) - 1),
+                certificate=None,
+                note=note,
+            )
+        ],
+        default_operating_point="no-exit",
+        left_out=[],
+        calibration=None,
+        reference_sample=ReferenceSample(
+            images=ReferenceSample.encode(sample),
+            count=len(sample),
+            logits=logits.astype(float).tolist(),
+            tolerance=tolerance * max(1.0, float(np.abs(logits).max())),
+        ),
+        **fields,
+    )

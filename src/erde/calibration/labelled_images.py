@@ -79,13 +79,7 @@ def load_unlabelled(
     _check_share(tune_share)
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}: expected images")
-    by_digest: dict[bytes, Path] = {}
-    copies = 0
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            digest = _digest(path)
-            copies += digest in by_digest
-            by_digest.setdefault(digest, path)
+    by_digest, copies = distinct_files(folder)
     if len(by_digest) < 2:
         raise UserError(
             f"{len(by_digest)} images below {folder}: calibration needs two or more, to tune and to certify"
@@ -102,15 +96,28 @@ def load_unlabelled(
         tuple(names[row] for row in certify),
         {name: digest.hex() for name, (digest, _) in zip(names, files, strict=True)},
         copies,
-        _set_fingerprint(by_digest),
+        set_fingerprint(by_digest),
     )
+
+
+def distinct_files(folder: Path) -> tuple[dict[bytes, Path], int]:
+    """SHA-256 to file of the images below ``folder``, in the order of their paths, and the number of copies."""
+    by_digest: dict[bytes, Path] = {}
+    copies = 0
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            digest = _digest(path)
+            copies += digest in by_digest
+            by_digest.setdefault(digest, path)
+    return by_digest, copies
 
 
 def _digest(path: Path) -> bytes:
     return hashlib.sha256(read_file(path)).digest()
 
 
-def _set_fingerprint(digests: Iterable[bytes]) -> str:
+def set_fingerprint(digests: Iterable[bytes]) -> str:
+    """A hash of a set of files, whatever their names."""
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
@@ -190,5 +197,5 @@ def load_tune_and_certify(
         TuneSplit(files(tune), all_labels[tune]),
         CertifySplit(files(certify), all_labels[certify]),
         copies,
-        _set_fingerprint(seen),
+        set_fingerprint(seen),
     )

@@ -6,18 +6,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erde import bundle
 from erde.bundle.manifest import Manifest, Stage
-from erde.chains.networks import BundleNetwork, Network, Shape
+from erde.chains.networks import Network, Shape
 from erde.common.environment import erde_version
 from erde.common.errors import UserError, listed
 from erde.common.files import make_folder
-from erde.policy.points import OperatingPoint, Precision
+from erde.policy.points import Precision
 from erde.runtime.stages import StageRunner
 
 # Of the largest logit: what a foreign network's float logits may differ by on another machine.
@@ -42,7 +41,7 @@ def check_chain(networks: Sequence[Network]) -> None:
                 f"'{network.name}' takes images of {network.image_shape[2]} channels, '{last.name}' of "
                 f"{last.image_shape[2]}: give networks of one kind of images"
             )
-        first = network.stages()[0].macs
+        first = network.stages[0].macs
         if first >= last.macs and not (network.uncounted or last.uncounted):
             raise UserError(
                 f"the first exit of '{network.name}' takes {first:,} MACs, '{last.name}' alone {last.macs:,}: nothing can be "
@@ -94,7 +93,7 @@ def chain_stages(networks: Sequence[Network]) -> list[Stage]:
     names = _distinct_names(networks)
     macs = parameters = 0
     for network, name in zip(networks, names, strict=True):
-        own = network.stages()
+        own = network.stages
         for index, stage in enumerate(own):
             stages.append(
                 stage.model_copy(
@@ -138,7 +137,7 @@ def built_chain(
         stages = chain_stages(networks)
         rest = stages
         for network in networks:
-            own, rest = rest[: len(network.stages())], rest[len(network.stages()) :]
+            own, rest = rest[: len(network.stages)], rest[len(network.stages) :]
             network.write(own, stages_folder, shape)
         manifest = _manifest(networks, stages, stages_folder, sample, classes)
         bundle.write(folder, manifest, [stages_folder / stage.file for stage in stages])
@@ -163,64 +162,23 @@ def _manifest(
     precision: Precision = precisions.pop() if len(precisions) == 1 else "mixed"
     tolerance = TOLERANCE if precision == "fp32" else bundle.MAX_TOLERANCE
     channels = sample.shape[3]
-    front, last = networks[0], networks[-1]
-    return Manifest(
-        format_version=bundle.FORMAT_VERSION,
+    front, last = networks[0].manifest, networks[-1]
+    return bundle.uncalibrated(
+        sample=sample,
+        logits=logits,
+        tolerance=tolerance,
+        note="not calibrated: the last network answers",
         name=" + ".join(network.name for network in networks),
         classes=classes,
-        input_shape=sample.shape[1:],
-        mean=front.manifest.mean if isinstance(front, BundleNetwork) else [0.0] * channels,
-        std=front.manifest.std if isinstance(front, BundleNetwork) else [1.0] * channels,
-        resize="shorter side, then centre crop; bilinear",
+        mean=[0.0] * channels if front is None else front.mean,
+        std=[1.0] * channels if front is None else front.std,
         precision=precision,
         opset=max(
-            (network.manifest.opset for network in networks if isinstance(network, BundleNetwork)), default=18
+            (network.manifest.opset for network in networks if network.manifest is not None), default=18
         ),
         stages=stages,
         no_exit_macs=last.macs,
         no_exit_parameters=last.parameters,
-        score="entropy",
-        sharpness=1.0,
-        ensemble="none",
-        score_parameters=None,
-        temperatures=[1.0] * len(stages),
-        operating_points=[
-            OperatingPoint(
-                name="no-exit",
-                kind="no-exit",
-                target=None,
-                thresholds=[None] * (len(stages) - 1),
-                certificate=None,
-                note="not calibrated: the last network answers",
-            )
-        ],
-        default_operating_point="no-exit",
-        left_out=[],
-        calibration=None,
-        reference_sample=bundle.ReferenceSample(
-            images=bundle.ReferenceSample.encode(sample),
-            count=len(sample),
-            logits=logits.astype(float).tolist(),
-            tolerance=tolerance * max(1.0, float(np.abs(logits).max())),
-        ),
-        provenance={"erde": erde_version(), "networks": [_origin(network) for network in networks]},
+        provenance={"erde": erde_version(), "networks": [network.origin for network in networks]},
         files={stage.file: bundle.file_hash(folder / stage.file) for stage in stages},
     )
-
-
-def _origin(network: Network) -> dict[str, Any]:
-    """What is known of a network's making, for the manifest."""
-    if isinstance(network, BundleNetwork):
-        return {
-            "name": network.name,
-            "seal": bundle.seal_of(network.manifest),
-            "provenance": network.manifest.provenance,
-        }
-    classifier = network.classifier
-    return {
-        "name": network.name,
-        "sha256": bundle.file_hash(classifier.path),
-        "opset": classifier.opset,
-        "gives": classifier.output_kind,
-        "uncounted": list(classifier.uncounted),
-    }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from erde import bundle
 from erde.bundle.manifest import Manifest, Stage
@@ -18,132 +19,98 @@ Shape = tuple[int, int, int]  # H, W, C
 
 
 @dataclass(frozen=True)
-class BundleNetwork:
-    """A sealed bundle as one or more networks of a chain; its exits stay exits."""
+class Network:
+    """A network of a chain; a bundle may be several of them, since a chain can be part of another.
 
-    folder: Path
-    manifest: Manifest
+    Attributes:
+        classes: names, where they are known.
+        image_shape: the images that it wants.
+        macs, parameters: of the network alone, without exits; ``uncounted`` are operators that the MACs leave out.
+        stages: with costs that begin at 0.
+        origin: what is known of its making, for the manifest.
+        write: writes its graphs to a folder, under the names of the stages given, for images of a shape.
+        manifest: of a bundle.
+    """
 
-    @property
-    def name(self) -> str:
-        """The bundle's own name, else its folder's."""
-        return self.manifest.name
+    name: str
+    class_count: int
+    classes: list[str] | None
+    image_shape: Shape
+    macs: int
+    parameters: int
+    precision: Precision
+    uncounted: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    origin: dict[str, Any]
+    write: Callable[[Sequence[Stage], Path, Shape], None]
+    manifest: Manifest | None = None
 
-    @property
-    def classes(self) -> list[str] | None:
-        """Class names."""
-        return self.manifest.classes
 
-    @property
-    def class_count(self) -> int:
-        """The number of classes."""
-        return len(self.manifest.classes)
+def bundle_network(folder: Path, manifest: Manifest) -> Network:
+    """The bundle with this manifest, whose stages are in ``folder``; its exits stay exits."""
 
-    @property
-    def image_shape(self) -> Shape:
-        """The images that it is made for."""
-        return self.manifest.input_shape
-
-    @property
-    def macs(self) -> int:
-        """MACs of the network alone, without exits."""
-        return self.manifest.no_exit_macs
-
-    @property
-    def parameters(self) -> int:
-        """Its parameters, without exits."""
-        return self.manifest.no_exit_parameters
-
-    @property
-    def precision(self) -> Precision:
-        """The numbers that it computes in."""
-        return self.manifest.precision
-
-    @property
-    def uncounted(self) -> tuple[str, ...]:
-        """Operators that the MACs leave out."""
-        return ()
-
-    def stages(self) -> list[Stage]:
-        """Its stages, with costs that begin at 0."""
-        return list(self.manifest.stages)
-
-    def write(self, stages: Sequence[Stage], folder: Path, image_shape: Shape) -> None:
-        """Write its graphs to ``folder`` under the names of ``stages``, for images of ``image_shape``."""
-        for own, stage, takes_image in zip(
-            self.manifest.stages, stages, self.manifest.takes_image(), strict=True
-        ):
-            source, target = self.folder / own.file, folder / stage.file
-            if takes_image and image_shape != self.image_shape:
-                resize_input(source, target, image_shape)
+    def write(stages: Sequence[Stage], target: Path, image_shape: Shape) -> None:
+        for own, stage, takes_image in zip(manifest.stages, stages, manifest.takes_image(), strict=True):
+            if takes_image and image_shape != manifest.input_shape:
+                resize_input(folder / own.file, target / stage.file, image_shape)
             else:
-                shutil.copyfile(source, target)
+                shutil.copyfile(folder / own.file, target / stage.file)
+
+    return Network(
+        name=manifest.name,
+        class_count=len(manifest.classes),
+        classes=manifest.classes,
+        image_shape=manifest.input_shape,
+        macs=manifest.no_exit_macs,
+        parameters=manifest.no_exit_parameters,
+        precision=manifest.precision,
+        uncounted=(),
+        stages=tuple(manifest.stages),
+        origin={
+            "name": manifest.name,
+            "seal": bundle.seal_of(manifest),
+            "provenance": manifest.provenance,
+        },
+        write=write,
+        manifest=manifest,
+    )
 
 
-@dataclass(frozen=True)
-class OnnxNetwork:
-    """A classifier of another program as the last network of a chain, or as one with a single exit."""
+def onnx_network(classifier: OnnxClassifier) -> Network:
+    """A classifier of another program, with a single exit.
 
-    classifier: OnnxClassifier
+    Its numbers are called fp32, whatever it computes in inside.
+    """
 
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.classifier.name
+    def write(stages: Sequence[Stage], target: Path, image_shape: Shape) -> None:
+        write_stage(classifier, target / stages[0].file, image_shape)
 
-    @property
-    def classes(self) -> list[str] | None:
-        """Class names are not known."""
-        return None
-
-    @property
-    def class_count(self) -> int:
-        """The number of classes."""
-        return self.classifier.class_count
-
-    @property
-    def image_shape(self) -> Shape:
-        """The images that its preprocessing begins with."""
-        return (*self.classifier.preprocessing.resize, self.classifier.channels)
-
-    @property
-    def macs(self) -> int:
-        """Its MACs."""
-        return self.classifier.macs
-
-    @property
-    def parameters(self) -> int:
-        """Its parameters."""
-        return self.classifier.parameters
-
-    @property
-    def precision(self) -> Precision:
-        """Numbers of a foreign network are called fp32, whatever it computes in inside."""
-        return "fp32"
-
-    @property
-    def uncounted(self) -> tuple[str, ...]:
-        """Operators that the MACs leave out."""
-        return self.classifier.uncounted
-
-    def stages(self) -> list[Stage]:
-        """A single stage."""
-        return [
-            Stage(
-                file="stage_0.onnx",
-                exit_name="final",
-                macs=self.macs,
-                parameters=self.parameters,
-                input="image",
-            )
-        ]
-
-    def write(self, stages: Sequence[Stage], folder: Path, image_shape: Shape) -> None:
-        """Write its graph to ``folder``, with its preprocessing for images of ``image_shape`` inside."""
-        write_stage(self.classifier, folder / stages[0].file, image_shape)
-
-
-Network = BundleNetwork | OnnxNetwork
+    stage = Stage(
+        file="stage_0.onnx",
+        exit_name="final",
+        macs=classifier.macs,
+        parameters=classifier.parameters,
+        input="image",
+    )
+    return Network(
+        name=classifier.name,
+        class_count=classifier.class_count,
+        classes=None,
+        image_shape=(*classifier.preprocessing.resize, classifier.channels),
+        macs=classifier.macs,
+        parameters=classifier.parameters,
+        precision="fp32",
+        uncounted=classifier.uncounted,
+        stages=(stage,),
+        origin={
+            "name": classifier.name,
+            "sha256": bundle.file_hash(classifier.path),
+            "opset": classifier.opset,
+            "gives": classifier.output_kind,
+            "uncounted": list(classifier.uncounted),
+        },
+        write=write,
+    )
 
 
 def open_network(path: Path, preprocessing: Preprocessing | None = None) -> Network:
@@ -153,7 +120,7 @@ def open_network(path: Path, preprocessing: Preprocessing | None = None) -> Netw
         UserError: neither, or not one that could be a network of a chain.
     """
     if path.is_dir():
-        return BundleNetwork(path, bundle.read(path))
+        return bundle_network(path, bundle.read(path))
     if path.is_file() and path.suffix == ".onnx":
-        return OnnxNetwork(read_classifier(path, preprocessing))
+        return onnx_network(read_classifier(path, preprocessing))
     raise UserError(f"nothing at {path} that a chain could use: expected a bundle's folder or a .onnx file")

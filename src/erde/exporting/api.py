@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from erde import bundle
@@ -20,7 +19,6 @@ from erde.data.load import DataSplits
 from erde.exporting.onnx_files import ExportedStages, export_int8_stages, export_stages
 from erde.exporting.parity import PARITY_TOLERANCE, probe_images
 from erde.networks.network import EarlyExitNetwork
-from erde.policy.points import OperatingPoint
 from erde.runtime.stages import StageRunner
 
 PRECISIONS = ("fp32", "int8")
@@ -80,14 +78,15 @@ def build_manifest(
     tolerance = PARITY_TOLERANCE if exported.precision == "fp32" else INT8_TOLERANCE
     images = probe_images(exported.input_shape, exported.mean, exported.std, count=REFERENCE_IMAGES).numpy()
     logits = StageRunner(exported.paths(stages_folder), threads=1).all_logits(images)
-    return bundle.Manifest(
-        format_version=bundle.FORMAT_VERSION,
+    return bundle.uncalibrated(
+        sample=images,
+        logits=logits,
+        tolerance=tolerance,
+        note="not calibrated: no image leaves early",
         name=name,
         classes=list(classes),
-        input_shape=exported.input_shape,
         mean=list(exported.mean),
         std=list(exported.std),
-        resize="shorter side, then centre crop; bilinear",
         precision=exported.precision,
         opset=exported.opset,
         stages=[
@@ -98,30 +97,6 @@ def build_manifest(
         ],
         no_exit_macs=cost.no_exit_macs,
         no_exit_parameters=cost.no_exit_parameters,
-        score="entropy",
-        sharpness=1.0,
-        ensemble="none",
-        score_parameters=None,
-        temperatures=[1.0] * len(exported.files),
-        operating_points=[
-            OperatingPoint(
-                name="no-exit",
-                kind="no-exit",
-                target=None,
-                thresholds=[None] * (len(exported.files) - 1),
-                certificate=None,
-                note="not calibrated: no image leaves early",
-            )
-        ],
-        default_operating_point="no-exit",
-        left_out=[],
-        calibration=None,
-        reference_sample=bundle.ReferenceSample(
-            images=bundle.ReferenceSample.encode(images),
-            count=len(images),
-            logits=logits.astype(float).tolist(),
-            tolerance=tolerance * max(1.0, float(np.abs(logits).max())),
-        ),
         provenance=provenance,
         files={file: bundle.file_hash(stages_folder / file) for file in exported.files},
     )

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from erde.common.errors import UserError
-from erde.common.splits import Images, TestSplit
+from erde.common.splits import Images, Split, TestSplit
 from erde.data.load import DataSplits
 from erde.evaluation.evidence import ArmInput
 from erde.evaluation.results import RuntimeAgreement
@@ -29,7 +29,7 @@ def check_torch(
 
     A few differ where float32 is coarse; many come from another network, and are a :class:`UserError`.
     """
-    answers, scores = measured.policy.rule.apply(_torch_logits(network, data))
+    answers, scores = measured.policy.rule.apply(torch_logits(network, data, data.test))
     total = 0
     for thresholds, exits, labels, band in _evaluated(measured):
         torch_exits = policy.decide(scores, thresholds)
@@ -81,7 +81,8 @@ def _evaluated(measured: ArmInput) -> Iterator[_Evaluated]:
         yield point.thresholds, exits, labels, policy.in_band(scores, point.thresholds) | ties
 
 
-def _torch_logits(network: EarlyExitNetwork, data: DataSplits) -> NDArray[np.float32]:
+def torch_logits(network: EarlyExitNetwork, data: DataSplits, split: Split) -> NDArray[np.float32]:
+    """Logits (E, N, K) that torch gives for the images of ``split``, normalised as ``data`` says."""
     network.eval()
     mean, std = torch.tensor(data.mean), torch.tensor(data.std)
 
@@ -91,4 +92,4 @@ def _torch_logits(network: EarlyExitNetwork, data: DataSplits) -> NDArray[np.flo
         return logits
 
     with torch.no_grad():
-        return np.concatenate([forward(images) for images in data.test.batches(256)], axis=1)
+        return np.concatenate([forward(images) for images in split.batches(256)], axis=1)

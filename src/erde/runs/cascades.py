@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from erde import bundle
-from erde.bundle.manifest import Manifest, Stage
+from erde.bundle.manifest import Stage
 from erde.calibration.bundles import apply
 from erde.calibration.logits import calibrate_logits
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
 from erde.chains.building import built_chain, chain_stages
-from erde.chains.networks import BundleNetwork
+from erde.chains.networks import Network, bundle_network
 from erde.common import progress
 from erde.common.errors import UserError
 from erde.common.files import replacing_folder
@@ -29,12 +29,14 @@ from erde.runs.agreement import check_runtime
 from erde.runs.folder import Run
 
 BUNDLE = "bundle-cascade"
+HeldOut = tuple[TuneLogits, CertifyLogits, TestLogits]
 
 
 @dataclass(frozen=True)
 class _Chain:
-    """A student and the teacher, as logits and costs."""
+    """A student and the teacher, as networks, costs and test logits."""
 
+    networks: list[Network]
     stages: list[Stage]
     cost: Cost
     policy: CalibratedPolicy
@@ -44,8 +46,13 @@ class _Chain:
 
 def seal_cascade(run: Run) -> Cascade:
     """Measure every student in front of the teacher, and seal the exported one's chain."""
-    fronts = [arm for arm in run.config.measured_arms if arm != TEACHER]
-    chains = {arm: _chain(run, arm) for arm in fronts}
+    networks = {arm: _network(run, arm) for arm in run.config.measured_arms}
+    teacher = run_folder.read_logits(run.folder, TEACHER)
+    chains = {
+        arm: _chain(run, arm, [networks[arm], networks[TEACHER]], teacher)
+        for arm in networks
+        if arm != TEACHER
+    }
     exported = run.config.export.arm
     seal = _seal(run, exported, chains[exported])
     return Cascade(
@@ -68,40 +75,35 @@ def seal_cascade(run: Run) -> Cascade:
     )
 
 
-def _chain(run: Run, arm: str) -> _Chain:
+def _chain(run: Run, arm: str, networks: list[Network], teacher: HeldOut) -> _Chain:
     """The chain of ``arm`` and the teacher, calibrated on tune and certify and measured on test."""
-    front, teacher = (run_folder.read_logits(run.folder, name) for name in (arm, TEACHER))
+    front = run_folder.read_logits(run.folder, arm)
     joined = [np.concatenate([own.logits, last.logits]) for own, last in zip(front, teacher, strict=True)]
     labels = [split.labels for split in front]
     tune, certify = TuneLogits(joined[0], labels[0]), CertifyLogits(joined[1], labels[1])
     test = TestLogits(joined[2], labels[2])
-    networks = _networks(run, arm)
     stages = chain_stages(networks)
-    first = len(networks[0].stages())
+    first = len(networks[0].stages)
     cost = Cost(tuple(stage.macs for stage in stages), networks[1].macs, networks=(0, first))
     # A chain is held against its last network, whatever the arms are held against.
     settings = Settings(**{**dict(run.config.calibration), "reference": "final_exit"})
     calibrated = calibrate_logits(tune, certify, cost, settings, name=f"{arm} before {TEACHER}")
     points = measures.measure_points(test, calibrated, cost, None)
-    return _Chain(stages, cost, calibrated, test, points)
+    return _Chain(networks, stages, cost, calibrated, test, points)
 
 
-def _networks(run: Run, arm: str) -> list[BundleNetwork]:
-    """``arm`` and the teacher as networks of a chain, from their exported stages."""
-    return [BundleNetwork(run.arm_folder(name) / "stages", _manifest(run, name)) for name in (arm, TEACHER)]
-
-
-def _manifest(run: Run, arm: str) -> Manifest:
-    return build_manifest(
-        run.arm_folder(arm) / "stages", name=arm, classes=run.data.classes, provenance={"arm": arm}
-    )
+def _network(run: Run, arm: str) -> Network:
+    """``arm`` as a network of a chain, from its exported stages."""
+    stages = run.arm_folder(arm) / "stages"
+    manifest = build_manifest(stages, name=arm, classes=run.data.classes, provenance={"arm": arm})
+    return bundle_network(stages, manifest)
 
 
 def _seal(run: Run, arm: str, chain: _Chain) -> tuple[str, RuntimeAgreement]:
     target = run.folder / BUNDLE
     sample = np.asarray(run.data.tune.images[slice(2)])
     inputs = ArmInput(chain.test, chain.policy, chain.cost, None)
-    with built_chain(_networks(run, arm), target, sample, list(run.data.classes)) as plain:
+    with built_chain(chain.networks, target, sample, list(run.data.classes)) as plain:
         manifest = apply(bundle.read(plain), chain.policy, chain.points)
         with replacing_folder(target) as partial:
             seal = bundle.write(partial, manifest, [plain / stage.file for stage in manifest.stages])
