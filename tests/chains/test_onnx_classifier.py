@@ -466,7 +466,7 @@ BAD_INPUTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"inputs": {"input": ["N", 3, 16, 1]}},
-        r"takes an input of shape \(N, 3, 16, 1\), which does not tell where the channels are: give --layout NCHW",
+        r"takes an input of shape \(N, 3, 16, 1\), which does not tell where the channels are: give the layout, NCHW",
     ),
     ({"inputs": {"input": ["N", 4, 12, 2]}}, "takes images of 4 channels, expected 1 or 3"),
     (

@@ -172,7 +172,7 @@ def _check_input(model: Any, path: Path, preprocessing: Preprocessing | None) ->
     if first == last:
         raise UserError(
             f"{path} takes an input of shape ({_shape(sides)}), which does not tell where the channels are: give "
-            "--layout NCHW or --layout NHWC"
+            "the layout, NCHW or NHWC, in its preprocessing file"
         )
     return kind, "NCHW" if first else "NHWC"
 
