@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from erde.calibration.recalibration import ask_for_labels as ask_for_labels
     from erde.calibration.recalibration import recalibrate_with_labels as recalibrate_with_labels
     from erde.chains.cascading import cascade as cascade
+    from erde.chains.preprocessing import Preprocessing as Preprocessing
     from erde.common.errors import UserError as UserError
     from erde.data.load import load_data as load_data
     from erde.exporting.api import ImageFormat as ImageFormat
@@ -50,6 +51,7 @@ _HOMES = {
     "load_config": "erde.recipe.load",
     "load_data": "erde.data.load",
     "load_teacher_weights": "erde.networks.foreign_weights",
+    "Preprocessing": "erde.chains.preprocessing",
     "recalibrate_with_labels": "erde.calibration.recalibration",
     "run": "erde.runs.chain",
     "train": "erde.training.api",

@@ -130,6 +130,13 @@ def test_files_beside_a_network(tmp_path: Path) -> None:
     assert preprocessing_beside(other) is None
 
 
+def test_a_file_without_a_size_leaves_it_to_the_graph(tmp_path: Path) -> None:
+    values = {**HALF, "do_flip_channel_order": True}
+    assert read_preprocessing(written(values, tmp_path)) == Preprocessing(
+        size=UNSET, mean=(0.5,) * 3, std=(0.5,) * 3, channels="BGR"
+    )
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -149,7 +156,6 @@ def test_files_beside_a_network(tmp_path: Path) -> None:
         ({"layout": "CHW"}, "layout is 'CHW', expected NCHW or NHWC"),
         ({"channels": "GRB"}, "channels is 'GRB', expected RGB or BGR"),
         ({**HALF, "size": {"longest_edge": 3}}, "size has the keys longest_edge, expected height and width"),
-        ({**HALF}, "no size: give it yourself"),
         ({"do_normalize": True, "size": 4}, "no image_mean and image_std: give mean and std yourself"),
         ({"input_size": [3, 4, 4]}, "no mean and std: give them yourself"),
         ({**IMAGENET, "input_size": 4}, "has a value of an unexpected kind"),

@@ -21,7 +21,7 @@ from erde.networks.backbones import build_backbone
 from erde.networks.cost import network_cost
 from erde.networks.network import EarlyExitNetwork
 from erde.policy.cost import Cost
-from erde.recipe.losses import resolve_loss
+from erde.recipe.losses import LossConfig
 from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig
 from erde.runs.agreement import torch_logits
 from erde.runtime.stages import StageRunner
@@ -38,6 +38,9 @@ EXITS = 3
 MOST_MACS = 0.1
 # Flips and shifts of each image that the network is asked about.
 VIEWS = 4
+# Images are mirrored in training if the network answers a mirrored image as it answers the image, at least so often:
+# letters and digits it does not.
+LEAST_MIRRORED_AGREEMENT = 0.8
 # Of a trial; its epochs grow with the time that there is, one for every five minutes.
 TRIAL_IMAGES, TRIAL_EPOCHS = 8000, (2, 15)
 # Fronts are compared at a risk at which even a short training saves something.
@@ -75,7 +78,8 @@ class Training:
     data: DataSplits
     teacher: EarlyExitNetwork
     cache: Path
-    loss: str
+    loss: LossConfig
+    mirrored: bool
     seed: int
 
     def train(
@@ -84,9 +88,8 @@ class Training:
         """Train ``network`` by distillation; in ``folder`` it goes on where it was killed."""
         data = self.data
         train = data.train_share(images)
-        loss = resolve_loss(self.loss)
         criterion = build_criterion(
-            loss,
+            self.loss,
             # One exit of the teacher for all of the front's.
             DistillationConfig(pairing="final"),
             network,
@@ -102,12 +105,14 @@ class Training:
             teacher=self.teacher,
             train=train,
             config=TrainConfig(epochs=epochs, batch_size=min(BATCH, len(train))),
-            augmentation=AugmentationConfig(crop_padding=max(1, data.image_shape[0] // 8), views=VIEWS),
+            augmentation=AugmentationConfig(
+                crop_padding=max(1, data.image_shape[0] // 8), flip=self.mirrored, views=VIEWS
+            ),
             mean=data.mean,
             std=data.std,
             seed=self.seed,
             device=choose_device("auto"),
-            extras=loss.extras,
+            extras=self.loss.extras,
             teacher_cache=self.cache,
         )
         return train_network(job, folder)
@@ -130,6 +135,18 @@ def candidates(data: DataSplits, macs: int, seed: int) -> list[Front]:
             "quicker by a network in front of it"
         )
     return fitting
+
+
+def answers_alike_mirrored(stage: Path, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> bool:
+    """Whether the network, with these ``logits`` (N, K) for ``images`` (N, H, W, C), sees the same in their mirror images."""
+    mirrored = answers(stage, np.ascontiguousarray(images[:, :, ::-1]), "answers to mirrored images")
+    same = float((mirrored.argmax(axis=-1) == logits.argmax(axis=-1)).mean())
+    kept = same >= LEAST_MIRRORED_AGREEMENT
+    progress.say(
+        f"the model answers {100 * same:.0f} % of images alike when they are mirrored: training mirrors "
+        f"{'half of the images' if kept else 'none'}"
+    )
+    return kept
 
 
 def trial(

@@ -12,10 +12,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from erde.acceleration.fronts import EXITS, Front, Training, answers, candidates, trial
+from erde.acceleration.fronts import (
+    EXITS,
+    Front,
+    Training,
+    answers,
+    answers_alike_mirrored,
+    candidates,
+    trial,
+)
 from erde.acceleration.images import UNKNOWN, Material, load_material, read_pool
 from erde.acceleration.teacher import onnx_teacher
+from erde.acceleration.torch_model import as_onnx_file
 from erde.bench.race import Bench, bench
 from erde.bundle.sealing import file_hash, read
 from erde.calibration.logits import answers_as_labels
@@ -33,6 +43,7 @@ from erde.common.splits import TestLogits, TrainSplit
 from erde.data.load import DataSplits, measure_pixels
 from erde.exporting.api import export
 from erde.policy.points import Agreement, Measured, OperatingPoint
+from erde.recipe.losses import ERDEConfig, resolve_loss
 from erde.report.chain_page import ClockRow, chain_page
 from erde.runtime.session import Session
 
@@ -78,7 +89,7 @@ class Accelerated:
 
 
 def accelerate(
-    model: str | Path,
+    model: str | Path | nn.Module,
     images: str | Path,
     out: str | Path,
     *,
@@ -91,24 +102,34 @@ def accelerate(
     seed: int = 0,
     resume: bool = False,
 ) -> Accelerated:
-    """Train an early-exit front for the ONNX classifier ``model``, chain both, certify, measure, and report in ``out``.
+    """Train an early-exit front for the classifier ``model``, chain both, certify, measure, and report in ``out``.
 
     No label is needed: the model's own answers teach the front, and the promise is about answers that differ.
 
     Args:
+        model: an ONNX file, or a torch module that takes normalised images (B, C, H, W) and gives logits (B, K).
         images: a folder of images; with sub-folders named by ``classes`` they are labelled, and the promise is about
             images that the model gets right and the chain wrong.
         held_out: other images to calibrate and to measure on, where the model was trained on ``images``.
         max_risk: to certify.
         minutes: for all of it, roughly; training takes what answers and trial leave.
-        preprocessing: of the model; without it, of a JSON file beside it.
-        loss: by which the front is trained.
+        preprocessing: of the model; without it, of a JSON file beside it, or of timm's model. For another torch module
+            with size, mean and std.
+        loss: by which the front is trained; one that asks where the teacher is wrong takes, without labels, the images
+            of which it is unsure.
         resume: continue what was stopped.
 
     Raises:
         UserError: a model or images that cannot be used, a folder that is there already.
     """
     started = time.monotonic()
+    if isinstance(model, nn.Module):
+        with as_onnx_file(model, preprocessing) as (path, preprocessing):
+            return accelerate(
+                path, images, out, held_out=held_out, max_risk=max_risk, minutes=minutes,
+                preprocessing=preprocessing, classes=classes, loss=loss, seed=seed, resume=resume,
+            )  # fmt: skip
+    resolve_loss(loss)  # an unknown name is said before hours of work
     out, model = Path(out), Path(model)
     network = open_network(model, preprocessing)
     if network.manifest is not None:
@@ -204,23 +225,33 @@ class _Work:
             return folder
         started = time.monotonic()
         data = self.data()
-        teacher = onnx_teacher(self.stage, data.mean, data.std)
-        training = Training(data, teacher, self.out / "teacher-cache", self.loss, self.seed)
         plan = self.out / PLAN
         if not plan.exists():
+            tune_images = np.asarray(data.tune.images[:])
+            tune = answers(self.stage, tune_images, "answers to tune")
+            training = self._training(data, answers_alike_mirrored(self.stage, tune_images, tune))
             fronts = candidates(data, 0 if self.network.uncounted else self.network.macs, self.seed)
-            tune = answers(self.stage, np.asarray(data.tune.images[:]), "answers to tune")
             front, per_image = trial(fronts, training, self.out / "trial", tune, self.network.macs, minutes)
             left = TRAINING_SHARE * (seconds - (time.monotonic() - started))
             epochs = int(left / max(1e-9, per_image * len(data.train)))
             epochs = min(max(epochs, FEWEST_EPOCHS), MOST_EPOCHS)
-            write_json(plan, {"backbone": front.backbone, "reduction": front.reduction, "epochs": epochs})
+            choice = {"backbone": front.backbone, "reduction": front.reduction, "epochs": epochs}
+            write_json(plan, {**choice, "mirrored": training.mirrored})
         chosen = _read(plan)
         front = Front(chosen["backbone"], chosen["reduction"])
         progress.say(f"front: {front.name}, {EXITS} exits, {chosen['epochs']} epochs")
         built = front.build(data, self.seed)
+        training = self._training(data, chosen.get("mirrored", True))
         training.train(built, front.name, self.out / "training", chosen["epochs"], None)
         return export(built, data, folder, name=front.name)
+
+    def _training(self, data: DataSplits, mirrored: bool) -> Training:
+        loss = resolve_loss(self.loss)
+        if isinstance(loss, ERDEConfig) and (self.material.train_labels == UNKNOWN).any():
+            # Its own answers are the labels, so only a doubt, or another answer to a changed image, can be an error.
+            loss = loss.model_copy(update={"wrong_test": "uncertain"})
+        teacher = onnx_teacher(self.stage, data.mean, data.std)
+        return Training(data, teacher, self.out / "teacher-cache", loss, mirrored, self.seed)
 
     def finish(self, front: Path, max_risk: float) -> Accelerated:
         """Chain, calibrate, measure and report."""

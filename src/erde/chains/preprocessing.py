@@ -100,7 +100,7 @@ def read_preprocessing(path: Path) -> Preprocessing:
         if _is_hugging_face(values):
             return _hugging_face(values, path)
         if _is_timm(values):
-            return _timm(values, path)
+            return timm_preprocessing(values, path)
         return _own(values, path)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -167,9 +167,10 @@ def _hugging_face(values: Mapping[str, Any], path: Path) -> Preprocessing:
     if _flag(values, "include_top", "EfficientNet" in kind) and _flag(values, "do_normalize", True):
         std = tuple(value**2 for value in std)
 
+    channels: Channels = "BGR" if values.get("do_flip_channel_order") else "RGB"
     size, shortest = values.get("size"), None
-    if size is None:
-        raise UserError("no size: give it yourself")
+    if size is None:  # the graph may tell it
+        return Preprocessing(mean=mean, std=std, scale=scale, channels=channels)
     crop = values.get("crop_size")
     is_cropped = _flag(values, "do_center_crop", crop is not None)
     percentage = values.get("crop_pct") or (224 / 256 if "ConvNext" in kind else None)
@@ -192,11 +193,10 @@ def _hugging_face(values: Mapping[str, Any], path: Path) -> Preprocessing:
     else:
         network = resize if shortest is None else (shortest, shortest)
     warnings += _filter_warning(path, _FILTERS.get(values.get("resample", 2), str(values.get("resample"))))
-    channels: Channels = "BGR" if values.get("do_flip_channel_order") else "RGB"
     return Preprocessing(network, mean, std, scale, None, channels, resize, tuple(warnings))
 
 
-def _timm(values: Mapping[str, Any], path: Path) -> Preprocessing:
+def timm_preprocessing(values: Mapping[str, Any], path: str | Path) -> Preprocessing:
     """As timm's ``resolve_data_config`` and its transform for evaluation read it."""
     values = _timm_values(values)
     if "mean" not in values or "std" not in values:
@@ -212,14 +212,14 @@ def _timm(values: Mapping[str, Any], path: Path) -> Preprocessing:
     return Preprocessing((height, width), mean, std, resize=resize, warnings=tuple(warnings))
 
 
-def _stretched(path: Path, size: tuple[int, int]) -> str:
+def _stretched(path: str | Path, size: tuple[int, int]) -> str:
     return (
         f"{path} asks for images stretched to {_sides(size)}; erde keeps their shape and crops the centre "
         "(the same for square images)"
     )
 
 
-def _filter_warning(path: Path, name: str) -> list[str]:
+def _filter_warning(path: str | Path, name: str) -> list[str]:
     return [] if name == "bilinear" else [f"{path} asks for {name} resizing; erde resizes bilinearly"]
 
 

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import torch
@@ -22,6 +23,7 @@ from erde.networks.network import EarlyExitNetwork
 from erde.networks.shapes import Handed
 
 FEATURES_IN = "features_in"
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Preprocess(nn.Module):
@@ -56,6 +58,11 @@ def prepare(network: EarlyExitNetwork) -> EarlyExitNetwork:
         raise UserError(
             f"the network is a {type(network).__name__}: put exits on it first (erde.attach_exits)"
         )
+    return prepared_copy(network)
+
+
+def prepared_copy(network: Network) -> Network:
+    """As :func:`prepare`, of any network."""
     for name, parameter in network.named_parameters():
         if parameter.dtype != torch.float32:
             dtype = str(parameter.dtype).removeprefix("torch.")
