@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from erde.evaluation.results import Results
+from erde.evaluation.results import Cascade, CascadeFront, Results, RuntimeAgreement
 from erde.report import compare_page
 from erde.report.compare_page import render_comparison, seed_groups, write_comparison
 from tests.helpers.pages import Page, browse, compared, make_results, needs_browser, root_of
@@ -119,6 +119,31 @@ def test_every_arm_of_every_run_is_in_the_matrix() -> None:
     assert re.fullmatch(r"erde 7[\d.]+ [\d.]+.% saved –", page.part(data_arm="erde"))
     assert re.fullmatch(r"ce – 6[\d.]+ [\d.]+.% saved", page.part(data_arm="ce"))
     assert re.fullmatch(r"fixed-small ([\d.]+) 22.4 M MACs \1 22.4 M MACs", page.part(data_arm="fixed-small"))
+
+
+def test_chains_with_the_teacher_are_listed_where_there_are_any(seeds: dict[str, Results]) -> None:
+    assert Page(render_comparison(seeds)).parts(id="chains") == []
+    points = seeds["runs/a"].arms["kd"].operating_points
+    front = CascadeFront(
+        exit_names=[], exit_macs=[], score="margin", operating_points=points,
+        default_operating_point=points[-1].name, left_out=[],
+    )  # fmt: skip
+    agreement = RuntimeAgreement(images=1, operating_points=[], disagreements=0, band=0, band_width=0)
+    chain = Cascade(
+        fallback="teacher",
+        front="kd",
+        bundle_seal="",
+        agreement=agreement,
+        no_exit_macs=9,
+        fronts={"kd": front},
+    )
+    page = Page(render_comparison({**seeds, "runs/b": seeds["runs/b"].model_copy(update={"cascade": chain})}))
+    test = points[-1].test
+    assert test is not None
+    (row,) = page.parts(data_chains="kd")
+    assert re.fullmatch(
+        rf"kd runs/b – {100 * test.risk:.2f} {100 * test.accuracy:.1f} .*{100 * test.macs_saved:.1f}", row
+    )
 
 
 def test_paired_comparisons_are_shown_with_their_runs(seeds: dict[str, Results]) -> None:

@@ -20,6 +20,7 @@ from scipy.stats import t as student_t
 from erde.common.files import write_text
 from erde.evaluation.results import Arm, Comparison, Curve, Results
 from erde.evaluation.run_folder import FREE_TO_CHANGE
+from erde.policy.points import OperatingPoint
 from erde.report.numbers import NONE, flat, rounded
 from erde.report.rendering import page, promised_on
 
@@ -62,6 +63,7 @@ def render_comparison(runs: Runs, comparisons: Sequence[Comparison] = ()) -> str
         data_sets=runs_by({name: results.data.name for name, results in runs.items()}),
         test_images=runs_by({name: tested_images(results) for name, results in runs.items()}),
         arm_names=arm_names(runs),
+        chained=chained_fronts(runs),
         spreads=[spread(runs, group) for group in repeated],
         differences=[seed_differences(runs, group) for group in repeated],
         recipe_differences=recipe_differences(runs),
@@ -107,6 +109,25 @@ def arm_names(runs: Runs) -> list[str]:
     """The arms of all runs: exported ones first, then in their order."""
     exported = [results.exported_arm for results in runs.values()]
     return list(dict.fromkeys([*exported, *(name for results in runs.values() for name in results.arms)]))
+
+
+@dataclass(frozen=True)
+class ChainedFront:
+    """An arm in front of the teacher of its run, at the chain's default operating point."""
+
+    run: str
+    arm: str
+    point: OperatingPoint
+
+
+def chained_fronts(runs: Runs) -> list[ChainedFront]:
+    """The fronts of all runs that keep their teacher in a chain."""
+    return [
+        ChainedFront(run, arm, front.default_point())
+        for run, results in runs.items()
+        if results.cascade is not None
+        for arm, front in results.cascade.fronts.items()
+    ]
 
 
 # ---------------------------------------------------------------- over seeds
