@@ -31,6 +31,7 @@ from erde.common.files import write_json
 from erde.common.splits import CertifyLogits, TestLogits, TuneLogits
 from erde.data.load import load_data
 from erde.policy import rule as policy
+from erde.policy.cost import Cost
 from erde.policy.points import Guarantee
 from erde.runtime.session import Session
 
@@ -50,12 +51,17 @@ def split(
 
 
 def measure_draw(
-    session: Session, logits: NDArray[np.float32], labels: NDArray[np.int64], seed: int, guarantee: Guarantee
+    cost: Cost,
+    logits: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    seed: int,
+    guarantee: Guarantee,
+    score: str = "auto",
 ) -> list[dict[str, Any]]:
     """A row for each certified risk, of one draw."""
     tune, certify, test = split(logits, labels, seed)
-    cost = session.cost(timed=False)
-    calibrated = calibrate_logits(tune, certify, cost, Settings(max_risks=RISKS, guarantee=guarantee))
+    settings = Settings(max_risks=RISKS, guarantee=guarantee, score=score)
+    calibrated = calibrate_logits(tune, certify, cost, settings)
     rows = []
     for point in calibrated.points[1:]:
         measured = sweep(ScoredSplit.of(test, calibrated.rule, None), [point.thresholds]).measured(0, cost)
@@ -136,7 +142,7 @@ def main() -> None:
         logits = session.all_logits(images)
         rows: list[dict[str, Any]] = []
         for guarantee, draw in itertools.product(GUARANTEES, range(arguments.draws)):
-            rows += measure_draw(session, logits, labels, draw, guarantee)
+            rows += measure_draw(session.cost(timed=False), logits, labels, draw, guarantee)
             progress.say(str(rows[-len(RISKS)]))
         tune, certify, _ = split(logits, labels, 0)
         calibrated = calibrate_logits(tune, certify, session.cost(timed=False), Settings(max_risks=RISKS))

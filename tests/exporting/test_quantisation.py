@@ -241,15 +241,25 @@ def test_the_whole_chain_runs_in_integers(int8: Path) -> None:
         assert not {"Add", "Gemm", "FusedGemm"} & set(operations[operations.index("QLinearConv") :])
 
 
+def interface(path: Path) -> list[tuple[str, str, list[Any]]]:
+    """Name, type and shape of a graph's inputs and outputs."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [
+        (value.name, value.type, value.shape) for value in (*session.get_inputs(), *session.get_outputs())
+    ]
+
+
 def test_inputs_and_outputs_are_those_of_the_float_stages(floats: Path, int8: Path) -> None:
-    def interface(path: Path) -> list[tuple[str, str, list[Any]]]:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    def handed_over_as(kind: str, path: Path) -> list[tuple[str, str, list[Any]]]:
         return [
-            (value.name, value.type, value.shape) for value in (*session.get_inputs(), *session.get_outputs())
+            (name, kind if name in ("features", "features_in") else own, shape)
+            for name, own, shape in interface(path)
         ]
 
     for name in ExportedStages.read(floats).files:
-        assert interface(int8 / name) == interface(floats / name)
+        # But for the feature map itself, which is handed over in integers.
+        assert interface(int8 / name) == handed_over_as("tensor(uint8)", floats / name)
+        assert interface(floats / name) == handed_over_as("tensor(float)", floats / name)
         model = onnx.load(int8 / name)
         assert (model.producer_name, {opset.domain: opset.version for opset in model.opset_import}) == (
             "erde",
@@ -294,6 +304,19 @@ def test_a_feature_map_is_rounded_once_between_two_stages(
     for place in range(2):
         (scale, zero), (taken, taken_zero) = grids(tmp_path / "wider", place)
         assert (taken, taken_zero) == (scale * np.float32(1.25), zero)
+        # Integers of two grids are not the same numbers: floats are handed over.
+        handed = interface(tmp_path / "wider" / f"stage_{place}.onnx")[1]
+        assert handed[:2] == ("features", "tensor(float)")
+
+
+def test_integers_handed_over_give_the_same_numbers(
+    floats: Path, int8: Path, digits: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantisation, "_hand_over_integers", lambda path, after: None)
+    export_int8_stages(floats, tmp_path / "floats", digits.train, digits.tune)
+    assert interface(tmp_path / "floats" / "stage_1.onnx")[0][1] == "tensor(float)"
+    expected, got = (runner(folder).all_logits(digits.test.images) for folder in (tmp_path / "floats", int8))
+    assert np.array_equal(got, expected)
 
 
 def test_the_same_again_to_the_byte(floats: Path, int8: Path, digits: DataSplits, tmp_path: Path) -> None:

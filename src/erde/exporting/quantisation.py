@@ -13,6 +13,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,49 @@ def _quantise_chain(
             stage = StageRunner([path, sources[-1]], threads=1)
             x = np.concatenate([stage.run(0, batch)[0] for batch in _batches(x)])
             grid = _grid(path, "features")
+    for path, after in pairwise(written):
+        _hand_over_integers(path, after)
     return written
+
+
+def _hand_over_integers(path: Path, after: Path) -> None:
+    """Let two int8 stages hand the integers of the feature map over, where both have it on the same grid.
+
+    The numbers stay as they are: the stage behind would only round to the integers again. It saves this rounding, and
+    three quarters of the bytes that are copied when images leave a batch.
+    """
+    first, second = onnx.load(path), onnx.load(after)
+    feature, entry = first.graph.output[0], second.graph.input[0]
+    from_integers = [node for node in first.graph.node if feature.name in node.output]
+    to_integers = [node for node in second.graph.node if entry.name in node.input]
+    if [node.op_type for node in from_integers] != ["DequantizeLinear"]:
+        return
+    if not to_integers or any(node.op_type != "QuantizeLinear" for node in to_integers):
+        return
+    (given,) = from_integers
+    grids = [_node_grid(first.graph, given), *(_node_grid(second.graph, node) for node in to_integers)]
+    if any(
+        not np.array_equal(part, other) for grid in grids for part, other in zip(grids[0], grid, strict=True)
+    ):
+        return
+    kind = onnx.TensorProto.UINT8
+    integers, floats = given.input[0], f"{feature.name}_float"
+    _rename(first.graph, {feature.name: floats, integers: feature.name})
+    feature.type.tensor_type.elem_type = entry.type.tensor_type.elem_type = kind
+    for node in to_integers:
+        second.graph.node.remove(node)
+    _rename(second.graph, {node.output[0]: entry.name for node in to_integers})
+    for model, target in ((first, path), (second, after)):
+        onnx.checker.check_model(model)
+        target.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _rename(graph: Any, names: dict[str, str]) -> None:
+    """Rename tensors between nodes; inputs and outputs of the graph keep their names."""
+    for node in graph.node:
+        for tensors in (node.input, node.output):
+            for place, name in enumerate(tensors):
+                tensors[place] = names.get(name, name)
 
 
 def quantise(
@@ -328,10 +371,13 @@ def _correct_biases(quantised: Any, model: Any, means: dict[str, NDArray[np.floa
 def _grid(path: Path, tensor: str) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """Scale and zero point of ``tensor``; None where it is not quantised."""
     graph = onnx.load(path).graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.output[0] == tensor:
-            return numpy_helper.to_array(constants[node.input[1]]), numpy_helper.to_array(
-                constants[node.input[2]]
-            )
+            return _node_grid(graph, node)
     return None
+
+
+def _node_grid(graph: Any, node: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Scale and zero point of a node that quantises, or takes that back."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    return numpy_helper.to_array(constants[node.input[1]]), numpy_helper.to_array(constants[node.input[2]])

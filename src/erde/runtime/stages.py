@@ -18,6 +18,8 @@ Providers = Sequence[str | tuple[str, dict[str, Any]]]
 CPU = "CPUExecutionProvider"
 # Each thread keeps buffers up to this size a stage; a larger batch gains nothing from them.
 KEPT_BYTES = 16 * 2**20
+# Of the outputs: logits are floats, features those or, between int8 stages, integers.
+_TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 
 
 class StageRunner:
@@ -154,13 +156,22 @@ def _empty_outputs(session: onnxruntime.InferenceSession) -> list[NDArray[Any]] 
 
     ONNX Runtime's LSTM even ends the process.
     """
-    outputs = session.get_outputs()
-    if any(output.type != "tensor(float)" or len(output.shape) < 2 for output in outputs):
-        return None
-    shapes = [tuple(output.shape[1:]) for output in outputs]
-    if any(not isinstance(side, int) for shape in shapes for side in shape):
-        return None
-    return [np.empty((0, *shape), dtype=np.float32) for shape in shapes]
+    known = _known_outputs(session)
+    return None if known is None else [np.empty((0, *shape), kind) for shape, kind in known.values()]
+
+
+def _known_outputs(
+    session: onnxruntime.InferenceSession,
+) -> dict[str, tuple[tuple[int, ...], type[np.generic]]] | None:
+    """Shape for each image and type of every output; None where the graph does not tell all."""
+    known = {}
+    for output in session.get_outputs():
+        # A rank that the graph does not tell is no shape.
+        is_known = len(output.shape) >= 2 and all(isinstance(side, int) for side in output.shape[1:])
+        if output.type not in _TYPES or not is_known:
+            return None
+        known[output.name] = (tuple(output.shape[1:]), _TYPES[output.type])
+    return known
 
 
 def _check_available(providers: Providers) -> None:
@@ -198,29 +209,27 @@ class _Slot:
     ONNX Runtime holds addresses, so the buffers live as long as the slot; the input is the caller's.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        outputs: dict[str, tuple[tuple[int, ...], type[np.generic]]],
+    ) -> None:
         self._session, self._binding = session, session.io_binding()
         self._input = session.get_inputs()[0].name
-        self._shapes = shapes
-        self._kept: dict[str, NDArray[np.float32]] = {}
+        self._outputs = outputs
+        self._kept: dict[str, NDArray[Any]] = {}
         self._rows = self._address = -1
         self._bound: NDArray[Any] | None = None
-        self._bytes_per_row = max(4 * int(np.prod(shape)) for shape in shapes.values())
-        self.features: NDArray[np.float32] | None = None
+        self._bytes_per_row = max(np.empty(shape, kind).nbytes for shape, kind in outputs.values())
+        self.features: NDArray[Any] | None = None
         self.logits: NDArray[np.float32] = np.empty(0, dtype=np.float32)
         self.gathered: NDArray[Any] | None = None
 
     @classmethod
     def of(cls, session: onnxruntime.InferenceSession) -> _Slot | None:
-        """A slot for a stage whose outputs are floats of a known shape for each image; else None."""
-        shapes = {}
-        # A rank that the graph does not tell is no shape.
-        for output in session.get_outputs():
-            known = len(output.shape) >= 2 and all(isinstance(side, int) for side in output.shape[1:])
-            if output.type != "tensor(float)" or not known:
-                return None
-            shapes[output.name] = tuple(output.shape[1:])
-        return cls(session, shapes)
+        """A slot for a stage whose outputs have a known type and shape for each image; else None."""
+        outputs = _known_outputs(session)
+        return None if outputs is None else cls(session, outputs)
 
     def bind(self, x: NDArray[Any], ours: bool) -> bool:
         """Make ``x`` the input; False where the batch is empty or too large for buffers that stay.
@@ -246,12 +255,12 @@ class _Slot:
         return True
 
     def _bind_outputs(self, rows: int) -> None:
-        for name, shape in self._shapes.items():
+        for name, (shape, kind) in self._outputs.items():
             kept = self._kept.get(name)
             if kept is None or len(kept) < rows:
-                kept = self._kept[name] = np.empty((rows, *shape), dtype=np.float32)
+                kept = self._kept[name] = np.empty((rows, *shape), kind)
             view = kept[:rows]
-            self._binding.bind_output(name, "cpu", 0, np.float32, view.shape, kept.ctypes.data)
+            self._binding.bind_output(name, "cpu", 0, kind, view.shape, kept.ctypes.data)
             if name == "features":
                 self.features = view
             else:
