@@ -64,7 +64,10 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     assert run_command(monkeypatch, *arguments, "--resume") == 0
     captured = capsys.readouterr()
     value = json.loads(captured.out.splitlines()[-1])
-    gain, promise = captured.out.splitlines()[2:4]
+    offer, gain, promise = captured.out.splitlines()[2:5]
+    assert offer.endswith(
+        f"erde calibrate {out / 'bundle'} --data OTHERS --labels-out ask.csv (OTHERS: images that trained neither network)"
+    )
     assert "ms an image in the mean" in gain
     assert "at most 5 % of images get another answer than the last network alone gives them" in promise
     # The bundle: a front of a tenth of the cost, then the network as it was.

@@ -228,6 +228,7 @@ def accelerate(
     from erde.calibration.recalibration import parse_share
     from erde.chains.cascading import read_class_names
     from erde.chains.preprocessing import read_preprocessing
+    from erde.policy.points import Agreement
 
     result = work(
         model,
@@ -243,6 +244,12 @@ def accelerate(
         resume=resume,
     )
     print(f"bundle: {result.bundle}\nreport: {out / 'report.html'}")
+    if isinstance(result.test, Agreement) and result.gains:
+        print(
+            "labels of the few images where the networks differ give a promise about accuracy: "
+            f"erde calibrate {result.bundle} --data {held_out or 'OTHERS'} --labels-out ask.csv"
+            + ("" if held_out else " (OTHERS: images that trained neither network)")
+        )
     for line in result.lines():
         print(line)
     finish(as_json, {
