@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from erde.calibration.recalibration import recalibrate_with_labels as recalibrate_with_labels
     from erde.chains.cascading import cascade as cascade
     from erde.chains.preprocessing import Preprocessing as Preprocessing
+    from erde.chains.single_file import write_single_file as write_single_file
     from erde.common.errors import UserError as UserError
     from erde.data.load import load_data as load_data
     from erde.exporting.api import ImageFormat as ImageFormat
@@ -56,6 +57,7 @@ _HOMES = {
     "run": "erde.runs.chain",
     "train": "erde.training.api",
     "UserError": "erde.common.errors",
+    "write_single_file": "erde.chains.single_file",
 }
 
 

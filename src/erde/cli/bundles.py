@@ -314,6 +314,28 @@ def bundle_info(bundle: Path, as_json: Json = False) -> None:
     finish(as_json, manifest.model_dump(mode="json", exclude={"reference_sample"}))
 
 
+@bundle_app.command(
+    "onnx", epilog="Example: erde bundle onnx runs/a/bundle model.onnx --operating-point risk-2"
+)
+def bundle_onnx(
+    bundle: Path,
+    out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
+    operating_point: Annotated[
+        str | None, typer.Option(help="By name; the bundle's default without it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a bundle as one ONNX file for single images, with preprocessing and exits inside, for any language.
+
+    Its exits are branches, of which ONNX Runtime runs only the one that is taken.
+    """
+    from erde.chains.single_file import OUTPUTS, write_single_file
+
+    point = write_single_file(bundle, out, operating_point)
+    print(f"{out}: {point.name}; images uint8 (1, H, W, C) to {', '.join(OUTPUTS)}")
+    finish(as_json, {"file": str(out), "operating_point": point.name})
+
+
 @bundle_app.command("profile", epilog="Example: erde bundle profile runs/a/bundle --threads 1")
 def bundle_profile(
     bundle: Path,
