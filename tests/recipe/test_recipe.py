@@ -192,7 +192,11 @@ def test_unknown_key_that_is_like_no_other(recipe: Path, override: str, message:
         ("train.channels_last=3", "train.channels_last: expected a valid boolean", "3"),
         ("data.channels=2", "data.channels: expected 1 or 3", "2"),
         ("student=3", "student: expected a valid dictionary", "3"),
-        ("student.head=cnv", "student.head: expected 'auto', 'erde', 'linear', 'conv' or 'native'", "'cnv'"),
+        (
+            "student.head=cnv",
+            "student.head: expected 'auto', 'erde', 'linear', 'conv', 'tower' or 'native'",
+            "'cnv'",
+        ),
         ("student.exits=0", "student.exits: expected", "0"),
         ("student.exits=[group1, 3]", "student.exits.1: expected a valid string", "3"),
         ("distillation.alpha=risin", "distillation.alpha: expected 'rising' or", "'risin'"),

@@ -55,8 +55,8 @@ def attach_exits(
             behind which intermediate exits stand, such as ``layer1`` or ``blocks.3``. Of a
             ``Backbone`` the names of blocks (``group1``: after its last block).
         input_size: (C, H, W) of the images.
-        head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``native`` (a backbone's own heads), or ``auto``,
-            which chooses by the features.
+        head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``tower``, ``native`` (a backbone's own heads), or
+            ``auto``, which chooses by the features.
         dropout: of those heads, during training.
 
     Raises:
@@ -264,7 +264,7 @@ def _attach_to_trace(
 ) -> EarlyExitNetwork:
     if head == NATIVE:
         raise UserError(
-            "head native is for backbones that bring exit heads along: choose auto, erde, linear or conv"
+            "head native is for backbones that bring exit heads along: choose auto, erde, linear, conv or tower"
         )
     classes = _check_model(model, input_size)
     if model._forward_hooks or model._forward_pre_hooks:

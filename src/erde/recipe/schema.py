@@ -149,9 +149,9 @@ class NetworkConfig(Section):
     """Number of exits, the final one included, at about equal shares of the MACs. Or the blocks or groups (`group1`)
     that the intermediate exits follow; for timm's models, paths of modules (`layer1`, `blocks.3`). `1`: a plain
     network."""
-    head: Literal["auto", "erde", "linear", "conv", "native"] = "auto"
+    head: Literal["auto", "erde", "linear", "conv", "tower", "native"] = "auto"
     """Intermediate heads. `auto`: the backbone's own heads if it has some, else `erde` on erde's backbones and a head
-    by shape on others."""
+    by shape on others. `tower`: a small convolutional network, for early maps."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout of the intermediate heads in training."""
     weights: str | None = None
