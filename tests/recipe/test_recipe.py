@@ -69,6 +69,13 @@ def test_values_are_read_where_they_stand(recipe: Path) -> None:
     assert config.train.epochs == 60
 
 
+def test_switches_of_the_students_are_not_the_teachers(recipe: Path) -> None:
+    config = load_config(recipe, ["train.gradient_equilibrium=true"])
+    assert [config.train_of(arm).gradient_equilibrium for arm in ("teacher", "erde")] == [False, True]
+    config = load_config(recipe, ["teacher.train.gradient_equilibrium=true"])
+    assert [config.train_of(arm).gradient_equilibrium for arm in ("teacher", "erde")] == [True, False]
+
+
 def test_partial_differences_merge(recipe: Path) -> None:
     config = load_config(recipe, ["train.epochs=7", "train.batch_size=32", "teacher.train.epochs=9"])
     assert (config.train_of("teacher").epochs, config.train_of("teacher").batch_size) == (9, 32)

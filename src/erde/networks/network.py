@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from erde.networks.gradients import scale_gradient
 from erde.networks.shapes import Handed, InputSize, example_input, mode
 
 
@@ -63,9 +64,15 @@ class EarlyExitNetwork(nn.Module):
         position = self.looks_at[index]
         return handed[-1 if position is None else position]
 
-    def forward_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits (E, B, K), and each exit's features as in :meth:`forward_features`, in one pass."""
-        outputs = self._stage_outputs(x)
+    def forward_with_features(self, x: Tensor, equilibrium: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Logits (E, B, K), and each exit's features as in :meth:`forward_features`, in one pass.
+
+        With ``equilibrium`` gradients are scaled so that each stage is trained by the mean of the losses of the exits
+        behind it, not by their sum: those that reach the output of stage i (0-based) by ``1 / (E - i)``, those that come
+        from the next stage before that by ``E - i - 1`` (Li et al. 2019, arXiv 1908.06294; factors of the authors' code,
+        which has them at the tensor alone that a classifier reads). Heads are trained as without.
+        """
+        outputs = self._stage_outputs(x, equilibrium)
         logits = torch.stack([self.logits_of(index, handed) for index, handed in enumerate(outputs)])
         return logits, [self.features_of(index, handed) for index, handed in enumerate(outputs)]
 
@@ -73,12 +80,15 @@ class EarlyExitNetwork(nn.Module):
         """The heads' inputs, a tensor per exit, the final exit's included."""
         return [self.features_of(index, handed) for index, handed in enumerate(self._stage_outputs(x))]
 
-    def _stage_outputs(self, x: Tensor) -> list[Handed]:
+    def _stage_outputs(self, x: Tensor, equilibrium: bool = False) -> list[Handed]:
         outputs: list[Handed] = []
         handed: Handed = x
-        for stage in self.stages:
+        for behind, stage in zip(reversed(range(len(self.stages))), self.stages, strict=True):
             handed = stage(handed)
-            outputs.append(handed)
+            scaled = equilibrium and behind > 0
+            outputs.append(scale_gradient(handed, 1 / (behind + 1)) if scaled else handed)
+            if scaled:
+                handed = scale_gradient(outputs[-1], behind)
         return outputs
 
     def feature_shapes(self, input_size: InputSize) -> tuple[tuple[int, ...], ...]:

@@ -32,6 +32,8 @@ from erde.recipe.validation import Model, validate
 
 # The name of the teacher among the arms of a run.
 TEACHER = "teacher"
+# Keys of `train` that are not passed on to the teacher: arms that are compared share it.
+STUDENTS_ONLY = ("gradient_equilibrium",)
 
 
 class AugmentationConfig(Section):
@@ -191,6 +193,9 @@ class TrainConfig(Section):
     """Decay of a moving average of the weights, which becomes the trained network."""
     gradient_clip: Positive | None = None
     """Largest norm of the whole gradient."""
+    gradient_equilibrium: bool = False
+    """Train each stage by the mean of the losses of the exits behind it, not by their sum. Of a teacher only if
+    `teacher.train` says so."""
     label_smoothing: SmallShare = 0.0
     """Label smoothing of the loss `ce` only. Distilling arms have `distillation.label_smoothing`."""
     backbone_epochs: int = Field(0, ge=0)
@@ -484,7 +489,10 @@ class Config(Section):
         def merge(model: type[Model], shared: Frozen, own: dict[str, Any], where: str) -> Model:
             return validate(model, {**shared.model_dump(), **own}, prefix=f"{where}.")
 
-        self._teacher_train = merge(TrainConfig, self.train, self.teacher.train, "teacher.train")
+        of_students = {key: TrainConfig.model_fields[key].default for key in STUDENTS_ONLY}
+        self._teacher_train = merge(
+            TrainConfig, self.train, {**of_students, **self.teacher.train}, "teacher.train"
+        )
         self._students = {
             name: merge(NetworkConfig, self.student, arm.student, f"arms.{name}.student")
             for name, arm in self.arms.items()

@@ -84,6 +84,7 @@ class _Step(nn.Module):
         self.network, self.criterion, self.phase = job.network, job.criterion, phase
         self.autocast, self.device_type = job.autocast, job.device.type
         self.with_features = "student_features" in job.extras
+        self.equilibrium = job.config.gradient_equilibrium
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher_logits: Tensor | None, extras: dict[str, Any]
@@ -92,9 +93,10 @@ class _Step(nn.Module):
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.autocast):
             if self.phase == "backbone":
                 logits = self.network.forward_final(images)[None]
-            elif self.with_features:
-                logits, features = self.network.forward_with_features(images)
-                extras = {**extras, "student_features": features}
+            elif self.with_features or self.equilibrium:
+                logits, features = self.network.forward_with_features(images, self.equilibrium)
+                if self.with_features:
+                    extras = {**extras, "student_features": features}
             else:
                 logits = self.network(images)
         if self.phase == "backbone":
