@@ -43,6 +43,7 @@ def attach_exits(
     input_size: InputSize,
     head: str = AUTO,
     dropout: float = 0.1,
+    boosted: bool = False,
 ) -> EarlyExitNetwork:
     """Put exits on a classifier, sharing its weights; its own classifier is the final exit.
 
@@ -58,6 +59,8 @@ def attach_exits(
         head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``tower``, ``native`` (a backbone's own heads), or
             ``auto``, which chooses by the features.
         dropout: of those heads, during training.
+        boosted: each exit adds its logits to half of those of the exit before. Its own classifier's logits are then the last
+            summand of the final exit.
 
     Raises:
         UserError: an exit that does not exist or cannot stand there, too many exits, an unknown head, an input that does
@@ -68,15 +71,20 @@ def attach_exits(
     input_size = _check_input_size(input_size)
     _check_kind(model)
     if isinstance(model, Backbone):
-        return _attach_to_blocks(model, exits, input_size, head, dropout)
+        network = _attach_to_blocks(model, exits, input_size, head, dropout)
+        network.boosted = boosted
+        return network
     try:
-        return _attach_to_trace(model, exits, input_size, head, dropout)
+        network = _attach_to_trace(model, exits, input_size, head, dropout)
     except UserError:
         raise
     except Exception as error:
         # A model's code may fail in ways that the tracing does not foresee.
         text = str(error).splitlines()[0] if str(error) else "no reason given"
         raise UserError(f"{type(model).__name__} cannot be cut: {type(error).__name__}: {text}") from error
+    # Only now: the traced network was compared with the model.
+    network.boosted = boosted
+    return network
 
 
 def _check_exits(exits: Any) -> int | list[str]:

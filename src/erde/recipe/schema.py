@@ -156,6 +156,9 @@ class NetworkConfig(Section):
     by shape on others. `tower`: a small convolutional network, for early maps."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout of the intermediate heads in training."""
+    boosted: bool = False
+    """Each exit adds its logits to half of those of the exit before, and learns what that one left over. Not with
+    `train.backbone_epochs`, `freeze_backbone` or `refit_heads`."""
     weights: str | None = None
     """A safetensors file to start from: a checkpoint of erde, or a plain state dict of the network with its exits."""
     pretrained: bool = False
@@ -544,6 +547,11 @@ class Config(Section):
             check_phases(where, train, network.exits != 1)
         if self.calibration.reference == "no_exit_network":
             self.no_exit_arm()
+        if self.cascade is not None and self.teacher.boosted:
+            raise UserError(
+                "teacher.boosted and cascade do not go together: behind a front the teacher has no early exits, whose logits "
+                "boosted exits add up; set teacher.boosted=false"
+            )
         return self
 
     def no_exit_arm(self) -> str:
