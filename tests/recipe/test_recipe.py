@@ -74,6 +74,8 @@ def test_switches_of_the_students_are_not_the_teachers(recipe: Path) -> None:
     assert [config.train_of(arm).gradient_equilibrium for arm in ("teacher", "erde")] == [False, True]
     config = load_config(recipe, ["teacher.train.gradient_equilibrium=true"])
     assert [config.train_of(arm).gradient_equilibrium for arm in ("teacher", "erde")] == [True, False]
+    config = load_config(recipe, ["train.image_weights=reached"])
+    assert [config.train_of(arm).image_weights for arm in ("teacher", "erde")] == ["equal", "reached"]
 
 
 def test_partial_differences_merge(recipe: Path) -> None:

@@ -33,7 +33,7 @@ from erde.recipe.validation import Model, validate
 # The name of the teacher among the arms of a run.
 TEACHER = "teacher"
 # Keys of `train` that are not passed on to the teacher: arms that are compared share it.
-STUDENTS_ONLY = ("gradient_equilibrium",)
+STUDENTS_ONLY = ("image_weights", "gradient_equilibrium")
 
 
 class AugmentationConfig(Section):
@@ -196,6 +196,9 @@ class TrainConfig(Section):
     """Decay of a moving average of the weights, which becomes the trained network."""
     gradient_clip: Positive | None = None
     """Largest norm of the whole gradient."""
+    image_weights: Literal["equal", "reached"] = "equal"
+    """Weights of images in the loss of each exit. `reached`: those that would not be answered before it count twice
+    as much as the others. Of a teacher only if `teacher.train` says so. Not for losses that compare features."""
     gradient_equilibrium: bool = False
     """Train each stage by the mean of the losses of the exits behind it, not by their sum. Of a teacher only if
     `teacher.train` says so."""
