@@ -78,6 +78,12 @@ def test_switches_of_the_students_are_not_the_teachers(recipe: Path) -> None:
     assert [config.train_of(arm).image_weights for arm in ("teacher", "erde")] == ["equal", "reached"]
 
 
+def test_a_boosted_teacher_stands_behind_no_front(recipe: Path) -> None:
+    assert load_config(recipe, ["teacher.boosted=true", "student.boosted=true"]).teacher.boosted
+    with pytest.raises(UserError, match=r"teacher.boosted and cascade do not go together"):
+        load_config(recipe, ["teacher.boosted=true", "cascade={}"])
+
+
 def test_partial_differences_merge(recipe: Path) -> None:
     config = load_config(recipe, ["train.epochs=7", "train.batch_size=32", "teacher.train.epochs=9"])
     assert (config.train_of("teacher").epochs, config.train_of("teacher").batch_size) == (9, 32)

@@ -22,16 +22,14 @@ class _Scale(torch.autograd.Function):
         return gradient * context.factor, None
 
 
-def scale_gradient(handed: Handed, factor: float | Tensor) -> Handed:
-    """The same numbers, whose gradient is multiplied by ``factor``, which is no part of the graph.
-
-    ``factor``: a number, or for a tensor anything that broadcasts to it.
-    """
-    if isinstance(handed, tuple):
-        return tuple(_scale(tensor, factor) for tensor in handed)
-    return _scale(handed, factor)
-
-
-def _scale(x: Tensor, factor: float | Tensor) -> Tensor:
+def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
+    """The same numbers, whose gradient is multiplied by ``factor``: a number, or anything that broadcasts to ``x``."""
     scaled: Tensor = _Scale.apply(x, factor)  # type: ignore[no-untyped-call]
     return scaled
+
+
+def scale_handed(handed: Handed, factor: float) -> Handed:
+    """:func:`scale_gradient` of all that a stage hands on."""
+    if isinstance(handed, tuple):
+        return tuple(scale_gradient(tensor, factor) for tensor in handed)
+    return scale_gradient(handed, factor)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from erde.networks.gradients import scale_gradient
+from erde.networks.gradients import scale_handed
 from erde.networks.shapes import Handed, InputSize, example_input, mode
 
 # The share of the logits so far that a boosted exit starts from.
@@ -102,9 +102,9 @@ class EarlyExitNetwork(nn.Module):
         for behind, stage in zip(reversed(range(len(self.stages))), self.stages, strict=True):
             handed = stage(handed)
             scaled = equilibrium and behind > 0
-            outputs.append(scale_gradient(handed, 1 / (behind + 1)) if scaled else handed)
+            outputs.append(scale_handed(handed, 1 / (behind + 1)) if scaled else handed)
             if scaled:
-                handed = scale_gradient(outputs[-1], behind)
+                handed = scale_handed(outputs[-1], behind)
         return outputs
 
     def feature_shapes(self, input_size: InputSize) -> tuple[tuple[int, ...], ...]:
