@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from erde.common.errors import UserError
+from erde.networks.cost import count_macs, count_parameters
 from erde.networks.heads import (
     ChannelsFirst,
     ConvHead,
@@ -18,8 +19,10 @@ from erde.networks.heads import (
     LinearHead,
     TokenHead,
     TokenPool,
+    TowerHead,
     VectorHead,
     make_head,
+    reset_head,
     tokens_for,
 )
 
@@ -56,6 +59,7 @@ def test_kind_by_shape(shape: Any, size: Any, kind: str, channels: int, last: bo
         ("auto", (2048, 4, 4), [LinearHead]),
         ("linear", (64, 16, 16), [LinearHead]),
         ("conv", (8, 8, 8), [ConvHead]),
+        ("tower", (8, 8, 8), [TowerHead]),
         ("auto", (17, 192), [TokenHead]),
         ("erde", (17, 192), [TokenHead]),
         ("linear", (10,), [VectorHead]),
@@ -81,12 +85,12 @@ def test_channels_last_maps_are_the_same_map() -> None:
 
 
 @pytest.mark.parametrize("shape", [(17, 192), (10,)])
-def test_conv_is_for_maps(shape: Any) -> None:
+@pytest.mark.parametrize("name", ["conv", "tower"])
+def test_convolutions_are_for_maps(name: str, shape: Any) -> None:
     features = Features.of(shape, SIZE)
-    with pytest.raises(
-        UserError, match=r"the head 'conv' needs maps, and exit 'blocks.3' gives a (token|vector) of shape"
-    ):
-        make_head("conv", features, range(1), 5, 0.5, "blocks.3")
+    message = rf"the head '{name}' needs maps, and exit 'blocks.3' gives a (token|vector) of shape"
+    with pytest.raises(UserError, match=message):
+        make_head(name, features, range(1), 5, 0.5, "blocks.3")
 
 
 @pytest.mark.parametrize(("side", "reduced"), [(4, 4), (8, 4), (16, 4), (17, 4), (56, 4), (64, 4)])
@@ -97,6 +101,41 @@ def test_conv_reduces_to_at_most_four_pixels_a_side(side: int, reduced: int) -> 
     # No pixel goes unseen.
     assert head.depthwise.kernel_size[0] >= head.depthwise.stride[0]
     assert head.depthwise.groups == 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [
+        # Channels and side of each layer's output, by hand.
+        ((16, 32, 32), [(32, 16), (64, 8), (128, 4)]),
+        ((8, 17, 17), [(32, 9), (64, 5), (128, 3)]),
+        ((64, 8, 8), [(128, 4)]),
+        ((256, 8, 8), [(128, 4)]),
+        ((40, 4, 4), [(80, 4)]),
+        ((40, 1, 1), [(80, 1)]),
+    ],
+)
+def test_a_tower_halves_the_map_and_doubles_the_channels(shape: Any, layers: list[tuple[int, int]]) -> None:
+    head = TowerHead(shape, 10)
+    macs, parameters, channels = 0, 2 * shape[0], shape[0]
+    for wide, side in layers:
+        macs += 9 * channels * wide * side * side
+        parameters += 9 * channels * wide + 2 * wide
+        channels = wide
+    assert count_macs(head.eval(), torch.zeros(1, *shape))[0] == macs + 10 * channels
+    assert count_parameters(head) == parameters + 10 * (channels + 1)
+
+
+def test_of_a_tower_the_first_norm_is_fixed_and_the_others_start_anew() -> None:
+    head = TowerHead((16, 16, 16), 10)
+    fixed = {name for name, parameter in head.named_parameters() if not parameter.requires_grad}
+    assert fixed == {"norm.weight", "norm.bias"}
+    with torch.no_grad():
+        head.norm1.weight.fill_(3.0)
+    before = head.conv2.weight.clone()
+    reset_head(head)
+    assert head.norm1.weight.eq(1).all()
+    assert not torch.equal(head.conv2.weight, before)
 
 
 def test_token_head_by_hand() -> None:

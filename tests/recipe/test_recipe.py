@@ -69,6 +69,21 @@ def test_values_are_read_where_they_stand(recipe: Path) -> None:
     assert config.train.epochs == 60
 
 
+def test_switches_of_the_students_are_not_the_teachers(recipe: Path) -> None:
+    config = load_config(recipe, ["train.gradient_equilibrium=true"])
+    assert [config.train_of(arm).gradient_equilibrium for arm in ("teacher", "erde")] == [False, True]
+    config = load_config(recipe, ["teacher.train.gradient_equilibrium=true"])
+    assert [config.train_of(arm).gradient_equilibrium for arm in ("teacher", "erde")] == [True, False]
+    config = load_config(recipe, ["train.image_weights=reached"])
+    assert [config.train_of(arm).image_weights for arm in ("teacher", "erde")] == ["equal", "reached"]
+
+
+def test_a_boosted_teacher_stands_behind_no_front(recipe: Path) -> None:
+    assert load_config(recipe, ["teacher.boosted=true", "student.boosted=true"]).teacher.boosted
+    with pytest.raises(UserError, match=r"teacher.boosted and cascade do not go together"):
+        load_config(recipe, ["teacher.boosted=true", "cascade={}"])
+
+
 def test_partial_differences_merge(recipe: Path) -> None:
     config = load_config(recipe, ["train.epochs=7", "train.batch_size=32", "teacher.train.epochs=9"])
     assert (config.train_of("teacher").epochs, config.train_of("teacher").batch_size) == (9, 32)
@@ -192,7 +207,11 @@ def test_unknown_key_that_is_like_no_other(recipe: Path, override: str, message:
         ("train.channels_last=3", "train.channels_last: expected a valid boolean", "3"),
         ("data.channels=2", "data.channels: expected 1 or 3", "2"),
         ("student=3", "student: expected a valid dictionary", "3"),
-        ("student.head=cnv", "student.head: expected 'auto', 'erde', 'linear', 'conv' or 'native'", "'cnv'"),
+        (
+            "student.head=cnv",
+            "student.head: expected 'auto', 'erde', 'linear', 'conv', 'tower' or 'native'",
+            "'cnv'",
+        ),
         ("student.exits=0", "student.exits: expected", "0"),
         ("student.exits=[group1, 3]", "student.exits.1: expected a valid string", "3"),
         ("distillation.alpha=risin", "distillation.alpha: expected 'rising' or", "'risin'"),

@@ -12,10 +12,19 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
+import erde
 from erde.common.history import Health
 from erde.data.load import DataSplits
 from erde.networks import checkpoint
-from erde.networks.heads import ConvHead, ERDEHead, LinearHead, TokenHead, VectorHead, reset_head
+from erde.networks.heads import (
+    ConvHead,
+    ERDEHead,
+    LinearHead,
+    TokenHead,
+    TowerHead,
+    VectorHead,
+    reset_head,
+)
 from erde.networks.network import EarlyExitNetwork
 from erde.training import health
 from erde.training.health import measure_health
@@ -74,6 +83,22 @@ def test_a_head_with_a_trained_norm_dies_and_ours_does_not() -> None:
     assert (dead, accuracy < 0.2) == (16, True)
     dead, accuracy = train_head(lambda: ERDEHead((16, 16, 16), 10, dropout=0.0), 0.3)
     assert (dead, accuracy > 0.95) == (0, True)
+
+
+def test_a_tower_lives(digits: DataSplits) -> None:
+    # Alone at a high learning rate (those images differ at single places, which a tower does not tell apart), and by the
+    # loop on digits at the usual one.
+    assert train_head(lambda: TowerHead((16, 16, 16), 10, dropout=0.0), 0.3)[0] == 0
+    torch.manual_seed(0)
+    backbone = erde.build_backbone("resnet8x0.5", classes=10, channels=1)
+    network = erde.attach_exits(backbone, 3, input_size=digits.input_size, head="tower")
+    trained = erde.train(
+        network, digits, epochs=6, batch_size=32, augmentation={"crop_padding": 1, "flip": False}
+    )[-1].health
+    assert trained is not None
+    # Of the first tower the map's 8 channels and 32 of its layer: the map has 8 pixels a side.
+    assert (trained.units, trained.dead_units) == ([8 + 32, 16 + 32], [0, 0])
+    assert trained.first_exit_accuracy > 0.8
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,35 @@ def differing(state: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
     return {key for key in state if not torch.equal(state[key], other[key])}
 
 
+# ---------------------------------------------------------------- gradient equilibrium
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_equilibrium_divides_the_first_steps_of_each_stage(features: bool, digits: DataSplits) -> None:
+    # Without momentum, decay and warm-up a step moves each weight by the learning rate times its gradient. Where the
+    # last exit alone has a loss, the mean over the exits behind a stage is 1/3, 1/2 and all of it.
+    class LastExit(nn.Module):
+        def forward(
+            self, logits: Tensor, _: Tensor | None, labels: Tensor, **extras: Any
+        ) -> dict[str, Tensor]:
+            assert set(extras) == ({"student_features"} if features else set())
+            return {"loss": nn.functional.cross_entropy(logits[-1], labels)}
+
+    def moved(**settings: Any) -> dict[str, Tensor]:
+        job = make_job(
+            digits, LastExit(), images=32, epochs=1, momentum=0, weight_decay=0, warmup_epochs=0, **settings
+        )
+        start = snapshot(job.network)
+        train_network(dataclasses.replace(job, extras=("student_features",) if features else ()))
+        return {name: value - start[name] for name, value in job.network.named_parameters()}
+
+    plain, balanced = moved(), moved(gradient_equilibrium=True)
+    for name, value in plain.items():
+        share = {"stages.0": 1 / 3, "stages.1": 1 / 2}.get(name[:8], 1)
+        torch.testing.assert_close(balanced[name], share * value, rtol=1e-3, atol=1e-6, msg=name)
+    assert plain["stages.0.stem.conv.weight"].any()
+
+
 # ---------------------------------------------------------------- learning rates
 
 

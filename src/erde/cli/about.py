@@ -21,7 +21,7 @@ _LINE = 64
 def cost(
     backbone: Annotated[str, typer.Argument(help="A backbone's name; timm/<name> for one of timm's.")],
     exits: Annotated[str, typer.Option(help="How many, or names separated by commas.")] = "3",
-    head: Annotated[str, typer.Option(help="auto, erde, linear, conv or native.")] = "auto",
+    head: Annotated[str, typer.Option(help="auto, erde, linear, conv, tower or native.")] = "auto",
     classes: Annotated[int, typer.Option(min=2)] = 10,
     input_size: Annotated[
         str | None, typer.Option(help="Channels x height x width; 3x32x32, or what timm gives the model.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from erde.common.environment import erde_version
 from erde.common.errors import UserError
 from erde.exporting.graphs import block_input, strip_metadata
-from erde.networks.network import EarlyExitNetwork
+from erde.networks.network import EarlyExitNetwork, boost
 from erde.networks.shapes import Handed
 
 FEATURES_IN = "features_in"
@@ -102,25 +102,62 @@ class Unpack(nn.Module):
         )
 
 
+class UnpackBoosted(nn.Module):
+    """What a boosted stage handed on, as the next one takes it, and its logits, which were packed last."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]], single: bool) -> None:
+        super().__init__()
+        self.unpack, self.single = Unpack(shapes), single
+
+    def forward(self, packed: Tensor) -> tuple[Handed, Tensor]:
+        """(B, N) to the output of the stage before, a ``single`` tensor or a tuple, and its logits (B, K)."""
+        *tensors, logits = self.unpack(packed)
+        return (tensors[0] if self.single else tuple(tensors)), logits
+
+
 class Stage(nn.Module):
-    """Stage ``index`` with its exit's head: packed features and logits, the last stage logits alone."""
+    """Stage ``index`` with its exit's head: packed features and logits, the last stage logits alone.
+
+    Boosted exits hand their logits on with the features, which the next exit adds to its own.
+    """
 
     def __init__(self, enter: nn.Module, network: EarlyExitNetwork, index: int) -> None:
         super().__init__()
         self.enter, self.stage, self.head = enter, network.stages[index], network.heads[index]
         self.pack, self.looks_at = _Pack(), network.looks_at[index]
         self.is_last = index == len(network.stages) - 1
+        self.boosted = network.boosted
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images, or the packed features of the stage before, to features and logits (B, K)."""
-        handed = self.stage(self.enter(x))
-        logits: Tensor = self.head(handed if self.looks_at is None else handed[self.looks_at])
-        return logits if self.is_last else (self.pack(handed), logits)
+        handed, logits = self.outputs(x)
+        return logits if self.is_last else (self.pack(self.handed_on(handed, logits)), logits)
 
-    def stage_output(self, x: Tensor) -> Handed:
-        """The stage's output before it is packed."""
-        handed: Handed = self.stage(self.enter(x))
-        return handed
+    def outputs(self, x: Tensor) -> tuple[Handed, Tensor]:
+        """The stage's output before it is packed, and logits (B, K)."""
+        entered, before = self.enter(x), None
+        if isinstance(self.enter, UnpackBoosted):
+            entered, before = entered
+        handed: Handed = self.stage(entered)
+        logits: Tensor = self.head(handed if self.looks_at is None else handed[self.looks_at])
+        return handed, boost(logits, before)
+
+    def handed_on(self, handed: Handed, logits: Tensor) -> Handed:
+        """What the next stage gets."""
+        if not self.boosted:
+            return handed
+        return (*(handed if isinstance(handed, tuple) else (handed,)), logits)
+
+    def next_enter(self, x: Tensor) -> tuple[Tensor, nn.Module]:
+        """The packed features of ``x``, and the module with which the next stage takes them apart."""
+        handed, logits = self.outputs(x)
+        given = self.handed_on(handed, logits)
+        if isinstance(given, Tensor):
+            return self.pack(given), nn.Identity()
+        shapes = [tensor.shape[1:] for tensor in given]
+        if self.boosted:
+            return self.pack(given), UnpackBoosted(shapes, isinstance(handed, Tensor))
+        return self.pack(given), Unpack(shapes)
 
 
 class Plain(nn.Module):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from erde.bundle.graph_check import refusal
 from erde.common.errors import UserError
 from erde.common.files import make_folder, replacing_file, replacing_folder, write_json
 from erde.common.splits import ImageSource, TrainSplit, TuneSplit
-from erde.exporting.modules import FEATURES_IN, Plain, Preprocess, Stage, Unpack, prepare, write_graph
+from erde.exporting.modules import FEATURES_IN, Plain, Preprocess, Stage, prepare, write_graph
 from erde.exporting.parity import allowed_differences, check_batches, check_parity, probe_images
 from erde.exporting.quantisation import Quantisation, quantise, quantise_stages, range_images
 from erde.networks.cost import NetworkCost, network_cost
@@ -106,10 +106,7 @@ def export_stages(
                     f"this network cannot be a bundle: its graph {reason} (docs/formats.md: what is verified)"
                 )
             with torch.no_grad():
-                handed = module.stage_output(x)
-            x = module.pack(handed)
-            tensors = () if isinstance(handed, Tensor) else handed
-            enter = Unpack([tensor.shape[1:] for tensor in tensors]) if tensors else nn.Identity()
+                x, enter = module.next_enter(x)
         runner, names = exported.runner(partial), exported.cost.exit_names
         allowed = allowed_differences(network, preprocess, probes, names)
         check_parity(lambda images: network(preprocess(images)), runner, names, probes, allowed)

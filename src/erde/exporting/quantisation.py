@@ -283,8 +283,15 @@ def _excluded(model: Any, kept: Sequence[str]) -> list[str]:
         excluded += [node.name for node in nodes[:first]]
         if "first" in kept and first < len(nodes):
             excluded.append(nodes[first].name)
+    last = [node for node in nodes if "logits" in node.output]
+    added = last[0].input if last and last[0].op_type == "Add" else ()
+    boosted = [node for node in nodes if node.op_type == "Gemm" and node.output[0] in added]
+    if boosted:
+        # The logits so far are added to those of the linear layer, in float.
+        excluded += [node.name for node in last]
+        last = boosted
     if "last" in kept:
-        excluded += [node.name for node in nodes if "logits" in node.output]
+        excluded += [node.name for node in last]
     return excluded
 
 

@@ -272,6 +272,26 @@ def teacher_wrong(paired_teacher_logits: Tensor, labels: Tensor) -> Tensor:
     return paired_teacher_logits.argmax(dim=-1) != labels
 
 
+@torch.no_grad()
+def reach_weights(logits: Tensor) -> Tensor:
+    """Weights of images by whether they would reach an exit, of mean 1 at each exit: (E, B, K) -> (E, B).
+
+    ``w_ib`` is proportional to ``1 + r_ib``. r is 1 where image b is answered by no exit before i, if each exit answers
+    a share 1/E of the batch: of those that come to it, the ones of least entropy. A guess, for training: what answers in
+    use is decided by ``erde.policy``. No label is looked at.
+    """
+    exits, images = logits.shape[:2]
+    entropy = exit_entropy(at_least_float32(logits))
+    reached = torch.ones_like(entropy[0])
+    weights = []
+    for index in range(exits):
+        weights.append((1 + reached) / (1 + reached).mean())
+        waiting = entropy[index].masked_fill(reached == 0, torch.inf)
+        surest = waiting.argsort(stable=True)[: images // exits]
+        reached = reached.index_fill(0, surest, 0)
+    return torch.stack(weights)
+
+
 def silence_last(per_exit_values: Tensor) -> Tensor:
     """The values (E, ...) with 0 at the final exit."""
     return torch.cat([per_exit_values[:-1], torch.zeros_like(per_exit_values[-1:])])

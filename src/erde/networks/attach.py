@@ -43,6 +43,7 @@ def attach_exits(
     input_size: InputSize,
     head: str = AUTO,
     dropout: float = 0.1,
+    boosted: bool = False,
 ) -> EarlyExitNetwork:
     """Put exits on a classifier, sharing its weights; its own classifier is the final exit.
 
@@ -55,9 +56,11 @@ def attach_exits(
             behind which intermediate exits stand, such as ``layer1`` or ``blocks.3``. Of a
             ``Backbone`` the names of blocks (``group1``: after its last block).
         input_size: (C, H, W) of the images.
-        head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``native`` (a backbone's own heads), or ``auto``,
-            which chooses by the features.
+        head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``tower``, ``native`` (a backbone's own heads), or
+            ``auto``, which chooses by the features.
         dropout: of those heads, during training.
+        boosted: each exit adds its logits to half of those of the exit before. Its own classifier's logits are then the last
+            summand of the final exit.
 
     Raises:
         UserError: an exit that does not exist or cannot stand there, too many exits, an unknown head, an input that does
@@ -68,15 +71,20 @@ def attach_exits(
     input_size = _check_input_size(input_size)
     _check_kind(model)
     if isinstance(model, Backbone):
-        return _attach_to_blocks(model, exits, input_size, head, dropout)
+        network = _attach_to_blocks(model, exits, input_size, head, dropout)
+        network.boosted = boosted
+        return network
     try:
-        return _attach_to_trace(model, exits, input_size, head, dropout)
+        network = _attach_to_trace(model, exits, input_size, head, dropout)
     except UserError:
         raise
     except Exception as error:
         # A model's code may fail in ways that the tracing does not foresee.
         text = str(error).splitlines()[0] if str(error) else "no reason given"
         raise UserError(f"{type(model).__name__} cannot be cut: {type(error).__name__}: {text}") from error
+    # Only now: the traced network was compared with the model.
+    network.boosted = boosted
+    return network
 
 
 def _check_exits(exits: Any) -> int | list[str]:
@@ -264,7 +272,7 @@ def _attach_to_trace(
 ) -> EarlyExitNetwork:
     if head == NATIVE:
         raise UserError(
-            "head native is for backbones that bring exit heads along: choose auto, erde, linear or conv"
+            "head native is for backbones that bring exit heads along: choose auto, erde, linear, conv or tower"
         )
     classes = _check_model(model, input_size)
     if model._forward_hooks or model._forward_pre_hooks:

@@ -18,9 +18,11 @@ _MOST_INPUTS = 4096
 _EARLY_SIDE = 8
 # A linear layer's inputs are scaled down as if it had at most so many; see fix_scale.
 _SCALED_INPUTS = 256
-# After a ConvHead's reduction: pixels a side at most, and channels.
+# After the reduction by a ConvHead or a TowerHead: pixels a side at most.
 _REDUCED_SIDE = 4
+# Channels of a ConvHead and of a TowerHead.
 _NARROWEST, _WIDEST = 64, 256
+_TOWER_NARROWEST, _TOWER_WIDEST = 32, 128
 Norm = TypeVar("Norm", nn.BatchNorm2d, nn.LayerNorm)
 
 
@@ -110,6 +112,34 @@ class ConvHead(_Head):
         )
 
 
+class TowerHead(_Head):
+    """For early maps: a small convolutional network of its own, (B, C, H, W) to (B, K).
+
+    Batch norm, ReLU, then layers of a 3x3 convolution with stride 2, batch norm and ReLU until at most 4 pixels a side
+    are left, then global average pool, dropout, linear. Each layer doubles the channels, to 32 at least and 128 at most.
+    A map that is as small already has one layer, with stride 1. Layers of this kind before an early exit's classifier
+    are those of Be Your Own Teacher (Zhang et al. 2019, arXiv 1905.08094) and of exit-ensemble distillation (Lee and Lee
+    2021, arXiv 2104.00299); widths and number are ours.
+
+    Only the first norm is fixed: behind the others the linear layer is small.
+    """
+
+    def __init__(self, feature_shape: Sequence[int], classes: int, dropout: float = 0.1) -> None:
+        channels, height, width = feature_shape
+        layers: dict[str, nn.Module] = {"norm": fix_scale(nn.BatchNorm2d(channels)), "relu": nn.ReLU()}
+        side, number = max(height, width), 0
+        while number == 0 or side > _REDUCED_SIDE:
+            number += 1
+            stride = 2 if side > _REDUCED_SIDE else 1
+            wide = min(max(2 * channels, _TOWER_NARROWEST), _TOWER_WIDEST)
+            layers[f"conv{number}"] = nn.Conv2d(channels, wide, 3, stride, padding=1, bias=False)
+            layers[f"norm{number}"], layers[f"relu{number}"] = nn.BatchNorm2d(wide), nn.ReLU()
+            channels, side = wide, math.ceil(side / stride)
+        super().__init__(
+            channels, classes, dropout, **layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()
+        )
+
+
 class TokenPool(nn.Module):
     """The mean of the tokens from ``first`` up to ``end``: (B, N, C) to (B, C)."""
 
@@ -152,6 +182,7 @@ HEADS: dict[str, Callable[[Sequence[int], int, float], nn.Module]] = {
     "erde": ERDEHead,
     "linear": LinearHead,
     "conv": ConvHead,
+    "tower": TowerHead,
 }
 # NATIVE: the heads that a backbone brings along; AUTO: those, or a head that fits the shape.
 AUTO, NATIVE = "auto", "native"
@@ -229,9 +260,9 @@ def make_head(
             features.map_shape, classes, dropout
         )
         return _in_front("channels_first", ChannelsFirst(), head) if features.channels_last else head
-    if name == "conv":
+    if name in ("conv", "tower"):
         raise UserError(
-            f"the head 'conv' needs maps, and exit '{exit_name}' gives a {features.kind.removesuffix('s')} "
+            f"the head '{name}' needs maps, and exit '{exit_name}' gives a {features.kind.removesuffix('s')} "
             f"of shape {features.shape}: choose auto or linear"
         )
     if features.kind == "vector":

@@ -7,14 +7,27 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from erde.networks.gradients import scale_handed
 from erde.networks.shapes import Handed, InputSize, example_input, mode
+
+# The share of the logits so far that a boosted exit starts from.
+BOOST = 0.5
+
+
+def boost(logits: Tensor, before: Tensor | None) -> Tensor:
+    """``f_i + F_(i-1) / 2``, the logits (B, K) of a boosted exit from its head's and those of the exit before, if any.
+
+    No gradient flows into the exit before: each exit learns what those before it left over. See docs/method.md.
+    """
+    return logits if before is None else logits + BOOST * before.detach()
 
 
 class EarlyExitNetwork(nn.Module):
     """Stages with a head each; called with images (B, C, H, W) it gives logits (E, B, K) of all exits.
 
     A stage hands one tensor to the next, or a tuple of them. ``looks_at`` has for each exit the index of its head's input
-    in the tuple; None stands for all that is handed over (native heads take the tuple).
+    in the tuple; None stands for all that is handed over (native heads take the tuple). With ``boosted`` each exit adds
+    its head's logits to those of the exit before, see :func:`boost`.
 
     Attributes:
         exit_names: where each exit stands; the last is ``final``.
@@ -28,6 +41,7 @@ class EarlyExitNetwork(nn.Module):
         exit_names: Sequence[str],
         looks_at: Sequence[int | None] | None = None,
         notes: Sequence[str] = (),
+        boosted: bool = False,
     ) -> None:
         super().__init__()
         assert len(stages) == len(heads) == len(exit_names)
@@ -36,6 +50,7 @@ class EarlyExitNetwork(nn.Module):
         self.exit_names = list(exit_names)
         self.looks_at = list(looks_at or [None] * len(stages))
         self.notes = tuple(notes)
+        self.boosted = boosted
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (E, B, K)."""
@@ -43,18 +58,18 @@ class EarlyExitNetwork(nn.Module):
 
     def forward_until(self, x: Tensor, exit: int) -> Tensor:
         """Logits (exit+1, B, K) of the exits up to ``exit``; no later stage runs."""
-        logits = []
+        logits: list[Tensor] = []
         handed: Handed = x
         for index in range(exit + 1):
             handed = self.stages[index](handed)
-            logits.append(self.logits_of(index, handed))
+            logits.append(self.logits_of(index, handed, logits[-1] if logits else None))
         return torch.stack(logits)
 
-    def logits_of(self, index: int, handed: Handed) -> Tensor:
-        """Logits (B, K) of exit ``index`` from the output of its stage."""
+    def logits_of(self, index: int, handed: Handed, before: Tensor | None = None) -> Tensor:
+        """Logits (B, K) of exit ``index`` from the output of its stage; ``before``: those of the exit before, if any."""
         position = self.looks_at[index]
         logits: Tensor = self.heads[index](handed if position is None else handed[position])
-        return logits
+        return boost(logits, before) if self.boosted else logits
 
     def features_of(self, index: int, handed: Handed) -> Tensor:
         """The tensor that stands for exit ``index``: its head's input; of a native head's tuple the last."""
@@ -63,22 +78,33 @@ class EarlyExitNetwork(nn.Module):
         position = self.looks_at[index]
         return handed[-1 if position is None else position]
 
-    def forward_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits (E, B, K), and each exit's features as in :meth:`forward_features`, in one pass."""
-        outputs = self._stage_outputs(x)
-        logits = torch.stack([self.logits_of(index, handed) for index, handed in enumerate(outputs)])
-        return logits, [self.features_of(index, handed) for index, handed in enumerate(outputs)]
+    def forward_with_features(self, x: Tensor, equilibrium: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Logits (E, B, K), and each exit's features as in :meth:`forward_features`, in one pass.
+
+        With ``equilibrium`` gradients are scaled so that each stage is trained by the mean of the losses of the exits
+        behind it, not by their sum: those that reach the output of stage i (0-based) by ``1 / (E - i)``, those that come
+        from the next stage before that by ``E - i - 1`` (Li et al. 2019, arXiv 1908.06294; factors of the authors' code,
+        which has them at the tensor alone that a classifier reads). Heads are trained as without.
+        """
+        outputs = self._stage_outputs(x, equilibrium)
+        logits: list[Tensor] = []
+        for index, handed in enumerate(outputs):
+            logits.append(self.logits_of(index, handed, logits[-1] if logits else None))
+        return torch.stack(logits), [self.features_of(index, handed) for index, handed in enumerate(outputs)]
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The heads' inputs, a tensor per exit, the final exit's included."""
         return [self.features_of(index, handed) for index, handed in enumerate(self._stage_outputs(x))]
 
-    def _stage_outputs(self, x: Tensor) -> list[Handed]:
+    def _stage_outputs(self, x: Tensor, equilibrium: bool = False) -> list[Handed]:
         outputs: list[Handed] = []
         handed: Handed = x
-        for stage in self.stages:
+        for behind, stage in zip(reversed(range(len(self.stages))), self.stages, strict=True):
             handed = stage(handed)
-            outputs.append(handed)
+            scaled = equilibrium and behind > 0
+            outputs.append(scale_handed(handed, 1 / (behind + 1)) if scaled else handed)
+            if scaled:
+                handed = scale_handed(outputs[-1], behind)
         return outputs
 
     def feature_shapes(self, input_size: InputSize) -> tuple[tuple[int, ...], ...]:
@@ -88,7 +114,10 @@ class EarlyExitNetwork(nn.Module):
         return tuple(tuple(tensor.shape[1:]) for tensor in features)
 
     def forward_final(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of the final exit alone: the network without exits."""
+        """Logits (B, K) of the final exit alone: the network without exits. Boosted ones need all heads for it."""
+        if self.boosted:
+            logits: Tensor = self(x)[-1]
+            return logits
         return self.logits_of(len(self.stages) - 1, self._stage_outputs(x)[-1])
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:

@@ -32,6 +32,8 @@ from erde.recipe.validation import Model, validate
 
 # The name of the teacher among the arms of a run.
 TEACHER = "teacher"
+# Keys of `train` that are not passed on to the teacher: arms that are compared share it.
+STUDENTS_ONLY = ("image_weights", "gradient_equilibrium")
 
 
 class AugmentationConfig(Section):
@@ -149,11 +151,14 @@ class NetworkConfig(Section):
     """Number of exits, the final one included, at about equal shares of the MACs. Or the blocks or groups (`group1`)
     that the intermediate exits follow; for timm's models, paths of modules (`layer1`, `blocks.3`). `1`: a plain
     network."""
-    head: Literal["auto", "erde", "linear", "conv", "native"] = "auto"
+    head: Literal["auto", "erde", "linear", "conv", "tower", "native"] = "auto"
     """Intermediate heads. `auto`: the backbone's own heads if it has some, else `erde` on erde's backbones and a head
-    by shape on others."""
+    by shape on others. `tower`: a small convolutional network, for early maps."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout of the intermediate heads in training."""
+    boosted: bool = False
+    """Each exit adds its logits to half of those of the exit before, and learns what that one left over. Not with
+    `train.backbone_epochs`, `freeze_backbone` or `refit_heads`."""
     weights: str | None = None
     """A safetensors file to start from: a checkpoint of erde, or a plain state dict of the network with its exits."""
     pretrained: bool = False
@@ -191,6 +196,12 @@ class TrainConfig(Section):
     """Decay of a moving average of the weights, which becomes the trained network."""
     gradient_clip: Positive | None = None
     """Largest norm of the whole gradient."""
+    image_weights: Literal["equal", "reached"] = "equal"
+    """Weights of images in the loss of each exit. `reached`: those that would not be answered before it count twice
+    as much as the others. Of a teacher only if `teacher.train` says so. Not for losses that compare features."""
+    gradient_equilibrium: bool = False
+    """Train each stage by the mean of the losses of the exits behind it, not by their sum. Of a teacher only if
+    `teacher.train` says so."""
     label_smoothing: SmallShare = 0.0
     """Label smoothing of the loss `ce` only. Distilling arms have `distillation.label_smoothing`."""
     backbone_epochs: int = Field(0, ge=0)
@@ -484,7 +495,10 @@ class Config(Section):
         def merge(model: type[Model], shared: Frozen, own: dict[str, Any], where: str) -> Model:
             return validate(model, {**shared.model_dump(), **own}, prefix=f"{where}.")
 
-        self._teacher_train = merge(TrainConfig, self.train, self.teacher.train, "teacher.train")
+        of_students = {key: TrainConfig.model_fields[key].default for key in STUDENTS_ONLY}
+        self._teacher_train = merge(
+            TrainConfig, self.train, {**of_students, **self.teacher.train}, "teacher.train"
+        )
         self._students = {
             name: merge(NetworkConfig, self.student, arm.student, f"arms.{name}.student")
             for name, arm in self.arms.items()
@@ -536,6 +550,11 @@ class Config(Section):
             check_phases(where, train, network.exits != 1)
         if self.calibration.reference == "no_exit_network":
             self.no_exit_arm()
+        if self.cascade is not None and self.teacher.boosted:
+            raise UserError(
+                "teacher.boosted and cascade do not go together: behind a front the teacher has no early exits, whose logits "
+                "boosted exits add up; set teacher.boosted=false"
+            )
         return self
 
     def no_exit_arm(self) -> str:

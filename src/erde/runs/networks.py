@@ -58,7 +58,12 @@ def _build(run: Run, arm: str, load: bool) -> tuple[EarlyExitNetwork, WeightsRep
         pretrained=load and config.pretrained and config.weights is None,
     )
     network = attach_exits(
-        backbone, config.exits, input_size=data.input_size, head=config.head, dropout=config.dropout
+        backbone,
+        config.exits,
+        input_size=data.input_size,
+        head=config.head,
+        dropout=config.dropout,
+        boosted=config.boosted,
     )
     if load and config.weights is not None:
         path = Path(config.weights)

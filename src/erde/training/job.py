@@ -61,6 +61,19 @@ class Job:
                 "give it more exits, or set train.freeze_backbone=false"
             )
 
+        if config.image_weights != "equal" and "student_features" in self.extras:
+            raise UserError(
+                f"train.image_weights={config.image_weights} weighs images by their logits, and the loss of '{self.name}' "
+                "compares features too: leave one of the two out"
+            )
+        if self.network.boosted and len(self.network.stages) > 1:
+            for key in ("backbone_epochs", "freeze_backbone", "refit_heads"):
+                if getattr(config, key):
+                    raise UserError(
+                        f"train.{key} and boosted exits do not go together in '{self.name}': boosted exits learn from each "
+                        "other's answers, so all are trained at once; leave one of the two out"
+                    )
+
     @property
     def autocast(self) -> bool:
         """Whether networks compute in bf16 where that is safe."""

@@ -19,7 +19,9 @@ from erde.common.files import make_folder
 from erde.common.history import Epoch, Health
 from erde.data.batches import Batch, TrainBatches
 from erde.losses import cross_entropy_loss
+from erde.losses.base import reach_weights
 from erde.networks import checkpoint
+from erde.networks.gradients import scale_gradient
 from erde.networks.heads import reset_head
 from erde.recipe.schema import TrainConfig
 from erde.training import parallel
@@ -84,6 +86,8 @@ class _Step(nn.Module):
         self.network, self.criterion, self.phase = job.network, job.criterion, phase
         self.autocast, self.device_type = job.autocast, job.device.type
         self.with_features = "student_features" in job.extras
+        self.equilibrium = job.config.gradient_equilibrium
+        self.by_reach = job.config.image_weights == "reached"
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher_logits: Tensor | None, extras: dict[str, Any]
@@ -92,14 +96,20 @@ class _Step(nn.Module):
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.autocast):
             if self.phase == "backbone":
                 logits = self.network.forward_final(images)[None]
-            elif self.with_features:
-                logits, features = self.network.forward_with_features(images)
-                extras = {**extras, "student_features": features}
+            elif self.with_features or self.equilibrium:
+                logits, features = self.network.forward_with_features(images, self.equilibrium)
+                if self.with_features:
+                    extras = {**extras, "student_features": features}
             else:
                 logits = self.network(images)
         if self.phase == "backbone":
             return cross_entropy_loss(logits, labels), logits
-        return self.criterion(logits, teacher_logits, labels, **extras), logits
+        weighed = logits
+        if self.by_reach:
+            # Losses are means over images of terms of their own logits: a factor of the gradient is a weight of the image.
+            weights = reach_weights(logits).unsqueeze(-1)
+            weighed = scale_gradient(logits, weights.to(logits.dtype))
+        return self.criterion(weighed, teacher_logits, labels, **extras), logits
 
 
 class Learner:
