@@ -1,6 +1,6 @@
 """Exit heads that die: how a student ends with other heads, on the product's own loop, with and without a refit.
 
-    python benchmarks/heads.py RECIPE [KEY=VALUE ...] --teacher exits|FILE.npz --arms ce,kd,erde --heads before,now
+    python benchmarks/heads.py RECIPE [KEY=VALUE ...] --teacher exits|FILE.npz --arms ce,kd,erde --heads 'before; now'
         --seeds 0,1,2 --work FOLDER --out FILE.json
 
 Arms of one seed share data order, initialisation and teacher, and are trained together. FOLDER keeps checkpoints and
@@ -154,27 +154,36 @@ def other_group(
 
 
 Change = Callable[[Learner], None]
-# Name -> (dropout of the heads, keys of train, changes).
-VARIANTS: dict[str, tuple[float, dict[str, Any], list[Change]]] = {
-    "before": (0.5, {}, [trained_norm]),
-    "head lr x 0.1": (0.5, {}, [trained_norm, partial(other_group, parameters=head_parameters, scale=0.1)]),
-    "head weight decay 0": (0.5, {}, [trained_norm, partial(other_group, parameters=head_parameters, weight_decay=0.0)]),
-    "norm weight decay 0": (0.5, {}, [trained_norm, partial(other_group, parameters=norm_parameters, weight_decay=0.0)]),
-    "linear lr by fan-in": (0.5, {}, [trained_norm, partial(with_groups, split=by_fan_in)]),
-    "heads clipped at 1": (0.5, {}, [trained_norm, clip_heads]),
-    "all clipped at 1": (0.5, {"gradient_clip": 1.0}, [trained_norm]),
-    "norm with a floor": (0.5, {}, [trained_norm, floor_norm]),
-    "norm fixed at 1": (0.5, {}, [partial(fixed_at, inputs=None)]),
-    "leaky ReLU": (0.5, {}, [trained_norm, partial(activation, make=lambda: nn.LeakyReLU(0.1))]),
-    "GELU": (0.5, {}, [trained_norm, partial(activation, make=nn.GELU)]),
-    "no activation": (0.5, {}, [trained_norm, partial(activation, make=nn.Identity)]),
-    "dropout 0.1": (0.1, {}, [trained_norm]),
-    "linear starts at 0": (0.5, {}, [trained_norm, zero_start]),
-    "warm-up of 5 epochs": (0.5, {"warmup_epochs": 5}, [trained_norm]),
-    "now with dropout 0.5": (0.5, {}, []),
-    "now": (0.1, {}, []),
-    "scaled as 64 inputs": (0.1, {}, [partial(fixed_at, inputs=64)]),
-    "scaled as 1024 inputs": (0.1, {}, [partial(fixed_at, inputs=1024)]),
+HALF = {"dropout": 0.5}
+# Name -> (keys of student, keys of train, changes).
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[Change]]] = {
+    "before": (HALF, {}, [trained_norm]),
+    "head lr x 0.1": (HALF, {}, [trained_norm, partial(other_group, parameters=head_parameters, scale=0.1)]),
+    "head weight decay 0": (HALF, {}, [trained_norm, partial(other_group, parameters=head_parameters, weight_decay=0.0)]),
+    "norm weight decay 0": (HALF, {}, [trained_norm, partial(other_group, parameters=norm_parameters, weight_decay=0.0)]),
+    "linear lr by fan-in": (HALF, {}, [trained_norm, partial(with_groups, split=by_fan_in)]),
+    "heads clipped at 1": (HALF, {}, [trained_norm, clip_heads]),
+    "all clipped at 1": (HALF, {"gradient_clip": 1.0}, [trained_norm]),
+    "norm with a floor": (HALF, {}, [trained_norm, floor_norm]),
+    "norm fixed at 1": (HALF, {}, [partial(fixed_at, inputs=None)]),
+    "leaky ReLU": (HALF, {}, [trained_norm, partial(activation, make=lambda: nn.LeakyReLU(0.1))]),
+    "GELU": (HALF, {}, [trained_norm, partial(activation, make=nn.GELU)]),
+    "no activation": (HALF, {}, [trained_norm, partial(activation, make=nn.Identity)]),
+    "dropout 0.1": ({}, {}, [trained_norm]),
+    "linear starts at 0": (HALF, {}, [trained_norm, zero_start]),
+    "warm-up of 5 epochs": (HALF, {"warmup_epochs": 5}, [trained_norm]),
+    "now with dropout 0.5": (HALF, {}, []),
+    "now": ({}, {}, []),
+    "scaled as 64 inputs": ({}, {}, [partial(fixed_at, inputs=64)]),
+    "scaled as 1024 inputs": ({}, {}, [partial(fixed_at, inputs=1024)]),
+    "now, learning rate 0.05": ({}, {"learning_rate": 0.05}, []),
+    "now, learning rate 0.2": ({}, {"learning_rate": 0.2}, []),
+    "now, warm-up of 5 epochs": ({}, {"warmup_epochs": 5}, []),
+    "now, all clipped at 1": ({}, {"gradient_clip": 1.0}, []),
+    "tower": ({"head": "tower"}, {}, []),
+    "boosted": ({"boosted": True}, {}, []),
+    "gradient equilibrium": ({}, {"gradient_equilibrium": True}, []),
+    "images by reach": ({}, {"image_weights": "reached"}, []),
 }  # fmt: skip
 
 
@@ -204,14 +213,14 @@ AFTER = ("joint", "refit", "refit by ce")
 
 
 def train_seed(
-    run: Run, teacher: EarlyExitNetwork, arms: list[str], variants: list[str], folder: Path
+    run: Run, teacher: EarlyExitNetwork, arms: list[str], variants: list[str], after: list[str], folder: Path
 ) -> None:
-    """Train every arm with every variant together; each leaves one file of logits for each of AFTER."""
+    """Train every arm with every variant together; each leaves one file of logits for each of ``after``."""
     jobs, folders = [], []
     for arm in arms:
         for variant in variants:
             place = folder / f"{arm}, {variant}"
-            if not (place / f"{AFTER[-1]}.npz").exists():
+            if not (place / f"{after[-1]}.npz").exists():
                 jobs.append(variant_job(run, arm, variant, teacher))
                 folders.append(place)
     if not jobs:
@@ -220,6 +229,9 @@ def train_seed(
     with mock.patch.object(loop, "Learner", VariantLearner):
         loop.train_together(jobs, folders)
     for job, place in zip(jobs, folders, strict=True):
+        if after == ["joint"]:
+            write_logits(run, job.network, place / "joint.npz")
+            continue
         write_logits(run, job.network, place / "refit.npz")
         checkpoint.load_weights(job.network, place / "joint.safetensors")
         write_logits(run, job.network, place / "joint.npz")
@@ -243,8 +255,8 @@ def refit_by_cross_entropy(run: Run, job: Job) -> None:
 
 
 def variant_job(run: Run, arm: str, variant: str, teacher: EarlyExitNetwork) -> Job:
-    config, (dropout, keys, _) = run.config, VARIANTS[variant]
-    student = config.student.model_copy(update={"dropout": dropout})
+    config, (student_keys, keys, _) = run.config, VARIANTS[variant]
+    student = config.student.model_copy(update=student_keys)
     loss = next((known.loss for name, known in config.arms.items() if name == arm), resolve_loss(arm))
     changed = {arm: config.arms["ce"].model_copy(update={"loss": loss})}
     run.config = config.changed(arms=changed, student=student, export={"arm": arm})
@@ -254,6 +266,11 @@ def variant_job(run: Run, arm: str, variant: str, teacher: EarlyExitNetwork) -> 
         run.config = config
     settings = job.config.model_copy(update=keys)
     return dataclasses.replace(job, name=f"{arm}/{variant}", config=settings)
+
+
+def variant_cost(run: Run, arm: str, variant: str, teacher: EarlyExitNetwork) -> Cost:
+    cost = network_cost(variant_job(run, arm, variant, teacher).network, run.data.input_size)
+    return Cost(cost.macs, cost.no_exit_macs)
 
 
 @torch.no_grad()
@@ -307,7 +324,7 @@ def measure(path: Path, cost: Cost) -> dict[str, Any]:
 
 def load(arguments: argparse.Namespace, seed: int) -> Config:
     overrides = [
-        "train.refit_heads=8",
+        f"train.refit_heads={0 if arguments.after == 'joint' else 8}",
         f"seed={seed}",
         *(["data.split_seed=0"] if seed else []),
         *arguments.overrides,
@@ -331,12 +348,15 @@ def main() -> None:
         "--teacher", default="exits", help="exits: the recipe's own; or weights of a plain resnet20-a"
     )
     parser.add_argument("--arms", default="ce,kd,erde")
-    parser.add_argument("--heads", default="before,now", help=f"of: {', '.join(VARIANTS)}")
+    parser.add_argument("--heads", default="before; now", help=f"of: {'; '.join(VARIANTS)}")
+    parser.add_argument("--after", choices=["joint", "all"], default="all", help="joint: without refits")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    arms, variants = arguments.arms.split(","), arguments.heads.split(",")
+    # Names of variants have commas of their own.
+    arms, variants = arguments.arms.split(","), arguments.heads.split("; ")
+    after = ["joint"] if arguments.after == "joint" else list(AFTER)
     teacher = "exits" if arguments.teacher == "exits" else "plain"
     rows: list[dict[str, Any]] = []
     if arguments.out.exists():
@@ -350,14 +370,14 @@ def main() -> None:
         run = Run(config, folder)
         # The teacher of seed 0 teaches every seed.
         network = new_network(run, TEACHER) if teacher == "plain" else trained_network(base, TEACHER)
-        train_seed(run, network, arms, variants, folder)
-        cost = network_cost(new_network(run, arms[0]), run.data.input_size)
-        for arm, variant, after in itertools.product(arms, variants, AFTER):
-            key = {"teacher": teacher, "seed": seed, "arm": arm, "heads": variant, "after": after}
+        train_seed(run, network, arms, variants, after, folder)
+        costs = {variant: variant_cost(run, arms[0], variant, network) for variant in variants}
+        for arm, variant, moment in itertools.product(arms, variants, after):
+            key = {"teacher": teacher, "seed": seed, "arm": arm, "heads": variant, "after": moment}
             if any(key.items() <= row.items() for row in rows):
                 continue
-            path = folder / f"{arm}, {variant}" / f"{after}.npz"
-            rows.append({**key, **measure(path, Cost(cost.macs, cost.no_exit_macs))})
+            path = folder / f"{arm}, {variant}" / f"{moment}.npz"
+            rows.append({**key, **measure(path, costs[variant])})
             print(json.dumps(rows[-1]), flush=True)
         recipe = config.model_dump(mode="json")
         if config.teacher.weights is not None:
