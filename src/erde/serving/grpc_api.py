@@ -29,7 +29,9 @@ def _decode(content: bytes) -> Asked:
     message = _parsed("ModelInferRequest", content)
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
-        raise bad(f"{len(raw)} raw_input_contents for {len(message.inputs)} inputs: expected one for each, or none")
+        raise bad(
+            f"{len(raw)} raw_input_contents for {len(message.inputs)} inputs: expected one for each, or none"
+        )
     inputs = []
     for index, given in enumerate(message.inputs):
         _no_parameters(given)
@@ -59,7 +61,9 @@ def _no_parameters(tensor: Any) -> None:
 
 
 def _encode(asked: Asked, answer: Answer) -> bytes:
-    response = CLASSES["ModelInferResponse"](model_name=answer.model, model_version=answer.version, id=asked.id)
+    response = CLASSES["ModelInferResponse"](
+        model_name=answer.model, model_version=answer.version, id=asked.id
+    )
     for name, value in answer.parameters.items():
         kind = "bool_param" if isinstance(value, bool) else "string_param"
         setattr(response.parameters[name], kind, value)
@@ -82,7 +86,8 @@ def grpc_server(service: Service, calls: int) -> grpc.aio.Server:
         metadata = service.model_metadata(service.model(request.name, request.version))
         # Properties are texts here.
         texts = {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata["properties"].items()
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in metadata["properties"].items()
         }
         return {**metadata, "properties": texts}
 

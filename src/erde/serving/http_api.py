@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -36,20 +36,20 @@ class _Input(_Strict):
     name: str
     datatype: str
     shape: list[int]
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
     data: Any = None
 
 
 class _Output(_Strict):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class _Request(_Strict):
     id: str = ""
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
     inputs: list[_Input]
-    outputs: list[_Output] = []
+    outputs: list[_Output] = Field(default_factory=list)
 
 
 class _Http(Exchange[Response]):
@@ -64,7 +64,11 @@ class _Http(Exchange[Response]):
     def _read(self, body: bytes) -> Asked:
         length = len(body)
         if self._header_length is not None:
-            length = int(self._header_length) if self._header_length.isdecimal() and len(self._header_length) < 20 else -1
+            length = (
+                int(self._header_length)
+                if self._header_length.isdecimal() and len(self._header_length) < 20
+                else -1
+            )
             if not 0 <= length <= len(body):
                 raise bad(
                     f"{HEADER_LENGTH} is '{self._header_length[:40]}', expected a number up to the body's {len(body)} bytes"
@@ -73,7 +77,9 @@ class _Http(Exchange[Response]):
         parameters = dict(request.parameters)
         self._all_binary = _boolean(_BINARY_OUTPUT, parameters.pop(_BINARY_OUTPUT, False))
         for output in request.outputs:
-            self._binary[output.name] = _boolean("binary_data", _only(output.parameters, "binary_data", self._all_binary))
+            self._binary[output.name] = _boolean(
+                "binary_data", _only(output.parameters, "binary_data", self._all_binary)
+            )
         return Asked(
             model=self._model,
             version=self._version,
@@ -160,7 +166,9 @@ def _tensors(inputs: list[_Input], binary: memoryview) -> list[Tensor]:
 
 async def _read_body(request: Request, most: int) -> bytes:
     """The body; :class:`RequestError` as soon as it is known to be too large, or takes too long."""
-    too_large = RequestError(Reason.LARGE, f"the body is larger than {most:,} bytes: send fewer or smaller images at once")
+    too_large = RequestError(
+        Reason.LARGE, f"the body is larger than {most:,} bytes: send fewer or smaller images at once"
+    )
     declared = request.headers.get("content-length", "0")
     if int(declared) > most:  # h11 has seen to it that it is a number
         raise too_large
@@ -218,7 +226,9 @@ def http_app(service: Service) -> Starlette:
 
     async def infer(request: Request) -> Response:
         model = asked_model(request)
-        exchange = _Http(model.name, request.path_params.get("version", ""), request.headers.get(HEADER_LENGTH))
+        exchange = _Http(
+            model.name, request.path_params.get("version", ""), request.headers.get(HEADER_LENGTH)
+        )
         return await service.infer(exchange, partial(_read_body, request, service.max_body))
 
     async def prometheus(_: Request) -> Response:

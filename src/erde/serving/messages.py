@@ -81,17 +81,22 @@ def _add_field(message: Any, place: str, text: str) -> None:
 
 
 def _classes() -> dict[str, Any]:
-    file = descriptor_pb2.FileDescriptorProto(name="open_inference_grpc.proto", package=PACKAGE, syntax="proto3")
+    file = descriptor_pb2.FileDescriptorProto(
+        name="open_inference_grpc.proto", package=PACKAGE, syntax="proto3"
+    )
     parts: dict[str, Any] = {}
     for place, text in MESSAGES.items():
         parent, _, name = place.rpartition(".")
-        parts[place] = parts[parent].nested_type.add(name=name) if parent else file.message_type.add(name=name)
+        parts[place] = (
+            parts[parent].nested_type.add(name=name) if parent else file.message_type.add(name=name)
+        )
         for field in filter(None, (part.strip() for part in text.split(";"))):
             _add_field(parts[place], place, field)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return {
-        place: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{place}")) for place in MESSAGES
+        place: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{place}"))
+        for place in MESSAGES
     }
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from erde.bundle.sealing import seal_of
 from erde.common.errors import UserError, in_one_line, listed
 from erde.common.progress import say
@@ -107,7 +105,9 @@ class Model:
         try:
             loaded = Loaded.open(self.path, self._threads)
         except Exception as error:  # files may vanish while they are read
-            say(f"{self.name}: the changed bundle is not taken, {self.loaded.version} stays: {in_one_line(str(error))}")
+            say(
+                f"{self.name}: the changed bundle is not taken, {self.loaded.version} stays: {in_one_line(str(error))}"
+            )
             return False
         say(f"{self.name}: bundle {loaded.version} in place of {self.loaded.version}")
         self.loaded = loaded
@@ -122,7 +122,9 @@ class Model:
             "operating_points": [
                 {
                     "name": point.name,
-                    "certificate": None if point.certificate is None else point.certificate.sentence(manifest.precision),
+                    "certificate": None
+                    if point.certificate is None
+                    else point.certificate.sentence(manifest.precision),
                     "macs_saved": point.macs_saved,
                 }
                 for point in manifest.operating_points
@@ -162,6 +164,8 @@ def open_models(bundles: Sequence[str], threads: int | None) -> dict[str, Model]
                 f"'{name}' cannot name a model: give NAME={text} with letters, digits, '.', '_' and '-'"
             )
         if name in paths:
-            raise UserError(f"two models are called '{name}' ({paths[name]} and {path}): give one as NAME={path}")
+            raise UserError(
+                f"two models are called '{name}' ({paths[name]} and {path}): give one as NAME={path}"
+            )
         paths[name] = path
     return {name: Model(name, path, threads) for name, path in paths.items()}

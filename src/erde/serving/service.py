@@ -173,7 +173,9 @@ def as_request_error(error: Exception) -> RequestError:
         return error
     if isinstance(error, UserError):
         return bad(str(error))
-    return RequestError(Reason.FAILED, f"an error of the server: {type(error).__name__}: {in_one_line(str(error))}")
+    return RequestError(
+        Reason.FAILED, f"an error of the server: {type(error).__name__}: {in_one_line(str(error))}"
+    )
 
 
 def _limits(parameters: Mapping[str, Any]) -> dict[str, Any]:

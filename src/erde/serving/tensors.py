@@ -82,7 +82,9 @@ def _pixels(data: bytes | memoryview | list[Any], shape: tuple[int, ...]) -> NDA
     if values.size == 0 and count == 0:
         return np.zeros(shape, dtype=np.uint8)
     if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255:
-        raise bad(f"the data of '{INPUT}' are not whole numbers from 0 to 255, flat or as nested as its shape")
+        raise bad(
+            f"the data of '{INPUT}' are not whole numbers from 0 to 255, flat or as nested as its shape"
+        )
     if values.size != count:
         raise bad(f"'{INPUT}' has {values.size:,} numbers, its shape needs {count:,}")
     return values.astype(np.uint8).reshape(shape)
@@ -102,7 +104,8 @@ def _decoded(
 
 def _split(data: bytes | memoryview, count: int) -> list[bytes]:
     """The elements of a BYTES tensor: each has its length before it, in four bytes, little-endian."""
-    elements, start = [], 0
+    elements: list[bytes] = []
+    start = 0
     while start < len(data) and len(elements) <= count:
         length = struct.unpack_from("<I", data, start)[0] if start + 4 <= len(data) else len(data)
         start += 4

@@ -31,7 +31,9 @@ class Workers:
     def place(self) -> Iterator[None]:
         """A place in the queue, for as long as the request takes; :class:`RequestError` at once if there is none."""
         if self._inside >= self._parallel + self._max_queue:
-            raise RequestError(Reason.BUSY, f"the server is busy: {self.queue_length} requests wait; try again later")
+            raise RequestError(
+                Reason.BUSY, f"the server is busy: {self.queue_length} requests wait; try again later"
+            )
         self._inside += 1
         try:
             yield
