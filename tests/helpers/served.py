@@ -35,7 +35,8 @@ def slow(self, images, **settings):
         time.sleep({DELAY})
     return predict(self, images, **settings)
 Session.predict = slow
-from erde.serving import server
+from erde.serving import http_api, server
+http_api.BODY_SECONDS = 2.0
 server.POLL_SECONDS = 0.1
 from erde.cli.main import main
 sys.argv = ["erde", "serve", *sys.argv[1:]]
@@ -73,18 +74,26 @@ class Served:
         return f"127.0.0.1:{self.grpc_port}"
 
     def request(
-        self, method: str, path: str, body: bytes | dict[str, Any] | None = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Reply:
         connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=30)
         try:
             content = json.dumps(body) if isinstance(body, dict) else body
             connection.request(method, path, content, headers or {})
             response = connection.getresponse()
-            return Reply(response.status, {key.lower(): text for key, text in response.getheaders()}, response.read())
+            return Reply(
+                response.status, {key.lower(): text for key, text in response.getheaders()}, response.read()
+            )
         finally:
             connection.close()
 
-    def infer(self, body: bytes | dict[str, Any], headers: dict[str, str] | None = None, model: str = "a") -> Reply:
+    def infer(
+        self, body: bytes | dict[str, Any], headers: dict[str, str] | None = None, model: str = "a"
+    ) -> Reply:
         return self.request("POST", f"/v2/models/{model}/infer", body, headers)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
@@ -97,14 +106,27 @@ class Served:
 @contextmanager
 def serving(bundles: Sequence[Path | str], *options: str) -> Iterator[Served]:
     """A server on free ports, in its own process; it is killed at the end unless it was stopped."""
-    command = [sys.executable, "-c", _PROGRAM, *map(str, bundles), "--http-port", "0", "--grpc-port", "0", *options]
+    command = [
+        sys.executable,
+        "-c",
+        _PROGRAM,
+        *map(str, bundles),
+        "--http-port",
+        "0",
+        "--grpc-port",
+        "0",
+        *options,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], 60)
         line = process.stdout.readline() if ready else ""
         match = re.search(r"http://[\d.]+:(\d+), gRPC [\d.]+:(\d+)$", line.strip())
-        assert match is not None, (line, process.communicate(timeout=10) if process.poll() is not None else "")
+        assert match is not None, (
+            line,
+            process.communicate(timeout=10) if process.poll() is not None else "",
+        )
         yield Served(process, int(match[1]), int(match[2]))
     finally:
         if process.poll() is None:
@@ -127,7 +149,12 @@ def certified_bundle(folder: Path, seed: int = 0) -> Path:
             macs_saved=saved, exit_rates=[0.5, 0.2, 0.3],
         )  # fmt: skip
         return OperatingPoint(
-            name=name, kind="risk", target=max_risk, thresholds=[level, level], certificate=certificate, tune=tune
+            name=name,
+            kind="risk",
+            target=max_risk,
+            thresholds=[level, level],
+            certificate=certificate,
+            tune=tune,
         )
 
     points = [point("risk-1", 0.01, 0.8, 0.2), point("risk-5", 0.05, 0.5, 0.4), early, no_exit]
@@ -145,7 +172,12 @@ def some_images(count: int, seed: int = 1) -> NDArray[np.uint8]:
 
 def as_json(images: NDArray[np.uint8], **more: Any) -> dict[str, Any]:
     """A request with the images as numbers."""
-    tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.ravel().tolist()}
+    tensor = {
+        "name": "images",
+        "datatype": "UINT8",
+        "shape": list(images.shape),
+        "data": images.ravel().tolist(),
+    }
     return {"inputs": [tensor], **more}
 
 

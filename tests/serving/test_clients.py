@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,7 +86,8 @@ def said(client: Client, result: Any) -> dict[str, Any]:
     if client.module is triton_http:
         return dict(response["parameters"])
     return {
-        name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in response.parameters.items()
+        name: getattr(value, value.WhichOneof("parameter_choice"))
+        for name, value in response.parameters.items()
     }
 
 
@@ -98,7 +98,9 @@ def test_answers_are_those_of_the_session(client: Client, session_a: Session, co
     same(answers(result), expected(session_a.predict(images)))
     response = result.get_response()
     request_id, version = (
-        (response["id"], response["model_version"]) if client.module is triton_http else (response.id, response.model_version)
+        (response["id"], response["model_version"])
+        if client.module is triton_http
+        else (response.id, response.model_version)
     )
     assert request_id == "né 1"
     assert len(version) == 12
@@ -119,12 +121,22 @@ def test_no_image_is_a_batch_too(server: Served, session_a: Session) -> None:
         ({"max_exit": 0}, {"max_exit": 0}, "risk-1", False),
         ({"max_exit": 2}, {"max_exit": 2}, "risk-1", True),
         ({"max_macs": 250}, {"max_macs": 250}, "risk-1", False),
-        ({"operating_point": "no-exit", "max_macs": 250.5}, {"operating_point": "no-exit", "max_exit": 1}, "no-exit", False),
+        (
+            {"operating_point": "no-exit", "max_macs": 250.5},
+            {"operating_point": "no-exit", "max_exit": 1},
+            "no-exit",
+            False,
+        ),
         ({"deadline_ms": 1000}, {"deadline_ms": 1000}, "risk-1", True),
     ],
 )
 def test_parameters_are_the_arguments_of_predict(
-    client: Client, session_a: Session, parameters: dict[str, Any], settings: dict[str, Any], point: str, certified: bool
+    client: Client,
+    session_a: Session,
+    parameters: dict[str, Any],
+    settings: dict[str, Any],
+    point: str,
+    certified: bool,
 ) -> None:
     if client.module is triton_grpc and any(isinstance(value, float) for value in parameters.values()):
         pytest.skip("this client sends no floats")  # test_refusals.py does
@@ -243,21 +255,22 @@ def test_several_models(client: Client) -> None:
     assert result.as_numpy("exit").tolist() == [1, 1]
 
 
-def test_an_error_is_the_clients_exception(client: Client) -> None:
-    images = some_images(1)
-    for settings, message in (
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
         ({"model": "b"}, "no model 'b'"),
         ({"parameters": {"max_exit": 9}}, "this bundle has exits 0 to 2"),
         ({"parameters": {"operating_point": "risk-3"}}, "no operating point 'risk-3'"),
         ({"outputs": ["logits"]}, "no output 'logits'"),
         ({"model_version": "3"}, "has no version '3'"),
-    ):
-        action: Callable[[], Any] = lambda settings=settings: client.infer(images, **settings)  # type: ignore[misc]
-        with pytest.raises(utils.InferenceServerException, match=message) as raised:
-            action()
-        missing = "model" in settings or "model_version" in settings
-        wanted = ("404", "NOT_FOUND") if missing else ("400", "INVALID_ARGUMENT")
-        assert str(raised.value.status()).removeprefix("StatusCode.") in wanted
+    ],
+)
+def test_an_error_is_the_clients_exception(client: Client, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(utils.InferenceServerException, match=says) as raised:
+        client.infer(some_images(1), **settings)
+    missing = "model" in settings or "model_version" in settings
+    wanted = ("404", "NOT_FOUND") if missing else ("400", "INVALID_ARGUMENT")
+    assert str(raised.value.status()).removeprefix("StatusCode.") in wanted
 
 
 def test_the_messages_are_those_of_the_protocol() -> None:
@@ -287,7 +300,10 @@ def test_the_messages_are_those_of_the_protocol() -> None:
         own.pop("properties", None)
         assert own == fields(descriptor), place
         for name in own:
-            entry, other = ours.DESCRIPTOR.fields_by_name[name].message_type, descriptor.fields_by_name[name].message_type
+            entry, other = (
+                ours.DESCRIPTOR.fields_by_name[name].message_type,
+                descriptor.fields_by_name[name].message_type,
+            )
             if entry is not None and entry.GetOptions().map_entry:
                 assert other.GetOptions().map_entry
                 assert fields(entry) == fields(other)

@@ -8,11 +8,8 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,20 @@ import pytest
 from erde.bundle import read, seal_of
 from erde.runtime import Session
 from erde.serving.messages import CLASSES, SERVICE
-from tests.helpers.hand_made_bundle import convolution_bundle
-from tests.helpers.served import DELAY, SLOW, Reply, Served, as_json, certified_bundle, serving, some_images, until
+from erde.serving.models import Model
+from tests.helpers.command import run_command
+from tests.helpers.hand_made_bundle import convolution_bundle, pixel_bundle
+from tests.helpers.served import (
+    DELAY,
+    SLOW,
+    Reply,
+    Served,
+    as_json,
+    certified_bundle,
+    serving,
+    some_images,
+    until,
+)
 
 IMAGES = some_images(2)
 SLOW_IMAGES = IMAGES.copy()
@@ -58,7 +67,9 @@ def ask(server: Served, pixels: Any = IMAGES) -> Any:
         raw_input_contents=[pixels.tobytes()],
     )
     with grpc.insecure_channel(server.grpc) as channel:
-        call = channel.unary_unary(f"/{SERVICE}/ModelInfer", response_deserializer=CLASSES["ModelInferResponse"].FromString)
+        call = channel.unary_unary(
+            f"/{SERVICE}/ModelInfer", response_deserializer=CLASSES["ModelInferResponse"].FromString
+        )
         return call(request.SerializeToString(), timeout=30)
 
 
@@ -218,42 +229,44 @@ def test_a_broken_replacement_is_logged_and_the_old_bundle_goes_on(tmp_path: Pat
         until(lambda: server.infer(as_json(IMAGES)).json["model_version"] != version)
         _, _, err = server.stop()
     first, second = err.splitlines()
-    assert first.startswith(f"a: the changed bundle is not taken, {version} stays: bundle {folder}: stage_1.onnx does not match")
+    assert first.startswith(
+        f"a: the changed bundle is not taken, {version} stays: bundle {folder}: stage_1.onnx does not match"
+    )
     assert second.endswith(f"in place of {version}")
-
-
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "erde", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ((), "Missing argument"),
-        (("nowhere",), "no bundle at nowhere"),
-        (("{a}", "{a}"), "two models are called 'a'"),
-        (("{a}", "a={a}"), "two models are called 'a'"),
-        (("{a}", "--http-port", "{taken}"), "cannot be listened on"),
+        (("nowhere", "--http-port", "0", "--grpc-port", "0"), "no bundle at nowhere"),
+        (("{a}", "{a}", "--http-port", "0", "--grpc-port", "0"), "two models are called 'a'"),
+        (("{a}", "a={a}", "--http-port", "0", "--grpc-port", "0"), "two models are called 'a'"),
+        (("{a}", "--http-port", "{taken}", "--grpc-port", "0"), "cannot be listened on"),
         (("{a}", "--http-port", "0", "--grpc-port", "{taken}"), "cannot be listened on"),
         (("{a}", "--host", "nobody.invalid"), "cannot be listened on"),
         (("{a}", "--threads", "0"), "--threads"),
     ],
 )
-def test_a_server_that_cannot_start_says_so(bundle_a: Path, arguments: tuple[str, ...], says: str) -> None:
+def test_a_server_that_cannot_start_says_so(
+    bundle_a: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = serve(*(text.format(a=bundle_a, taken=port) for text in arguments))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert says in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stdout == ""
+        given = (text.format(a=bundle_a, taken=port) for text in arguments)
+        assert run_command(monkeypatch, "serve", *given) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert out == ""
 
 
 def test_a_failing_bundle_is_the_servers_fault_and_no_traceback(tmp_path: Path) -> None:
-    from tests.helpers.hand_made_bundle import pixel_bundle
-
     folder = pixel_bundle(tmp_path / "a")
     images = np.zeros((1, 3, 5, 1), dtype=np.uint8)
     bomb = images.copy()
@@ -269,10 +282,11 @@ def test_a_failing_bundle_is_the_servers_fault_and_no_traceback(tmp_path: Path) 
 
 
 def test_the_default_point_is_moved_in_one_place(tmp_path: Path) -> None:
-    from erde.serving.models import Model
-
     model = Model("a", certified_bundle(tmp_path / "a"), threads=1)
-    chosen: Callable[..., str] = lambda *given: model.point_for(model.loaded, *given).name
+
+    def chosen(name: str | None, max_risk: float | None) -> str:
+        return model.point_for(model.loaded, name, max_risk).name
+
     assert chosen(None, None) == "risk-1"
     model.default_point = "risk-5"
     assert chosen(None, None) == "risk-5"

@@ -56,8 +56,8 @@ class _Http(Exchange[Response]):
     """One request: its model from the URL, and which outputs it wants in binary."""
 
     def __init__(self, model: str, version: str, header_length: str | None) -> None:
-        super().__init__(self._read, self._write)
-        self._model, self._version, self._header_length = model, version, header_length
+        super().__init__(self._read, self._write, model, version)
+        self._header_length = header_length
         self._binary: dict[str, bool] = {}
         self._all_binary = False
 
@@ -81,8 +81,8 @@ class _Http(Exchange[Response]):
                 "binary_data", _only(output.parameters, "binary_data", self._all_binary)
             )
         return Asked(
-            model=self._model,
-            version=self._version,
+            model=self.name,
+            version=self.version,
             id=request.id,
             parameters=parameters,
             inputs=_tensors(request.inputs, memoryview(body)[length:]),
@@ -225,10 +225,8 @@ def http_app(service: Service) -> Starlette:
         return JSONResponse({"name": name, "ready": service.ready}, status_code=200 if service.ready else 503)
 
     async def infer(request: Request) -> Response:
-        model = asked_model(request)
-        exchange = _Http(
-            model.name, request.path_params.get("version", ""), request.headers.get(HEADER_LENGTH)
-        )
+        places = request.path_params
+        exchange = _Http(places["name"], places.get("version", ""), request.headers.get(HEADER_LENGTH))
         return await service.infer(exchange, partial(_read_body, request, service.max_body))
 
     async def prometheus(_: Request) -> Response:

@@ -55,6 +55,8 @@ def serve(
     Raises:
         UserError: a bundle that cannot be used, or a port that is taken, before anything is served.
     """
+    with _bound(settings.host, settings.grpc_port):
+        pass  # free: grpc itself would print a line of its own besides
     with _bound(settings.host, settings.http_port) as port:
         # Before the port is listened on: who can connect is answered.
         models = open_models(bundles, settings.threads)
@@ -94,6 +96,8 @@ async def _serve(
     await grpc.start()
     while not http.started and not running.done():
         await asyncio.sleep(0.005)
+    if running.done():
+        running.result()  # raises
     watching = asyncio.create_task(_watch(models))
     when_ready(list(models), port.getsockname()[1], grpc_port)
     await asyncio.wait([running, asyncio.ensure_future(stopped.wait())], return_when=asyncio.FIRST_COMPLETED)

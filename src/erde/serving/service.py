@@ -54,7 +54,9 @@ class Exchange(Generic[Encoded]):
 
     decode: Callable[[bytes], Asked]
     encode: Callable[[Asked, Answer], Encoded]
-    model: str = field(default="", init=False)  # once it is known to exist: a label of the metrics
+    name: str = ""  # of the model and its version, where the protocol says them ahead of the request
+    version: str = ""
+    model: str = field(default="", init=False)  # the same once it is known to exist: a label of the metrics
 
 
 class Service:
@@ -83,6 +85,8 @@ class Service:
         started = time.perf_counter()
         outcome = "cancelled"
         try:
+            if exchange.name:
+                exchange.model = self.model(exchange.name, exchange.version).name
             with self.workers.place():
                 content = await body()
                 encoded = await self.workers.run(lambda: self._work(exchange, content))
