@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from erde.runtime import Prediction, Session
+from erde.serving.metrics import Metrics
+from erde.serving.service import PARAMETERS
 from erde.serving.tensors import OUTPUTS
 from tests.helpers.served import Served, as_json, some_images
 
@@ -307,3 +313,27 @@ def test_the_messages_are_those_of_the_protocol() -> None:
             if entry is not None and entry.GetOptions().map_entry:
                 assert other.GetOptions().map_entry
                 assert fields(entry) == fields(other)
+
+
+def test_the_example_of_the_document_runs(server: Served, session_a: Session, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    image = some_images(1)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.png").write_bytes(encoded(image)[0])
+    # Its server has the usual port, and a model called like its folder.
+    script = script.replace("localhost:8000", server.http).replace('"bundle"', '"a"')
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    prediction = session_a.predict(image, max_exit=1)
+    assert f"labels [{prediction.labels[0]}] exits [{prediction.exits[0]}]" in done.stdout
+    assert "'certified': False" in done.stdout
+
+
+def test_the_document_names_what_there_is() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    metrics = set(re.findall(r"^# TYPE (\w+)", Metrics().text(0, {}), re.M))
+    assert named == {"UINT8", "BYTES", *OUTPUTS, *PARAMETERS, *metrics}
