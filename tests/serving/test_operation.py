@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -118,7 +119,9 @@ def test_clients_that_go_away_leave_their_place(bundle_a: Path) -> None:
                 with pytest.raises(grpc.RpcError):
                     call(request, timeout=0.05)
         until(lambda: server.infer(as_json(IMAGES)).status == 200)
-        assert metrics(server)["erde_queue_length"] == 0
+        samples = metrics(server)
+        assert samples["erde_queue_length"] == 0
+        assert sum(value for name, value in samples.items() if 'outcome="cancelled"' in name) >= 1
 
 
 def test_metrics_count_what_happened(bundle_a: Path, session_a: Session) -> None:
@@ -244,6 +247,7 @@ def test_a_broken_replacement_is_logged_and_the_old_bundle_goes_on(tmp_path: Pat
         (("{a}", "a={a}", "--http-port", "0", "--grpc-port", "0"), "two models are called 'a'"),
         (("{a}", "--http-port", "{taken}", "--grpc-port", "0"), "cannot be listened on"),
         (("{a}", "--http-port", "0", "--grpc-port", "{taken}"), "cannot be listened on"),
+        (("{a}", "--http-port", "8001"), "both to have port 8001"),
         (("{a}", "--host", "nobody.invalid"), "cannot be listened on"),
         (("{a}", "--threads", "0"), "--threads"),
     ],
@@ -264,6 +268,15 @@ def test_a_server_that_cannot_start_says_so(
     assert says in err
     assert len(err.splitlines()) == 1
     assert out == ""
+
+
+def test_without_its_extra_the_command_names_it(
+    bundle_a: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "erde.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run_command(monkeypatch, "serve", str(bundle_a)) == 2
+    assert "pip install 'erde[serve]'" in capsys.readouterr().err
 
 
 def test_a_failing_bundle_is_the_servers_fault_and_no_traceback(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def serve(
     from erde.serving.server import serve as serve_bundles
 
     def when_ready(models: list[str], http: int, grpc: int) -> None:
-        print(f"serving {', '.join(models)}: http://{host}:{http}, gRPC {host}:{grpc}", flush=True)
+        place = f"[{host}]" if ":" in host else host
+        print(f"serving {', '.join(models)}: http://{place}:{http}, gRPC {place}:{grpc}", flush=True)
 
     settings = Settings(host, http_port, grpc_port, threads, parallel, max_batch, max_queue, max_body * 2**20)
     outcomes = serve_bundles(bundles, settings, when_ready)

@@ -55,6 +55,8 @@ def serve(
     Raises:
         UserError: a bundle that cannot be used, or a port that is taken, before anything is served.
     """
+    if settings.http_port == settings.grpc_port != 0:
+        raise UserError(f"HTTP and gRPC are both to have port {settings.http_port}: give each its own")
     with _bound(settings.host, settings.grpc_port):
         pass  # free: grpc itself would print a line of its own besides
     with _bound(settings.host, settings.http_port) as port:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -92,9 +91,7 @@ class Service:
                 encoded = await self.workers.run(lambda: self._work(exchange, content))
             outcome = "answered"
             return encoded
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
+        except Exception as error:  # not where it was cancelled
             refusal = as_request_error(error)
             outcome = refusal.reason.outcome
             if refusal.reason is Reason.FAILED:
