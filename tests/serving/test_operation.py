@@ -153,20 +153,27 @@ def test_metrics_count_what_happened(bundle_a: Path, session_a: Session) -> None
     assert samples['erde_request_seconds_sum{model="a"}'] > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_waits_for_requests_under_way(bundle_a: Path, session_a: Session, number: int) -> None:
+@pytest.mark.parametrize(("number", "over"), [(signal.SIGTERM, "http"), (signal.SIGINT, "grpc")])
+def test_a_stop_waits_for_requests_under_way(
+    bundle_a: Path, session_a: Session, number: int, over: str
+) -> None:
     labels = session_a.predict(SLOW_IMAGES).labels.tolist()
+
+    def answer(server: Served) -> Any:
+        if over == "http":
+            return server.infer(as_json(SLOW_IMAGES)).json["outputs"][0]["data"]
+        content = ask(server, SLOW_IMAGES).raw_output_contents[0]
+        return np.frombuffer(content, dtype=np.int64).tolist()
+
     with (
         serving([bundle_a], "--parallel", "1", "--json") as server,
         ThreadPoolExecutor(4) as clients,
     ):
         # One is answered, two wait.
-        inside = [clients.submit(server.infer, as_json(SLOW_IMAGES)) for _ in range(2)]
-        inside_grpc = clients.submit(ask, server, SLOW_IMAGES)
+        inside = [clients.submit(answer, server) for _ in range(3)]
         until(lambda: metrics(server)["erde_queue_length"] == 2)
         code, out, err = server.stop(number)
-        assert [future.result().json["outputs"][0]["data"] for future in inside] == [labels] * 2
-        assert np.frombuffer(inside_grpc.result().raw_output_contents[0], dtype=np.int64).tolist() == labels
+        assert [future.result() for future in inside] == [labels] * 3
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "stopped after 3 requests (3 answered)",
@@ -255,7 +262,7 @@ def test_a_broken_replacement_is_logged_and_the_old_bundle_goes_on(tmp_path: Pat
 def test_a_server_that_cannot_start_says_so(
     bundle_a: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],
     says: str,
 ) -> None:
@@ -263,7 +270,7 @@ def test_a_server_that_cannot_start_says_so(
         port = str(taken.getsockname()[1])
         given = (text.format(a=bundle_a, taken=port) for text in arguments)
         assert run_command(monkeypatch, "serve", *given) == 2
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert err.startswith("error: ")
     assert says in err
     assert len(err.splitlines()) == 1
