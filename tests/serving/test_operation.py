@@ -207,10 +207,12 @@ def test_a_changed_bundle_is_exchanged_without_a_lost_request(tmp_path: Path) ->
 
         with ThreadPoolExecutor(2) as clients:
             askers: list[Future[None]] = [clients.submit(keep_asking) for _ in range(2)]
-            until(lambda: len(replies) > 10)
-            _replace(folder, new)
-            until(lambda: replies[-1].json["model_version"] == new_version)
-            stopped.set()
+            try:
+                until(lambda: len(replies) > 10)
+                _replace(folder, new)
+                until(lambda: replies[-1].json["model_version"] == new_version)
+            finally:
+                stopped.set()
             for asker in askers:
                 asker.result()
         assert {reply.status for reply in replies} == {200}
