@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from erde.cli import about, bundles
+from erde.cli import about, bundles, serving
 from erde.cli.options import Json, finish
 from erde.common.errors import UserError, nearest, printable
 
@@ -105,6 +105,10 @@ def main() -> None:
             "plotly": "analysis",
             "jinja2": "analysis",
             "matplotlib": "analysis",
+            "starlette": "serve",
+            "uvicorn": "serve",
+            "grpc": "serve",
+            "google": "serve",
         }.get(str(error.name).split(".")[0], "train")
         if str(error.name).split(".")[0] == "erde":
             raise
@@ -659,6 +663,7 @@ app.command(epilog="Example: erde cascade front/bundle model.onnx --data photos/
     bundles.cascade
 )
 app.command(epilog="Example: erde bench runs/a/bundle --out bench.json")(bundles.bench)
+app.command(epilog="Example: erde serve runs/a/bundle digits=other/bundle --http-port 8000")(serving.serve)
 app.add_typer(bundles.bundle_app, name="bundle")
 
 

@@ -217,12 +217,35 @@ class Session:
                 deadline without a profile.
         """
         images = self._check_images(images)
-        last = self._last_exit(max_exit, max_macs)
-        if deadline_ms is not None:
-            last = min(last, self._last_exit_within(deadline_ms, len(images)))
-        chosen = self._thresholds(operating_point, thresholds)
+        chosen, last = self.plan(
+            len(images),
+            operating_point=operating_point,
+            thresholds=thresholds,
+            max_exit=max_exit,
+            max_macs=max_macs,
+            deadline_ms=deadline_ms,
+        )
         name = self.manifest.point(operating_point).name if thresholds is None else None
         return self._answer(images, chosen, last, name is None or last < len(self._stages) - 1, name)
+
+    def plan(
+        self,
+        count: int,
+        *,
+        operating_point: str | None = None,
+        thresholds: policy.Thresholds | None = None,
+        max_exit: int | None = None,
+        max_macs: float | None = None,
+        deadline_ms: float | None = None,
+    ) -> tuple[policy.Thresholds, int]:
+        """What :meth:`predict` would do with ``count`` images: the thresholds, and the last exit that may run.
+
+        It raises what ``predict`` raises of its settings, before there is an image.
+        """
+        last = self._last_exit(max_exit, max_macs)
+        if deadline_ms is not None:
+            last = min(last, self._last_exit_within(deadline_ms, count))
+        return self._thresholds(operating_point, thresholds), last
 
     def monitor(self, *, false_alarm: float = 0.01) -> Monitor:
         """A drift watch for this session's answers; ``false_alarm`` bounds its whole life."""
@@ -248,10 +271,14 @@ class Session:
         """
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, expected 1 or more")
-        self._last_exit(max_exit, max_macs)
-        self._thresholds(operating_point, thresholds)
-        if deadline_ms is not None:
-            self._last_exit_within(deadline_ms, batch_size)
+        self.plan(
+            batch_size,
+            operating_point=operating_point,
+            thresholds=thresholds,
+            max_exit=max_exit,
+            max_macs=max_macs,
+            deadline_ms=deadline_ms,
+        )
         return (
             self.predict(
                 batch,

@@ -1,0 +1,54 @@
+"""``erde serve``. Everything but typer is imported inside, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from erde.cli.options import Json, finish
+
+
+def serve(
+    bundles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="BUNDLE...", help="Bundles; NAME=PATH gives a model another name than the folder's."
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 for all of this machine.")
+    ] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="Of HTTP; 0 for a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Of gRPC; 0 for a free one.")] = 8001,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads for a request.")] = 1,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1024, help="Requests answered at once; CPUs divided by --threads without it."
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images in a request; more are refused.")] = 32,
+    max_queue: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait; more are told to come back.")
+    ] = 64,
+    max_body: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request, in MiB.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Answer requests by the Open Inference Protocol v2, over HTTP and gRPC, until stopped; no torch.
+
+    SIGTERM and Ctrl-C end it gracefully: requests under way are answered.
+    """
+    from erde.serving.server import Settings
+    from erde.serving.server import serve as serve_bundles
+
+    def when_ready(models: list[str], http: int, grpc: int) -> None:
+        place = f"[{host}]" if ":" in host else host
+        print(f"serving {', '.join(models)}: http://{place}:{http}, gRPC {place}:{grpc}", flush=True)
+
+    settings = Settings(host, http_port, grpc_port, threads, parallel, max_batch, max_queue, max_body * 2**20)
+    outcomes = serve_bundles(bundles, settings, when_ready)
+    total = sum(outcomes.values())
+    parts = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items()))
+    print(f"stopped after {total:,} requests{f' ({parts})' if parts else ''}")
+    finish(as_json, {"models": len(bundles), "requests": outcomes})

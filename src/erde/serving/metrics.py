@@ -1,0 +1,93 @@
+"""Counts and times in the text format of Prometheus (version 0.0.4)."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from erde.runtime.prediction import Prediction
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Upper bounds in seconds.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+Labels = tuple[str, ...]
+
+
+class Metrics:
+    """What happened since the start; several threads may share one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.requests: Counter[Labels] = Counter()  # model, outcome
+        self._exits: Counter[Labels] = Counter()  # model, exit
+        self._points: Counter[Labels] = Counter()  # model, operating point
+        self._buckets: dict[str, list[int]] = defaultdict(lambda: [0] * (len(BUCKETS) + 1))
+        self._seconds: Counter[str] = Counter()
+
+    def request(self, model: str, outcome: str, seconds: float) -> None:
+        """One request has ended; times are kept of those that were answered."""
+        with self._lock:
+            self.requests[model, outcome] += 1
+            if outcome == "answered":
+                self._buckets[model][bisect.bisect_left(BUCKETS, seconds)] += 1
+                self._seconds[model] += seconds  # type: ignore[assignment]
+
+    def images(self, model: str, prediction: Prediction) -> None:
+        """Images were answered: where they left, at which operating point."""
+        with self._lock:
+            for exit, count in enumerate(np.bincount(prediction.exits).tolist()):
+                self._exits[model, str(exit)] += count
+            self._points[model, str(prediction.operating_point)] += len(prediction.exits)
+
+    def text(self, queue_length: int, defaults: Mapping[str, str]) -> str:
+        """All of it; ``defaults`` is each model's operating point for requests that name none."""
+        with self._lock:
+            lines = [
+                *_family("erde_requests_total", "counter", "Requests, by model and outcome.",
+                         ("model", "outcome"), self.requests.items()),
+                *_family("erde_exits_total", "counter", "Images, by the exit that answered.",
+                         ("model", "exit"), self._exits.items()),
+                *_family("erde_operating_points_total", "counter", "Images, by operating point.",
+                         ("model", "operating_point"), self._points.items()),
+                *_family("erde_queue_length", "gauge", "Requests that wait for a thread.", (), [((), queue_length)]),
+                *_family("erde_default_operating_point", "gauge", "The point of requests that name none.",
+                         ("model", "operating_point"), [(item, 1) for item in defaults.items()]),
+                *self._histogram(),
+            ]  # fmt: skip
+        return "\n".join(lines) + "\n"
+
+    def _histogram(self) -> list[str]:
+        name = "erde_request_seconds"
+        lines = _head(name, "histogram", "Time of answered requests, from their first byte on.")
+        for model, buckets in self._buckets.items():
+            total = 0
+            for bound, count in zip((*map(str, BUCKETS), "+Inf"), buckets, strict=True):
+                total += count
+                lines.append(f"{name}_bucket{_labels(('model', 'le'), (model, bound))} {total}")
+            lines.append(f"{name}_sum{_labels(('model',), (model,))} {self._seconds[model]:.6f}")
+            lines.append(f"{name}_count{_labels(('model',), (model,))} {total}")
+        return lines
+
+
+def _head(name: str, kind: str, meaning: str) -> list[str]:
+    return [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+
+
+def _family(
+    name: str, kind: str, meaning: str, labels: Labels, values: Iterable[tuple[Labels, int]]
+) -> list[str]:
+    return [
+        *_head(name, kind, meaning),
+        *(f"{name}{_labels(labels, given)} {value}" for given, value in values),
+    ]
+
+
+def _labels(names: Labels, values: Labels) -> str:
+    # Operating points may be called anything.
+    escaped = [value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for value in values]
+    inside = ",".join(f'{name}="{value}"' for name, value in zip(names, escaped, strict=True))
+    return f"{{{inside}}}" if inside else ""

@@ -1,0 +1,156 @@
+"""The server: ports, both protocols on one event loop, a look at the bundles now and then, and a graceful stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from erde.common.environment import available_cpus
+from erde.common.errors import UserError
+from erde.serving.grpc_api import SPARE_CALLS, grpc_server
+from erde.serving.http_api import http_app
+from erde.serving.models import Model, open_models
+from erde.serving.service import Service
+from erde.serving.workers import Workers
+
+POLL_SECONDS = 2.0
+# For requests under way when the server is stopped.
+GRACE_SECONDS = 30
+# Longer than load balancers keep an idle connection, so that they close it and not the server.
+KEEP_ALIVE_SECONDS = 75
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve. Port 0 is a free one; ``threads`` are ONNX Runtime's for a request, ``parallel`` requests are answered
+    at once (None: as many as there are CPUs for), ``max_body`` is in bytes."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    threads: int = 1
+    parallel: int | None = None
+    max_batch: int = 32
+    max_queue: int = 64
+    max_body: int = 32 * 2**20
+
+
+def serve(
+    bundles: Sequence[str], settings: Settings, when_ready: Callable[[list[str], int, int], None]
+) -> dict[str, int]:
+    """Serve until SIGTERM or SIGINT; the number of requests by outcome.
+
+    Args:
+        bundles: ``PATH`` or ``NAME=PATH`` each.
+        settings: how.
+        when_ready: called with the models' names and the ports of HTTP and gRPC, once requests are answered.
+
+    Raises:
+        UserError: a bundle that cannot be used, or a port that is taken, before anything is served.
+    """
+    if settings.http_port == settings.grpc_port != 0:
+        raise UserError(f"HTTP and gRPC are both to have port {settings.http_port}: give each its own")
+    with _bound(settings.host, settings.grpc_port):
+        pass  # free: grpc itself would print a line of its own besides
+    with _bound(settings.host, settings.http_port) as port:
+        # Before the port is listened on: who can connect is answered.
+        models = open_models(bundles, settings.threads)
+        return asyncio.run(_serve(models, settings, port, when_ready))
+
+
+async def _serve(
+    models: dict[str, Model],
+    settings: Settings,
+    port: socket.socket,
+    when_ready: Callable[[list[str], int, int], None],
+) -> dict[str, int]:
+    parallel = settings.parallel or max(1, available_cpus() // settings.threads)
+    workers = Workers(parallel, settings.max_queue)
+    service = Service(models, workers, settings.max_batch, settings.max_body)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    grpc = grpc_server(service, parallel + settings.max_queue + SPARE_CALLS)
+    grpc_port = _add_port(grpc, settings.host, settings.grpc_port)
+    http = _Http(
+        uvicorn.Config(
+            http_app(service),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+    running = asyncio.create_task(http.serve(sockets=[port]))
+    await grpc.start()
+    while not http.started and not running.done():
+        await asyncio.sleep(0.005)
+    if running.done():
+        running.result()  # raises
+    watching = asyncio.create_task(_watch(models))
+    when_ready(list(models), port.getsockname()[1], grpc_port)
+    await asyncio.wait([running, asyncio.ensure_future(stopped.wait())], return_when=asyncio.FIRST_COMPLETED)
+    service.ready = False
+    watching.cancel()
+    http.should_exit = True
+    # Both at once: each stops taking requests and waits for those under way.
+    await asyncio.gather(running, grpc.stop(GRACE_SECONDS))
+    workers.close()
+    outcomes: dict[str, int] = {}
+    for (_, outcome), count in service.metrics.requests.items():
+        outcomes[outcome] = outcomes.get(outcome, 0) + count
+    return outcomes
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without handlers for signals: it would raise them again when it has stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the caller."""
+        yield
+
+
+async def _watch(models: dict[str, Model]) -> None:
+    while True:
+        await asyncio.sleep(POLL_SECONDS)
+        for model in models.values():
+            await asyncio.to_thread(model.refresh)
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket with this address, which does not listen yet."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    with bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise _taken(host, port, error) from error
+        yield bound
+
+
+def _add_port(server: Any, host: str, port: int) -> int:
+    try:
+        return int(server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
+    except RuntimeError as error:
+        raise _taken(host, port, error) from error
+
+
+def _taken(host: str, port: int, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return UserError(f"{host}:{port} cannot be listened on ({reason}): choose another host or port")
