@@ -1,0 +1,134 @@
+"""Load control: accuracy gives way before latency does, along the certified operating points, and never below a floor.
+
+:class:`Controller` knows no clock, no bundle and no network: it is told what happens and when, so that a simulation can
+drive it as the server does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from erde.bundle.manifest import Manifest
+from erde.common.errors import UserError, listed
+
+# Seconds of arrivals and latencies that are looked at.
+WINDOW = 1.0
+# The share of the threads' time that may be taken: above it queues grow long now and then.
+MOST_BUSY = 0.7
+# The share of the objective that a request may be expected to take: what is expected is a mean, and times vary.
+EXPECTED = 0.6
+# Seconds that a dearer point must have fitted before it is taken again.
+HOLD = 3.0
+# Of a new time in the running mean, once there are some.
+_MEMORY = 0.01
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An operating point of the ladder, and its mean cost in any unit that is proportional to time."""
+
+    name: str
+    cost: float
+
+
+def ladder(manifest: Manifest, floor: str) -> list[Rung]:
+    """The default operating point, and cheaper certified ones down to ``floor``, the dearest first.
+
+    Raises:
+        UserError: no such point, or one that is dearer than the default or not certified.
+    """
+    start, last = manifest.point(None), manifest.point(floor)
+    saved = {point.name: point.macs_saved or 0.0 for point in manifest.operating_points}
+    certified = [
+        point.name
+        for point in manifest.operating_points
+        if point.certificate is not None and saved[point.name] > saved[start.name]
+    ]
+    if last.name != start.name and last.name not in certified:
+        raise UserError(
+            f"the floor is '{floor}', expected the default '{start.name}' or a certified point that saves more: "
+            f"{listed(certified) or 'there is none'}"
+        )
+    names = [start.name, *(name for name in certified if saved[name] <= saved[last.name])]
+    return [Rung(name, 1.0 - saved[name]) for name in sorted(names, key=lambda name: saved[name])]
+
+
+class Controller:
+    """Chooses the rung for requests that name no operating point, and which requests are refused.
+
+    The rung is the cheapest that was needed in the last ``HOLD`` seconds: a cheaper one is taken at once, a dearer one
+    only when nothing has spoken against it for so long, so that a load that swings does not make the point swing. A rung
+    is needed where dearer ones would keep the threads too busy or let requests wait too long, and one rung more where the
+    slowest hundredth takes longer than the objective.
+
+    Args:
+        rungs: the dearest first; the last is the floor.
+        objective: seconds within which requests are to be answered, waiting included.
+        parallel: requests that are answered at once.
+    """
+
+    def __init__(self, rungs: Sequence[Rung], objective: float, parallel: int) -> None:
+        self.rungs, self.objective, self.parallel = list(rungs), objective, parallel
+        self._needed: deque[tuple[float, int]] = deque()
+        self._arrivals: deque[float] = deque()
+        self._latencies: deque[tuple[float, float]] = deque()
+        self._computing: dict[int, tuple[int, float]] = {}  # by rung: how many, and the mean of their seconds
+        self._stepped = -WINDOW
+
+    @property
+    def current(self) -> int:
+        """The rung in use; 0 is the dearest."""
+        return max((rung for _, rung in self._needed), default=0)
+
+    def seconds(self, rung: int) -> float | None:
+        """The mean time to compute a request at a rung: as seen, or in proportion to the cost of the nearest seen."""
+        if not self._computing:
+            return None
+        known = min(self._computing, key=lambda seen: abs(seen - rung))
+        return self._computing[known][1] * self.rungs[rung].cost / self.rungs[known].cost
+
+    def admits(self, now: float, waiting: int) -> bool:
+        """Whether a request that comes ``now``, while so many wait, can be answered in time; it is counted as come."""
+        self._arrivals.append(now)
+        if not self._in_time(waiting, self.current):
+            self._needed.append((now, self._cheapest_needed(waiting)))
+        return self._in_time(waiting, len(self.rungs) - 1)
+
+    def answered(self, now: float, rung: int, latency: float, computing: float) -> None:
+        """A request was answered at ``rung``: ``latency`` seconds after it came, of which ``computing`` in a thread."""
+        self._latencies.append((now, latency))
+        count, mean = self._computing.get(rung, (0, 0.0))
+        self._computing[rung] = count + 1, mean + max(_MEMORY, 1 / (count + 1)) * (computing - mean)
+
+    def look(self, now: float, waiting: int) -> None:
+        """Choose the rung anew; to be called a few times a second."""
+        while self._arrivals and self._arrivals[0] < now - WINDOW:
+            self._arrivals.popleft()
+        while self._latencies and self._latencies[0][0] < now - WINDOW:
+            self._latencies.popleft()
+        needed = self._cheapest_needed(waiting)
+        # Latencies lag behind what caused them: a step, and then time to see what it does.
+        if now - self._stepped >= WINDOW and self._too_slow():
+            needed, self._stepped = max(needed, min(self.current + 1, len(self.rungs) - 1)), now
+        self._needed.append((now, needed))
+        while self._needed[0][0] < now - HOLD:
+            self._needed.popleft()
+
+    def _cheapest_needed(self, waiting: int) -> int:
+        """The dearest rung that keeps the threads free enough and the queue short; else the floor."""
+        for rung in range(len(self.rungs)):
+            seconds = self.seconds(rung) or 0.0
+            busy = len(self._arrivals) / WINDOW * seconds / self.parallel
+            if busy <= MOST_BUSY and self._in_time(waiting, rung):
+                return rung
+        return len(self.rungs) - 1
+
+    def _in_time(self, waiting: int, rung: int) -> bool:
+        seconds = self.seconds(rung) or 0.0
+        return (waiting / self.parallel + 1) * seconds <= EXPECTED * self.objective
+
+    def _too_slow(self) -> bool:
+        latencies = sorted(latency for _, latency in self._latencies)
+        return bool(latencies) and latencies[int(0.99 * len(latencies))] > self.objective

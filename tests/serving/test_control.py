@@ -1,0 +1,177 @@
+"""Load control without a clock: arrivals and stage times are played to the controller, as the server would."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from erde.bundle.sealing import read
+from erde.serving.control import HOLD, Controller, Rung, ladder
+from tests.helpers.checks import user_error
+
+# Seconds until an image has left at each of three exits, and the share of images that leave there on each rung.
+EXITS = np.array([0.0010, 0.0022, 0.0040])
+SHARES = np.array([[0.2, 0.2, 0.6], [0.5, 0.2, 0.3], [0.8, 0.15, 0.05]])
+CUMULATIVE = np.cumsum(SHARES, axis=1)[:, :-1]
+MEANS = SHARES @ EXITS
+RUNGS = [Rung(f"risk-{index}", float(mean)) for index, mean in enumerate(MEANS)]
+OBJECTIVE = 0.030
+
+
+@dataclass
+class Outcome:
+    """What a simulation ended with; ``latencies`` are (time of arrival, seconds) of what was answered."""
+
+    latencies: list[tuple[float, float]] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    rungs: Counter[int] = field(default_factory=Counter)
+    moves: list[tuple[float, int]] = field(default_factory=list)
+
+    def windows_within(self, objective: float) -> float:
+        """The share of one-second windows whose p99 is within the objective."""
+        windows: dict[int, list[float]] = {}
+        for arrival, latency in self.latencies:
+            windows.setdefault(int(arrival), []).append(latency)
+        return float(np.mean([np.quantile(group, 0.99) <= objective for group in windows.values()]))
+
+
+def simulate(
+    arrivals: Sequence[float], controller: Controller | None, rung: int = 0, seed: int = 0
+) -> Outcome:
+    """A queue before one thread; without a controller every request is answered, at ``rung``."""
+    generator, outcome = np.random.default_rng(seed), Outcome()
+    waiting: deque[float] = deque()
+    events: list[tuple[float, int, float, int, float]] = []  # end, rank, arrival, rung, computing
+    free, rank = True, 0
+
+    def begin(now: float) -> None:
+        nonlocal free, rank
+        free = False
+        at = rung if controller is None else controller.current
+        computing = float(EXITS[np.searchsorted(CUMULATIVE[at], generator.random(), side="right")])
+        rank += 1
+        heapq.heappush(events, (now + computing, rank, waiting.popleft(), at, computing))
+
+    def finish_until(now: float) -> None:
+        nonlocal free
+        while events and events[0][0] <= now:
+            end, _, arrival, at, computing = heapq.heappop(events)
+            free = True
+            outcome.latencies.append((arrival, end - arrival))
+            outcome.rungs[at] += 1
+            if controller is not None:
+                controller.answered(end, at, end - arrival, computing)
+            if waiting:
+                begin(end)
+
+    looked = 0.0
+    for arrival in arrivals:
+        finish_until(arrival)
+        while controller is not None and looked + 0.1 <= arrival:
+            looked += 0.1
+            controller.look(looked, len(waiting))
+        before = None if controller is None else controller.current
+        if controller is not None and not controller.admits(arrival, len(waiting)):
+            outcome.refused.append(arrival)
+        else:
+            waiting.append(arrival)
+            if free:
+                begin(arrival)
+        if controller is not None and controller.current != before:
+            outcome.moves.append((arrival, controller.current))
+    finish_until(np.inf)
+    return outcome
+
+
+def poisson(rate: Callable[[float], float], seconds: float, seed: int = 0) -> list[float]:
+    """Arrivals at a rate per second that changes with time, by thinning."""
+    generator = np.random.default_rng(seed)
+    most = max(rate(time) for time in np.arange(0, seconds, 0.5))
+    times = np.cumsum(generator.exponential(1 / most, int(most * seconds * 1.2)))
+    times = times[times < seconds]
+    return [float(time) for time in times if generator.random() < rate(time) / most]
+
+
+def new_controller() -> Controller:
+    return Controller(RUNGS, OBJECTIVE, parallel=1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_only_the_floor_can_carry_is_answered_in_time(seed: int) -> None:
+    # 0.8 of the floor's capacity is 1.9 times that of the dearest point.
+    rate = 0.8 / MEANS[-1]
+    arrivals = poisson(lambda _: rate, 40, seed)
+    controlled = simulate(arrivals, new_controller(), seed=seed)
+    alone = simulate(arrivals, None, seed=seed)
+    assert controlled.windows_within(OBJECTIVE) >= 0.99
+    assert len(controlled.refused) <= 0.005 * len(arrivals)
+    assert controlled.rungs[2] > 0.9 * len(arrivals)
+    # Without control the queue grows without end.
+    assert alone.windows_within(OBJECTIVE) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_bursts(seed: int) -> None:
+    # Two seconds of 0.8 of the floor's capacity in ten, between quiet.
+    arrivals = poisson(lambda time: (0.8 if time % 10 < 2 else 0.2) / MEANS[-1], 40, seed)
+    controlled = simulate(arrivals, new_controller(), seed=seed)
+    assert controlled.windows_within(OBJECTIVE) >= 0.95
+    assert len(controlled.refused) <= 0.005 * len(arrivals)
+    # Between bursts the dearest point answers again.
+    assert controlled.rungs[0] > 0.2 * len(arrivals)
+    # No swinging: down in one step or two with a burst, and back up.
+    assert len(controlled.moves) <= 6 * 5
+
+
+def test_above_the_floors_capacity_the_rest_is_refused_and_what_is_taken_is_in_time() -> None:
+    arrivals = poisson(lambda _: 2 / MEANS[-1], 30)
+    controlled = simulate(arrivals, new_controller())
+    assert controlled.windows_within(OBJECTIVE) >= 0.95
+    # Half is too much; the thread is never idle.
+    assert 0.4 < len(controlled.refused) / len(arrivals) < 0.6
+    assert np.quantile([latency for _, latency in controlled.latencies], 0.99) <= 1.1 * OBJECTIVE
+
+
+def test_a_light_load_stays_at_the_default_and_a_rise_ends() -> None:
+    arrivals = poisson(lambda _: 0.5 / MEANS[0], 30)
+    outcome = simulate(arrivals, new_controller())
+    assert not outcome.refused
+    assert outcome.rungs[0] > 0.8 * len(arrivals)
+    # After a heavy load has ended the dearest point is back, a rung at a time.
+    controller = new_controller()
+    outcome = simulate(poisson(lambda time: (0.8 if time < 10 else 0.1) / MEANS[-1], 30), controller)
+    assert controller.current == 0
+    up = [move for move in outcome.moves if move[0] > 10]
+    assert all(time > 10 + HOLD for time, _ in up)
+
+
+def test_a_request_is_not_known_to_be_slow_before_any_was_answered() -> None:
+    controller = new_controller()
+    assert controller.seconds(0) is None
+    assert all(controller.admits(0.001 * number, 0) for number in range(50))
+    assert controller.current == 0
+    # The times of other rungs follow from the cost.
+    controller.answered(0.1, 0, 0.004, 0.004)
+    assert controller.seconds(2) == pytest.approx(0.004 * MEANS[2] / MEANS[0])
+
+
+def test_the_ladder_of_a_bundle(tiny_bundle) -> None:  # type: ignore[no-untyped-def]
+    manifest = read(tiny_bundle)
+    assert [rung.name for rung in ladder(manifest, "risk-5")] == ["risk-5"]
+    rungs = ladder(manifest, "risk-10")
+    assert [rung.name for rung in rungs] == ["risk-5", "risk-10"]
+    assert [rung.cost for rung in rungs] == [
+        1 - (manifest.point(name).macs_saved or 0) for name in ("risk-5", "risk-10")
+    ]
+    for floor in ("no-exit", "budget-0.8"):
+        with user_error(
+            f"the floor is '{floor}', expected the default 'risk-5' or a certified point that saves more: "
+        ):
+            ladder(manifest, floor)
+    with user_error("no operating point 'risk-7'"):
+        ladder(manifest, "risk-7")
