@@ -5,14 +5,19 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from erde.bundle.sealing import read
 from erde.serving.control import HOLD, Controller, Rung, ladder
+from erde.serving.server import Settings, serve
 from tests.helpers.checks import user_error
+from tests.helpers.served import SLOW, Served, as_json, serving, some_images, until
 
 # Seconds until an image has left at each of three exits, and the share of images that leave there on each rung.
 EXITS = np.array([0.0010, 0.0022, 0.0040])
@@ -160,7 +165,53 @@ def test_a_request_is_not_known_to_be_slow_before_any_was_answered() -> None:
     assert controller.seconds(2) == pytest.approx(0.004 * MEANS[2] / MEANS[0])
 
 
-def test_the_ladder_of_a_bundle(tiny_bundle) -> None:  # type: ignore[no-untyped-def]
+def test_a_server_gives_way_refuses_at_the_floor_and_comes_back(bundle_a: Path) -> None:
+    images = some_images(1)
+    images[0, 0, 0, 0] = SLOW
+
+    def point(served: Served) -> Any:
+        return served.request("GET", "/v2/models/a").json["properties"]["default_operating_point"]
+
+    # A slow request takes 0.6 s. Of two that wait the second would be answered after 1.8, at the floor after 1.4.
+    with serving([bundle_a], "--slo-ms", "2000", "--floor", "risk-5", "--parallel", "1") as served:
+        assert served.infer(as_json(images)).json["parameters"]["operating_point"] == "risk-1"
+        with ThreadPoolExecutor(6) as threads:
+            replies = list(threads.map(lambda _: served.infer(as_json(images)), range(6)))
+        taken = [reply for reply in replies if reply.status == 200]
+        refused = [reply for reply in replies if reply.status != 200]
+        assert {reply.status for reply in refused} == {503}
+        assert "cannot answer in time, even at its floor" in refused[0].json["error"]
+        assert refused[0].headers["retry-after"] == "1"
+        assert "risk-5" in {reply.json["parameters"]["operating_point"] for reply in taken}
+        assert all(reply.json["parameters"]["certified"] for reply in taken)
+        assert point(served) == "risk-5"
+        until(lambda: point(served) == "risk-1")
+        code, _, err = served.stop()
+    assert code == 0
+    assert "a: load: risk-1 -> risk-5, " in err
+    assert "a: load: risk-5 -> risk-1, 0 requests wait" in err
+
+
+def test_options_that_do_not_fit(bundle_a: Path) -> None:
+    for settings, bundles, message in (
+        (Settings(objective=0.02), [bundle_a], "belong together: give both or none"),
+        (Settings(floor="risk-5"), [bundle_a], "belong together: give both or none"),
+        (
+            Settings(objective=0.02, floor="risk-5"),
+            [bundle_a, bundle_a],
+            "--slo-ms is for one bundle, and 2 are",
+        ),
+        (
+            Settings(http_port=0, grpc_port=0, objective=0.02, floor="risk-7"),
+            [bundle_a],
+            "no operating point 'risk-7'",
+        ),
+    ):
+        with user_error(message):
+            serve(list(map(str, bundles)), settings, lambda *_: None)
+
+
+def test_the_ladder_of_a_bundle(tiny_bundle: Path) -> None:
     manifest = read(tiny_bundle)
     assert [rung.name for rung in ladder(manifest, "risk-5")] == ["risk-5"]
     rungs = ladder(manifest, "risk-10")

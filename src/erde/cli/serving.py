@@ -33,6 +33,15 @@ def serve(
         int, typer.Option(min=0, help="Requests that may wait; more are told to come back.")
     ] = 64,
     max_body: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request, in MiB.")] = 32,
+    slo_ms: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, help="Answer within so many milliseconds, waiting included: accuracy gives way first."
+        ),
+    ] = None,
+    floor: Annotated[
+        str | None, typer.Option(help="With --slo-ms: the cheapest operating point that may answer.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer requests by the Open Inference Protocol v2, over HTTP and gRPC, until stopped; no torch.
@@ -46,7 +55,10 @@ def serve(
         place = f"[{host}]" if ":" in host else host
         print(f"serving {', '.join(models)}: http://{place}:{http}, gRPC {place}:{grpc}", flush=True)
 
-    settings = Settings(host, http_port, grpc_port, threads, parallel, max_batch, max_queue, max_body * 2**20)
+    settings = Settings(
+        host, http_port, grpc_port, threads, parallel, max_batch, max_queue, max_body * 2**20,
+        None if slo_ms is None else slo_ms / 1000, floor,
+    )  # fmt: skip
     outcomes = serve_bundles(bundles, settings, when_ready)
     total = sum(outcomes.values())
     parts = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items()))

@@ -82,6 +82,11 @@ class Controller:
         """The rung in use; 0 is the dearest."""
         return max((rung for _, rung in self._needed), default=0)
 
+    @property
+    def rung(self) -> Rung:
+        """The operating point in use."""
+        return self.rungs[min(self.current, len(self.rungs) - 1)]
+
     def seconds(self, rung: int) -> float | None:
         """The mean time to compute a request at a rung: as seen, or in proportion to the cost of the nearest seen."""
         if not self._computing:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ from erde.common.errors import UserError
 from erde.serving.grpc_api import SPARE_CALLS, grpc_server
 from erde.serving.http_api import http_app
 from erde.serving.models import Model, open_models
-from erde.serving.service import Service
+from erde.serving.service import Load, Service
 from erde.serving.workers import Workers
 
 POLL_SECONDS = 2.0
+LOOK_SECONDS = 0.1
 # For requests under way when the server is stopped.
 GRACE_SECONDS = 30
 # Longer than load balancers keep an idle connection, so that they close it and not the server.
@@ -30,7 +32,8 @@ KEEP_ALIVE_SECONDS = 75
 @dataclass(frozen=True)
 class Settings:
     """How to serve. Port 0 is a free one; ``threads`` are ONNX Runtime's for a request, ``parallel`` requests are answered
-    at once (None: as many as there are CPUs for), ``max_body`` is in bytes."""
+    at once (None: as many as there are CPUs for), ``max_body`` is in bytes. With an ``objective``, in seconds, the
+    default operating point gives way under load, down to ``floor``."""
 
     host: str = "127.0.0.1"
     http_port: int = 8000
@@ -40,6 +43,8 @@ class Settings:
     max_batch: int = 32
     max_queue: int = 64
     max_body: int = 32 * 2**20
+    objective: float | None = None
+    floor: str | None = None
 
 
 def serve(
@@ -55,6 +60,13 @@ def serve(
     Raises:
         UserError: a bundle that cannot be used, or a port that is taken, before anything is served.
     """
+    if (settings.objective is None) != (settings.floor is None):
+        raise UserError(
+            "an objective for the latency (--slo-ms) and the cheapest operating point that it may cost (--floor) belong "
+            "together: give both or none"
+        )
+    if settings.objective is not None and len(bundles) > 1:
+        raise UserError(f"--slo-ms is for one bundle, and {len(bundles)} are given: start a server for each")
     if settings.http_port == settings.grpc_port != 0:
         raise UserError(f"HTTP and gRPC are both to have port {settings.http_port}: give each its own")
     with _bound(settings.host, settings.grpc_port):
@@ -73,7 +85,11 @@ async def _serve(
 ) -> dict[str, int]:
     parallel = settings.parallel or max(1, available_cpus() // settings.threads)
     workers = Workers(parallel, settings.max_queue)
-    service = Service(models, workers, settings.max_batch, settings.max_body)
+    load = None
+    if settings.objective is not None and settings.floor is not None:
+        (model,) = models.values()
+        load = Load(model, settings.floor, settings.objective, parallel)
+    service = Service(models, workers, settings.max_batch, settings.max_body, load)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,11 +116,14 @@ async def _serve(
         await asyncio.sleep(0.005)
     if running.done():
         running.result()  # raises
-    watching = asyncio.create_task(_watch(models))
+    tasks = [asyncio.create_task(_watch(service))]
+    if load is not None:
+        tasks.append(asyncio.create_task(_control(load, workers)))
     when_ready(list(models), port.getsockname()[1], grpc_port)
     await asyncio.wait([running, asyncio.ensure_future(stopped.wait())], return_when=asyncio.FIRST_COMPLETED)
     service.ready = False
-    watching.cancel()
+    for task in tasks:
+        task.cancel()
     http.should_exit = True
     # Both at once: each stops taking requests and waits for those under way.
     await asyncio.gather(running, grpc.stop(GRACE_SECONDS))
@@ -124,11 +143,18 @@ class _Http(uvicorn.Server):
         yield
 
 
-async def _watch(models: dict[str, Model]) -> None:
+async def _watch(service: Service) -> None:
     while True:
         await asyncio.sleep(POLL_SECONDS)
-        for model in models.values():
-            await asyncio.to_thread(model.refresh)
+        for model in service.models.values():
+            if await asyncio.to_thread(model.refresh) and service.load is not None:
+                service.load.renew()
+
+
+async def _control(load: Load, workers: Workers) -> None:
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        load.look(time.perf_counter(), workers.queue_length)
 
 
 @contextlib.contextmanager

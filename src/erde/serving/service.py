@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from erde.common.environment import erde_version
 from erde.common.errors import UserError, in_one_line, nearest
 from erde.common.progress import say
+from erde.serving.control import Controller, ladder
 from erde.serving.errors import Reason, RequestError, bad
 from erde.serving.metrics import Metrics
 from erde.serving.models import Model
@@ -58,11 +59,62 @@ class Exchange(Generic[Encoded]):
     model: str = field(default="", init=False)  # the same once it is known to exist: a label of the metrics
 
 
+class Load:
+    """Load control of a model: what its requests take tells the controller, which sets the model's default point."""
+
+    def __init__(self, model: Model, floor: str, objective: float, parallel: int) -> None:
+        self.model, self._floor, self._objective, self._parallel = model, floor, objective, parallel
+        self.controller = self._new_controller()
+
+    def _new_controller(self) -> Controller:
+        rungs = ladder(self.model.loaded.session.manifest, self._floor)
+        return Controller(rungs, self._objective, self._parallel)
+
+    def renew(self) -> None:
+        """Begin anew after the bundle was exchanged; without the floor in the new one only its default is left."""
+        try:
+            self.controller = self._new_controller()
+        except UserError as error:
+            say(f"{self.model.name}: load: {error}")
+            self.controller.rungs = self.controller.rungs[:1]
+        self.model.default_point = None
+
+    def admits(self, now: float, waiting: int) -> bool:
+        """See :meth:`Controller.admits`."""
+        admitted = self.controller.admits(now, waiting)
+        self._follow(waiting)
+        return admitted
+
+    def look(self, now: float, waiting: int) -> None:
+        """See :meth:`Controller.look`."""
+        self.controller.look(now, waiting)
+        self._follow(waiting)
+
+    def answered(self, now: float, point: str, latency: float, computing: float) -> None:
+        """See :meth:`Controller.answered`; a request that named another point tells nothing of the ladder's."""
+        names = [rung.name for rung in self.controller.rungs]
+        if point in names:
+            self.controller.answered(now, names.index(point), latency, computing)
+
+    def _follow(self, waiting: int) -> None:
+        new, old = self.controller.rung.name, self.model.current_default(self.model.loaded)
+        if new != old:
+            self.model.default_point = new
+            say(f"{self.model.name}: load: {old} -> {new}, {waiting} requests wait")
+
+
 class Service:
     """The models, the threads that run them, and the counts; the same for both protocols."""
 
-    def __init__(self, models: dict[str, Model], workers: Workers, max_batch: int, max_body: int) -> None:
-        self.models, self.workers = models, workers
+    def __init__(
+        self,
+        models: dict[str, Model],
+        workers: Workers,
+        max_batch: int,
+        max_body: int,
+        load: Load | None = None,
+    ) -> None:
+        self.models, self.workers, self.load = models, workers, load
         self.max_batch, self.max_body = max_batch, max_body
         self.metrics = Metrics()
         self.ready = True
@@ -86,10 +138,17 @@ class Service:
         try:
             if exchange.name:
                 exchange.model = self.model(exchange.name, exchange.version).name
+            if self.load is not None and not self.load.admits(started, self.workers.queue_length):
+                raise RequestError(
+                    Reason.BUSY, "the server cannot answer in time, even at its floor; try again later"
+                )
             with self.workers.place():
                 content = await body()
-                encoded = await self.workers.run(lambda: self._work(exchange, content))
+                encoded, point, computing = await self.workers.run(lambda: self._work(exchange, content))
             outcome = "answered"
+            if self.load is not None:
+                ended = time.perf_counter()
+                self.load.answered(ended, point, ended - started, computing)
             return encoded
         except Exception as error:  # not where it was cancelled
             refusal = as_request_error(error)
@@ -100,11 +159,15 @@ class Service:
         finally:
             self.metrics.request(exchange.model, outcome, time.perf_counter() - started)
 
-    def _work(self, exchange: Exchange[Encoded], content: bytes) -> Encoded:
+    def _work(self, exchange: Exchange[Encoded], content: bytes) -> tuple[Encoded, str, float]:
+        """In a thread: the response, the operating point, and the seconds that it took."""
+        started = time.perf_counter()
         asked = exchange.decode(content)
         model = self.model(asked.model, asked.version)
         exchange.model = model.name
-        return exchange.encode(asked, self.answer(model, asked))
+        answer = self.answer(model, asked)
+        encoded = exchange.encode(asked, answer)
+        return encoded, str(answer.parameters["operating_point"]), time.perf_counter() - started
 
     def answer(self, model: Model, asked: Asked) -> Answer:
         """Answer a request.
