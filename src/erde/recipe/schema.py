@@ -145,10 +145,10 @@ class NetworkConfig(Section):
 
     backbone: str = "resnet20"
     """A name of `erde list backbones`, or `timm/<name>` for any classifier of timm's."""
-    exits: Count | Annotated[list[str], Field(min_length=1)] = 3
+    exits: Count | Literal["auto"] | Annotated[list[str], Field(min_length=1)] = 3
     """Number of exits, the final one included, at about equal shares of the MACs. Or the blocks or groups (`group1`)
     that the intermediate exits follow; for timm's models, paths of modules (`layer1`, `blocks.3`). `1`: a plain
-    network."""
+    network. `auto`, for students: train up to 8 exits, then keep those that save most milliseconds on tune."""
     head: Literal["auto", "erde", "linear", "conv", "native"] = "auto"
     """Intermediate heads. `auto`: the backbone's own heads if it has some, else `erde` on erde's backbones and a head
     by shape on others."""
@@ -277,6 +277,11 @@ class TeacherConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _as_it_is(self) -> TeacherConfig:
+        if self.exits == "auto":
+            raise ValueError(
+                "exits is 'auto', which is for students, whose exits are chosen by their time: give the teacher a number of "
+                "exits or their places"
+            )
         if self.disjoint and self.cross_fit is not None:
             raise ValueError(
                 "disjoint and cross_fit are two ways to images that a teacher did not see: leave one out"
