@@ -108,7 +108,9 @@ class ExitChoice(Frozen):
         candidates = len(self.candidates)
         before = f"{self.no_exit_milliseconds:.3g} ms"
         if not self.chosen.exits:
-            return f"none of {candidates} exits saves time (at {before} an image): only the final exit is kept"
+            return (
+                f"none of {candidates} exits saves time (at {before} an image): only the final exit is kept"
+            )
         names = ", ".join(self.chosen.exits)
         return (
             f"{len(self.chosen.exits)} of {candidates} exits kept ({names}): {before} -> {self.chosen.milliseconds:.3g} ms an "
@@ -129,8 +131,8 @@ def choose_exits(
 ) -> ExitChoice:
     """The subset of the intermediate exits that saves most time on tune within the first of ``settings.max_risks``.
 
-    The score is chosen once, for all exits together (the learned one takes no part); then thresholds are searched for every subset, by time. Of subsets
-    within half a per cent of the best the smallest is taken. Nothing but tune is seen.
+    The score is chosen once, for all exits together (the learned one takes no part); then thresholds are searched for
+    every subset, by time. Of subsets within half a per cent of the best the smallest is taken. Nothing but tune is seen.
 
     Args:
         tune: the logits (E, N, K) of all exits.

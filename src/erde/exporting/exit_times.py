@@ -107,8 +107,7 @@ def measure_exits(
         every_exit = [stretches.index((index, index)) for index in range(exits)]
         tune_logits = TuneLogits(_all_logits(runner, every_exit, tune), tune.labels)
         drawn_from = np.asarray(tune.images[:MOST_IMAGES])
-        times = _time(runner, stretches, exits, drawn_from, tune_logits.logits[0, :1], rounds, seed)
-        return times, tune_logits
+        return _time(runner, stretches, exits, drawn_from, rounds, seed), tune_logits
 
 
 def _all_logits(runner: StageRunner, chain: list[int], split: Split) -> NDArray[np.float32]:
@@ -130,30 +129,28 @@ def _time(
     stretches: list[tuple[int, int]],
     exits: int,
     images: Images,
-    sample: NDArray[np.float32],
     rounds: int,
     seed: int,
 ) -> ExitTimes:
-    """Milliseconds (E, E) from stage to exit, and of a decision on the logits ``sample`` (1, K)."""
+    """Milliseconds (E, E) from stage to exit, and of a decision."""
     generator = np.random.default_rng(seed)
     times: dict[tuple[int, int], list[float]] = {stretch: [] for stretch in stretches}
-    decisions = []
+    decisions: list[float] = []
     begun = time.perf_counter()
     with progress.task("exits against the clock", rounds + WARM_UP) as task:
         for turn in range(rounds + WARM_UP):
             for index in generator.permutation(len(stretches)):
                 start, end = stretches[index]
                 number = int(generator.integers(len(images)))
-                x: NDArray[Any] | None = images[number : number + 1]
-                if start:
-                    x = runner.run_bound(stretches.index((0, start - 1)), x)[0]
+                image = images[number : number + 1]
+                x = runner.run_bound(stretches.index((0, start - 1)), image)[0] if start else image
                 assert x is not None
                 clock = time.perf_counter()
-                runner.run_bound(int(index), x)
-                times[start, end].append(time.perf_counter() - clock)
-            clock = time.perf_counter()
-            leaves(PAPER_RULE.decide_on([sample], sample, final=False), 0.5)
-            decisions.append(time.perf_counter() - clock)
+                logits = runner.run_bound(int(index), x)[1]
+                done = time.perf_counter()
+                leaves(PAPER_RULE.decide_on([logits], logits, final=False), 0.5)
+                decisions.append(time.perf_counter() - done)
+                times[start, end].append(done - clock)
             if task.due():
                 task.update(turn + 1, f"{len(stretches)} stages")
             if turn >= FEWEST_ROUNDS + WARM_UP and time.perf_counter() - begun > MOST_SECONDS:

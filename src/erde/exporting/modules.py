@@ -74,6 +74,7 @@ class Pack(nn.Module):
     """Several tensors side by side as one (B, N), since a stage's file hands over one tensor; a single tensor as it is."""
 
     def forward(self, handed: Handed) -> Tensor:
+        """Tensors (B, ...) to (B, N)."""
         if isinstance(handed, Tensor):
             return handed
         return torch.cat([tensor.flatten(1) for tensor in handed], dim=1)

@@ -80,10 +80,12 @@ def attach_exits(
         except Exception as error:
             # A model's code may fail in ways that the tracing does not foresee.
             text = str(error).splitlines()[0] if str(error) else "no reason given"
-            raise UserError(f"{type(model).__name__} cannot be cut: {type(error).__name__}: {text}") from error
+            raise UserError(
+                f"{type(model).__name__} cannot be cut: {type(error).__name__}: {text}"
+            ) from error
     if at_most and len(network.stages) == 1:
         raise UserError(
-            f"exits='auto' needs a place for an early exit, and {type(model).__name__} has none: give exits=1, or another backbone"
+            f"exits='auto' needs a place for an early exit, and {type(model).__name__} has none: give exits=1, or another one"
         )
     return network
 

@@ -283,7 +283,9 @@ class _Map:
         places = {cut.share: cut for cut in single}
         for number in range(1, exits):
             share = number / exits
-            if min((abs(known - share) for known in places), default=1.0) > (NEAR if at_most else 0.4 / exits):
+            if min((abs(known - share) for known in places), default=1.0) > (
+                NEAR if at_most else 0.4 / exits
+            ):
                 near = (cut for cut in several if abs(cut.share - share) <= 0.5 / exits)
                 places |= {cut.share: cut for cut in near if cut.share not in places}
         if len(places) < (1 if at_most else exits - 1):

@@ -63,13 +63,13 @@ class StageRunner:
         self.takes_image = list(takes_image or [index == 0 for index in range(len(paths))])
         self._gives_features = list(gives_features or [not taken for taken in [*self.takes_image[1:], True]])
         self._sessions = []
-        for path, gives_features in zip(paths, self._gives_features, strict=True):
+        for path, gives_both in zip(paths, self._gives_features, strict=True):
             try:
                 session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
             except Exception as error:  # ONNX Runtime raises types of its own for each kind of bad model
                 raise UserError(f"ONNX Runtime cannot load {path}: {in_one_line(str(error))}") from error
             self._sessions.append(session)
-            _check_names(path, session, gives_features)
+            _check_names(path, session, gives_both)
         self._inputs = [session.get_inputs()[0].name for session in self._sessions]
         self._empty = [_empty_outputs(session) for session in self._sessions]
         # A network of another program may take one image at a time only.
