@@ -33,7 +33,7 @@ def choose(tune: TuneLogits, times: ExitTimes, **settings: object) -> ExitChoice
     given = {"max_risks": (MAX_RISK,), "score": "max_probability", "sharpness": 1.0, **settings}
     return choose_exits(
         tune, NAMES, times, Settings(**given), threads=1, machine="by hand", first_shares=(0.3, 0.6, 0.8)
-    )  # type: ignore[arg-type]
+    )
 
 
 def exhaustive(

@@ -111,9 +111,9 @@ def hand_made_arm(test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, te
 
 
 def hand_made_exit_choice() -> ExitChoice:
-    """Two of three exits kept."""
+    """A choice among three exits, the last of which is too dear."""
     stages = np.array(
-        [[1.0, 2.1, 3.2, 4.0], [0.0, 1.2, 2.2, 3.1], [0.0, 0.0, 1.1, 2.0], [0.0, 0.0, 0.0, 0.9]]
+        [[1.0, 2.1, 6.2, 4.0], [0.0, 1.2, 5.2, 3.1], [0.0, 0.0, 4.1, 2.0], [0.0, 0.0, 0.0, 0.9]]
     )
     logits, labels = synthetic_logits(2, 300, signals=(0.9, 1.6, 2.2, 2.6))
     return choose_exits(

@@ -458,9 +458,9 @@ def test_any_number_up_to_the_places(exits: int) -> None:
 
 
 def test_auto_takes_every_place_but_no_more_than_eight() -> None:
-    # Mine has six blocks; behind the last one stands the final exit.
+    # Mine has six blocks, behind the last of which stands the final exit, and adds something before the first.
     _, network = make(exits="auto")
-    assert network.exit_names == [*(f"blocks.{index}" for index in range(5)), "final"]
+    assert network.exit_names == ["add", *(f"blocks.{index}" for index in range(5)), "final"]
     # Of 25 places those at equal shares; every exit reads a single tensor.
     deep = attach_exits(erde.build_backbone("resnet56", classes=5), "auto", input_size=(3, 12, 12))
     cost = network_cost(deep, (3, 12, 12))
@@ -472,8 +472,8 @@ def test_auto_takes_every_place_but_no_more_than_eight() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        nn.Sequential(nn.Flatten(), nn.Linear(432, 5)),
-        Backbone(OrderedDict(only=nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Flatten(), nn.Linear(400, 5))),
+        nn.Sequential(nn.Flatten(), nn.Linear(768, 5)),
+        Backbone(OrderedDict(only=nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Flatten(), nn.Linear(784, 5))),
     ],
 )
 def test_auto_needs_a_place(model: nn.Module) -> None:

@@ -16,6 +16,8 @@ from erde.calibration.exit_choice import ExitTimes
 from erde.common.splits import TuneLogits
 from erde.evaluation import run_folder
 from erde.evaluation.results import Results
+from erde.exporting.exit_times import measure_exits
+from erde.exporting.onnx_files import export_stages
 from erde.networks.network import EarlyExitNetwork
 from erde.recipe.load import load_config
 from erde.recipe.schema import Config
@@ -36,7 +38,7 @@ def recipe(folder: Path, *overrides: str) -> Config:
 
 def with_times(monkeypatch: pytest.MonkeyPatch, passing: tuple[float, float]) -> None:
     """Measure as ever, but take these milliseconds for what the two exits cost; each third of the network takes 1 ms."""
-    measure = choosing.measure_exits
+    measure = measure_exits
 
     def fixed(*arguments: Any, **keywords: Any) -> tuple[ExitTimes, TuneLogits]:
         times, logits = measure(*arguments, **{**keywords, "rounds": 1})
@@ -55,7 +57,6 @@ class Stopped(BaseException):
 def stopped_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that was stopped between the choice and the export, resumed; and the choice as it was then."""
     folder = tmp_path_factory.mktemp("auto")
-    export_stages = exporting.export_stages
 
     def stop(network: EarlyExitNetwork, *rest: Any) -> Any:
         if len(network.stages) > 1:
