@@ -81,7 +81,7 @@ MADE_UP = [
 def test_the_choice_is_that_of_an_exhaustive_search(
     made_up: tuple[list[float], list[float], float, float], seed: int
 ) -> None:
-    tune, (bodies, heads, boundary, decision) = logits_of(seed, 30), made_up
+    tune, (bodies, heads, boundary, decision) = logits_of(seed, 20), made_up
     choice = choose(tune, times_of(bodies, heads, boundary, decision))
     no_exit = sum(bodies) + heads[-1]
     oracle = exhaustive(tune, bodies, heads, boundary, decision)
