@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from erde.networks.foreign_weights import adapt_teacher as adapt_teacher
     from erde.networks.foreign_weights import load_teacher_weights as load_teacher_weights
     from erde.networks.network import EarlyExitNetwork as EarlyExitNetwork
+    from erde.networks.network import keep_exits as keep_exits
     from erde.recipe.load import load_config as load_config
     from erde.runs.chain import run as run
     from erde.training.api import distill as distill
@@ -49,6 +50,7 @@ _HOMES = {
     "EarlyExitNetwork": "erde.networks.network",
     "export": "erde.exporting.api",
     "ImageFormat": "erde.exporting.api",
+    "keep_exits": "erde.networks.network",
     "load_config": "erde.recipe.load",
     "load_data": "erde.data.load",
     "load_teacher_weights": "erde.networks.foreign_weights",

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from erde.calibration.choice import Contender, ContenderTarget
+from erde.calibration.exit_choice import ExitChoice, ExitTimes, choose_exits
 from erde.calibration.policy_file import CalibratedPolicy
+from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, search_path
 from erde.common.splits import TestLogits, TuneLogits
 from erde.evaluation import measures
@@ -103,6 +107,22 @@ def hand_made_arm(test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, te
         teacher_wrong=None,
         entropies=measures.entropies(test, test.labels > 1) if teacher else None,
         history=[],
+    )
+
+
+def hand_made_exit_choice() -> ExitChoice:
+    """A choice among three exits, the last of which is too dear."""
+    stages = np.array(
+        [[1.0, 2.1, 6.2, 4.0], [0.0, 1.2, 5.2, 3.1], [0.0, 0.0, 4.1, 2.0], [0.0, 0.0, 0.0, 0.9]]
+    )
+    logits, labels = synthetic_logits(2, 300, signals=(0.9, 1.6, 2.2, 2.6))
+    return choose_exits(
+        TuneLogits(logits, labels),
+        ["group1", "group2", "group3"],
+        ExitTimes(stages, 0.1),
+        Settings(max_risks=(0.05,), score="margin"),
+        threads=2,
+        machine="by hand",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +16,7 @@ import erde
 from erde.common.errors import UserError
 from erde.exporting.onnx_files import export_stages
 from erde.networks.attach import attach_exits
+from erde.networks.backbones import Backbone
 from erde.networks.cost import head_macs, network_cost
 from erde.networks.network import EarlyExitNetwork
 from erde.runtime.stages import StageRunner
@@ -453,6 +455,32 @@ def test_exits_stand_at_equal_shares_of_the_macs() -> None:
 def test_any_number_up_to_the_places(exits: int) -> None:
     _, network = make(exits=exits)
     assert len(network.stages) == len(set(network.exit_names)) == exits
+
+
+def test_auto_takes_every_place_but_no_more_than_eight() -> None:
+    # Mine has six blocks, behind the last of which stands the final exit, and adds something before the first.
+    _, network = make(exits="auto")
+    assert network.exit_names == ["add", *(f"blocks.{index}" for index in range(5)), "final"]
+    # Of 25 places those at equal shares; every exit reads a single tensor.
+    deep = attach_exits(erde.build_backbone("resnet56", classes=5), "auto", input_size=(3, 12, 12))
+    cost = network_cost(deep, (3, 12, 12))
+    shares = [macs / cost.no_exit_macs for macs in cost.macs[:-1]]
+    assert len(deep.stages) == 8
+    assert shares == pytest.approx([number / 8 for number in range(1, 8)], abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Flatten(), nn.Linear(768, 5)),
+        Backbone(OrderedDict(only=nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Flatten(), nn.Linear(784, 5))),
+    ],
+)
+def test_auto_needs_a_place(model: nn.Module) -> None:
+    with user_error(
+        rf"exits='auto' needs a place for an early exit, and {type(model).__name__} has none: give exits=1"
+    ):
+        make(model, "auto")
 
 
 def test_a_list_of_modules_is_named_by_its_end() -> None:

@@ -15,7 +15,9 @@ from erde.networks.attach import attach_exits
 from erde.networks.backbones import Backbone, build_backbone
 from erde.networks.cost import count_parameters, network_cost
 from erde.networks.heads import HEADS, ERDEHead, LinearHead
-from erde.networks.network import EarlyExitNetwork
+from erde.networks.network import EarlyExitNetwork, keep_exits
+from tests.helpers.checks import user_error
+from tests.helpers.networks import plain_network
 from tests.helpers.oracles import hooked_macs
 
 torch.set_num_threads(1)
@@ -444,3 +446,47 @@ def test_native_heads_that_there_are_not(exits: Any, head: str, message: str) ->
 def test_a_backbone_without_native_heads() -> None:
     with pytest.raises(UserError, match="this backbone brings no exit heads of its own: choose auto, erde"):
         make(head="native")
+
+
+# ---------------------------------------------------------------- fewer exits
+
+
+@pytest.mark.parametrize("backbone", ["resnet8x0.25", "msdnet"])
+def test_a_network_with_fewer_exits_gives_the_very_logits(backbone: str) -> None:
+    torch.manual_seed(0)
+    model = build_backbone(backbone, classes=10)
+    network = attach_exits(model, "auto", input_size=(3, 32, 32)).eval()
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)
+        for kept in ([], network.exit_names[:1], network.exit_names[1:-1:2]):
+            reduced = keep_exits(network, reversed(kept))
+            assert reduced.exit_names == [*kept, "final"]
+            assert len(reduced.stages) == len(reduced.heads) == len(kept) + 1
+            places = [network.exit_names.index(name) for name in reduced.exit_names]
+            assert torch.equal(reduced(images), expected[places])
+            assert torch.equal(reduced.forward_final(images), expected[-1])
+            assert not any(module.training for module in reduced.modules())
+
+
+def test_a_network_with_fewer_exits_shares_weights_and_costs_less() -> None:
+    network = plain_network(exits=4).train()
+    reduced = keep_exits(network, ["layer1"])
+    assert reduced.training
+    assert all(module.training for module in reduced.modules())
+    assert {id(weight) for weight in reduced.parameters()} < {id(weight) for weight in network.parameters()}
+    assert {id(weight) for weight in reduced.backbone_parameters()} == {
+        id(weight) for weight in network.backbone_parameters()
+    }
+    whole, cost = network_cost(network, (1, 8, 8)), network_cost(reduced, (1, 8, 8))
+    assert cost.no_exit_macs == whole.no_exit_macs
+    # One head of 12 times 10 less before the first exit, two less before the last.
+    assert cost.macs == (whole.macs[1] - 120, whole.macs[3] - 240)
+
+
+def test_exits_that_are_not_there_cannot_be_kept() -> None:
+    network = plain_network(exits=3)
+    with user_error(r"the network has no exit 'layer7' \(did you mean 'layer"):
+        keep_exits(network, ["layer7"])
+    with user_error(r"names='layer1' is a single name: write \['layer1'\]"):
+        keep_exits(network, "layer1")

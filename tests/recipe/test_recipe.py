@@ -213,6 +213,7 @@ def test_unknown_key_that_is_like_no_other(recipe: Path, override: str, message:
             "'cnv'",
         ),
         ("student.exits=0", "student.exits: expected", "0"),
+        ("student.exits=many", "student.exits: expected 'auto' or", "'many'"),
         ("student.exits=[group1, 3]", "student.exits.1: expected a valid string", "3"),
         ("distillation.alpha=risin", "distillation.alpha: expected 'rising' or", "'risin'"),
         ("distillation.alpha=[0.1, 2]", "distillation.alpha.1: expected less than or equal to 1", "2"),
@@ -391,3 +392,11 @@ def test_early_exits_that_would_never_be_trained(text: str, words: str, tmp_path
 def test_a_network_with_one_exit_has_no_early_exits_to_train(tmp_path: Path) -> None:
     text = "teacher: {exits: 1}\ntrain: {epochs: 3, backbone_epochs: 3}\narms: {erde: {loss: ce, student: {exits: 1}}}"
     assert own_recipe(tmp_path, text).train.backbone_epochs == 3
+
+
+def test_exits_are_chosen_by_their_time_for_students_only(recipe: Path) -> None:
+    config = load_config(recipe, ["student.exits=auto", "arms.kd.student.exits=2"])
+    assert [config.network_of(arm).exits for arm in ("erde", "kd", "teacher")] == ["auto", 2, 3]
+    assert refusal(recipe, "teacher.exits=auto").startswith(
+        "teacher: exits is 'auto', which is for students, whose exits are chosen by their time: give the teacher a number"
+    )

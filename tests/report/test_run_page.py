@@ -20,7 +20,7 @@ from erde.evaluation.evidence import ArmInput, Evidence, collect
 from erde.evaluation.results import Quantised, Results, RuntimeAgreement, SplitInfo
 from erde.policy.cost import Cost
 from erde.report.run_page import render, write_report
-from tests.helpers.hand_made import hand_made_policy
+from tests.helpers.hand_made import hand_made_exit_choice, hand_made_policy
 from tests.helpers.oracles import synthetic_logits
 from tests.helpers.pages import (
     Page,
@@ -146,6 +146,20 @@ def test_numbers_have_sane_digits(page: Page) -> None:
     assert re.findall(r"\d\.\d{5,}", shown) == []
     assert "1,234.6 s" in page.text
     assert "71.6 69.8 to 73.4" in page.text
+
+
+def test_exits_that_were_chosen_by_time_have_their_tables(results: Results, page: Page) -> None:
+    assert page.parts(data_exit_choice="erde") == []
+    choice = hand_made_exit_choice()
+    chosen = Page(render(replaced(results, exit_choice=choice)))
+    assert choice.line()[1:] in chosen.part(data_exit_choice="erde")
+    assert {exit.kept for exit in choice.candidates} == {True, False}
+    for exit in choice.candidates:
+        times = f"{exit.milliseconds:.3g} {100 * exit.share:.1f} {exit.passing_milliseconds:.2g}"
+        row = f"{exit.name} {times} {'kept' if exit.kept else 'dropped'}"
+        assert chosen.part(data_candidate=exit.name) == row
+    assert len(choice.best_of_size) == 4
+    assert chosen.part(data_subset="0") == "0 the final exit alone 4 0.0 0.00"
 
 
 def test_risk_above_the_promise_is_marked(page: Page) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,13 +41,14 @@ def choose_score(
     cost: Cost,
     settings: Settings,
     reference_right: NDArray[np.bool_] | None = None,
+    rules: Sequence[ExitRule] | None = None,
 ) -> list[Choice]:
     """All candidates, the best first: by MACs saved on tune within the first of ``settings.max_risks``.
 
     Candidates whose thresholds stand where scores crowd (``fragile``) come last; ties keep the paper's rule
-    in front. Never by NLL.
+    in front. Never by NLL. ``rules``: those to try; those of ``settings`` without it.
     """
-    choices = [try_rule(tune, rule, cost, settings, reference_right) for rule in settings.rules()]
+    choices = [try_rule(tune, rule, cost, settings, reference_right) for rule in rules or settings.rules()]
     return sorted(
         choices,
         key=lambda choice: (

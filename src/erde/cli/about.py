@@ -20,7 +20,7 @@ _LINE = 64
 
 def cost(
     backbone: Annotated[str, typer.Argument(help="A backbone's name; timm/<name> for one of timm's.")],
-    exits: Annotated[str, typer.Option(help="How many, or names separated by commas.")] = "3",
+    exits: Annotated[str, typer.Option(help="How many, names separated by commas, or auto.")] = "3",
     head: Annotated[str, typer.Option(help="auto, erde, linear, conv, tower or native.")] = "auto",
     classes: Annotated[int, typer.Option(min=2)] = 10,
     input_size: Annotated[
@@ -39,7 +39,8 @@ def cost(
     size = _input_size(backbone, input_size)
     # The table names the last exit too, which is always there.
     names = [name for name in exits.split(",") if name != "final"]
-    where: int | list[str] = int(exits) if exits.isdecimal() and len(exits) < 10 else names or 1
+    where: int | str | list[str] = int(exits) if exits.isdecimal() and len(exits) < 10 else names or 1
+    where = "auto" if exits == "auto" else where
     model = build_backbone(backbone, classes=classes, channels=size[0], image_size=size[1:])
     network = attach_exits(model, where, input_size=size, head=head)
     costs, heads = network_cost(network, size), head_macs(network, size)

@@ -2,7 +2,7 @@
 
 ``results.schema.json`` beside this file is the same as JSON Schema; a test keeps the two equal.
 Everything that may differ between two runs of the same recipe and seed on the same machine stands
-under ``environment`` and ``timings``.
+under ``environment`` and ``timings``. Only a choice of exits by time (``exit_choice``) may differ too, and with it its arm.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from erde.calibration.exit_choice import ExitChoice
 from erde.common.errors import UserError
 from erde.common.files import write_json
 from erde.common.history import Epoch
@@ -162,6 +163,7 @@ class Arm(Frozen):
     teacher_wrong: list[float] | None
     entropies: EntropyHistograms | None
     history: list[Epoch]
+    exit_choice: ExitChoice | None = None  # with ``exits: auto``
 
     def default_point(self) -> OperatingPoint:
         """The operating point that answers when none is named."""

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from erde.bundle.sealing import file_hash
+from erde.calibration.exit_choice import ExitChoice
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.common.array_file import ArrayFileError, read_npz
 from erde.common.errors import UserError
@@ -21,6 +23,7 @@ from erde.policy.cost import Cost
 
 RESULTS = "results.json"
 POLICY = "policy.json"
+EXITS = "exits.json"
 LOGITS = "logits.npz"
 # In it: the SHA-256 of the stages that gave the logits.
 STAGES_HASHES = "stages_sha256"
@@ -104,6 +107,19 @@ def read_policy(run: Path, arm: str) -> CalibratedPolicy:
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UnreadablePolicyError(
             f"{path} is not a policy of this erde: run erde calibrate again"
+        ) from error
+
+
+def read_exit_choice(run: Path, arm: str) -> ExitChoice | None:
+    """The exits that an arm with ``exits: auto`` keeps; None where none were chosen."""
+    path = arm_folder(run, arm) / EXITS
+    try:
+        return ExitChoice.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is damaged: remove it, {LOGITS} and the folder stages there, and run erde export again"
         ) from error
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import onnx
 from onnx import helper
 
 BLOCKED = "features_in_blocked"
@@ -52,3 +54,44 @@ def unblock_input(model: Any) -> None:
             if name == BLOCKED:
                 node.input[place] = first.input[0]
     graph.node.remove(first)
+
+
+def cut_graph(model: Any, entry: tuple[str, str], outputs: Mapping[str, str]) -> Any:
+    """The part of ``model`` that computes ``outputs`` from the value ``entry``; both with a name and a new name.
+
+    All of them are inputs or outputs of ``model``, whose graph has no graphs inside.
+    """
+    graph = model.graph
+    known = {value.name: value for value in (*graph.input, *graph.output)}
+    renamed = {entry[0]: entry[1], **outputs}
+    makers = {name: node for node in graph.node for name in node.output}
+    needed, waiting = set(), [name for name in outputs if name != entry[0]]
+    while waiting:
+        name = waiting.pop()
+        if name in makers and name != entry[0] and name not in needed:
+            needed.update(makers[name].output)
+            waiting += makers[name].input
+    nodes = []
+    for node in graph.node:
+        if not needed.isdisjoint(node.output):
+            copied = onnx.NodeProto()
+            copied.CopyFrom(node)
+            copied.input[:] = [renamed.get(name, name) for name in node.input]
+            copied.output[:] = [renamed.get(name, name) for name in node.output]
+            nodes.append(copied)
+    used = {name for node in nodes for name in node.input}
+
+    def value(name: str) -> Any:
+        copied = onnx.ValueInfoProto()
+        copied.CopyFrom(known[name])
+        copied.name = renamed[name]
+        return copied
+
+    cut = helper.make_graph(
+        nodes,
+        graph.name,
+        [value(entry[0])],
+        [value(name) for name in outputs],
+        [tensor for tensor in graph.initializer if tensor.name in used],
+    )
+    return helper.make_model(cut, opset_imports=model.opset_import, ir_version=model.ir_version)

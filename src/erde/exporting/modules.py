@@ -77,17 +77,18 @@ def prepared_copy(network: Network) -> Network:
     return network
 
 
-class _Pack(nn.Module):
+class Pack(nn.Module):
     """Several tensors side by side as one (B, N), since a stage's file hands over one tensor; a single tensor as it is."""
 
     def forward(self, handed: Handed) -> Tensor:
+        """Tensors (B, ...) to (B, N)."""
         if isinstance(handed, Tensor):
             return handed
         return torch.cat([tensor.flatten(1) for tensor in handed], dim=1)
 
 
 class Unpack(nn.Module):
-    """The tensors that :class:`_Pack` put side by side; ``shapes`` are those of one image."""
+    """The tensors that :class:`Pack` put side by side; ``shapes`` are those of one image."""
 
     def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class Stage(nn.Module):
     def __init__(self, enter: nn.Module, network: EarlyExitNetwork, index: int) -> None:
         super().__init__()
         self.enter, self.stage, self.head = enter, network.stages[index], network.heads[index]
-        self.pack, self.looks_at = _Pack(), network.looks_at[index]
+        self.pack, self.looks_at = Pack(), network.looks_at[index]
         self.is_last = index == len(network.stages) - 1
         self.boosted = network.boosted
 

@@ -27,13 +27,15 @@ from erde.networks.heads import (
 )
 from erde.networks.network import EarlyExitNetwork
 from erde.networks.places import Plan, plan_exits
-from erde.networks.shapes import Handed, InputSize, example_input, mode
+from erde.networks.shapes import Handed, InputSize, example_input, mode, new_modules_in_mode_of
 
 # float32 steps in another order differ in the last bits; relative to the largest logit.
 _SAME = 1e-5
 # A single image above all: code that asks for the size of the batch asks for 1.
 _COMPARED_BATCHES = (1, 2, 5)
 FINAL = "final"
+# exits="auto": as many exits as there are places, at most so many.
+MOST_EXITS = 8
 
 
 def attach_exits(
@@ -54,7 +56,8 @@ def attach_exits(
             gives logits (B, K).
         exits: their number, the final exit included, placed at equal shares of the model's MACs; or the paths of modules
             behind which intermediate exits stand, such as ``layer1`` or ``blocks.3``. Of a
-            ``Backbone`` the names of blocks (``group1``: after its last block).
+            ``Backbone`` the names of blocks (``group1``: after its last block). ``auto``: as many as there are places,
+            at most 8; :func:`keep_exits` drops some of them after training.
         input_size: (C, H, W) of the images.
         head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``tower``, ``native`` (a backbone's own heads), or
             ``auto``, which chooses by the features.
@@ -67,39 +70,47 @@ def attach_exits(
             not fit, a model that cannot be traced or does not give logits.
     """
     check_head(head)
-    exits = _check_exits(exits)
+    exits, at_most = _check_exits(exits)
     input_size = _check_input_size(input_size)
     _check_kind(model)
     if isinstance(model, Backbone):
-        network = _attach_to_blocks(model, exits, input_size, head, dropout)
-        network.boosted = boosted
-        return network
-    try:
-        network = _attach_to_trace(model, exits, input_size, head, dropout)
-    except UserError:
-        raise
-    except Exception as error:
-        # A model's code may fail in ways that the tracing does not foresee.
-        text = str(error).splitlines()[0] if str(error) else "no reason given"
-        raise UserError(f"{type(model).__name__} cannot be cut: {type(error).__name__}: {text}") from error
-    # Only now: the traced network was compared with the model.
+        network = _attach_to_blocks(model, exits, at_most, input_size, head, dropout)
+    else:
+        try:
+            network = _attach_to_trace(model, exits, at_most, input_size, head, dropout)
+        except UserError:
+            raise
+        except Exception as error:
+            # A model's code may fail in ways that the tracing does not foresee.
+            text = str(error).splitlines()[0] if str(error) else "no reason given"
+            raise UserError(
+                f"{type(model).__name__} cannot be cut: {type(error).__name__}: {text}"
+            ) from error
+    if at_most and len(network.stages) == 1:
+        raise UserError(
+            f"exits='auto' needs a place for an early exit, and {type(model).__name__} has none: give exits=1, or another one"
+        )
+    # Only now: a traced network was compared with the model.
     network.boosted = boosted
     return network
 
 
-def _check_exits(exits: Any) -> int | list[str]:
-    expected = "expected a whole number, or a list of module paths such as ['layer1', 'layer3']"
+def _check_exits(exits: Any) -> tuple[int | list[str], bool]:
+    """Number or places of the exits, and whether fewer will do."""
+    expected = "expected a whole number, 'auto', or a list of module paths such as ['layer1', 'layer3']"
+    if isinstance(exits, str) and exits == AUTO:
+        return MOST_EXITS, True
     if isinstance(exits, str):
         raise UserError(f"exits='{exits}' is a single name: write exits=['{exits}']")
     if isinstance(exits, bool) or not isinstance(exits, (Integral, Iterable)):
         raise UserError(f"exits={exits!r}: {expected}")
     if isinstance(exits, Integral):
-        return int(exits)
+        return int(exits), False
     names = list(exits)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise UserError(f"exits={names!r}: {wrong[0]!r} is not a module path; {expected}")
-    return names
+    return names, False
 
 
 def _check_input_size(input_size: Any) -> InputSize:
@@ -148,7 +159,12 @@ def _check_kind(model: Any) -> None:
 
 
 def _attach_to_blocks(
-    backbone: Backbone, exits: int | Sequence[str], input_size: InputSize, head: str, dropout: float
+    backbone: Backbone,
+    exits: int | Sequence[str],
+    at_most: bool,
+    input_size: InputSize,
+    head: str,
+    dropout: float,
 ) -> EarlyExitNetwork:
     names, macs, handed, classes = _trace_blocks(backbone, input_size)
     native = dict(getattr(backbone, "native_heads", {}))
@@ -156,7 +172,7 @@ def _attach_to_blocks(
         raise UserError(f"this backbone brings no exit heads of its own: choose {', '.join((AUTO, *HEADS))}")
     if isinstance(exits, int):
         own = [names.index(name) for name in native] if native and head in (AUTO, NATIVE) else None
-        cuts = _place_by_macs(macs, exits, backbone, own)
+        cuts = _place_by_macs(macs, exits, backbone, own, at_most)
     else:
         cuts = sorted({_find_block(names, name) for name in exits})
         if cuts and cuts[-1] == len(names) - 1:
@@ -232,14 +248,20 @@ def _trace_blocks(
 
 
 def _place_by_macs(
-    macs: Sequence[int], exits: int, backbone: Backbone, own: Sequence[int] | None = None
+    macs: Sequence[int],
+    exits: int,
+    backbone: Backbone,
+    own: Sequence[int] | None = None,
+    at_most: bool = False,
 ) -> list[int]:
     """Blocks after which the intermediate exits stand: nearest to equal shares of the MACs, all different.
 
-    ``own``: the blocks that bring a head along, and so the only places.
+    ``own``: the blocks that bring a head along, and so the only places. ``at_most``: fewer where there are fewer places.
     """
     # Nothing is learnt before the stem's first block, and the last block's end is the final exit's.
     candidates = list(range(backbone.first_exit_block, len(macs) - 1)) if own is None else sorted(own)
+    if at_most:
+        exits = min(exits, len(candidates) + 1)
     if not 1 <= exits <= len(candidates) + 1:
         raise UserError(
             f"exits={exits} is not possible on this backbone: expected 1 to {len(candidates) + 1}, the final one included"
@@ -268,7 +290,12 @@ def _find_block(names: Sequence[str], wanted: str) -> int:
 
 
 def _attach_to_trace(
-    model: nn.Module, exits: int | Sequence[str], input_size: InputSize, head: str, dropout: float
+    model: nn.Module,
+    exits: int | Sequence[str],
+    at_most: bool,
+    input_size: InputSize,
+    head: str,
+    dropout: float,
 ) -> EarlyExitNetwork:
     if head == NATIVE:
         raise UserError(
@@ -277,7 +304,7 @@ def _attach_to_trace(
     classes = _check_model(model, input_size)
     if model._forward_hooks or model._forward_pre_hooks:
         say(f"the forward hooks of {type(model).__name__} itself are not called by the network with exits")
-    plan = plan_exits(model, exits, input_size)
+    plan = plan_exits(model, exits, input_size, at_most)
     bounds: list[Cut | None] = [None, *plan.cuts, plan.tail]
     stages = [build_stage(plan.trace, plan.facts, start, end) for start, end in itertools.pairwise(bounds)]
     classifier = build_stage(plan.trace, plan.facts, plan.tail, None)
@@ -300,7 +327,8 @@ def _attach_to_trace(
     for note in plan.notes:
         say(note)
     _check_same(model, network, input_size)
-    return _in_mode_of(network, model)
+    new_modules_in_mode_of(network, model)
+    return network
 
 
 def _channels_last(plan: Plan, input_size: InputSize) -> bool:
@@ -432,12 +460,3 @@ def _reachable(logits: Tensor) -> set[Tensor]:
         seen |= following
         waiting += following
     return reached
-
-
-def _in_mode_of(network: EarlyExitNetwork, model: nn.Module) -> EarlyExitNetwork:
-    """New modules follow the model's mode; the model's own stay in the mode that each of them is in."""
-    own = {id(module) for module in model.modules()}
-    for module in network.modules():
-        if id(module) not in own:
-            module.training = model.training
-    return network

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from erde.common.errors import UserError, nearest
 from erde.networks.gradients import scale_handed
-from erde.networks.shapes import Handed, InputSize, example_input, mode
+from erde.networks.shapes import Handed, InputSize, example_input, mode, new_modules_in_mode_of
 
 # The share of the logits so far that a boosted exit starts from.
 BOOST = 0.5
@@ -124,3 +125,41 @@ class EarlyExitNetwork(nn.Module):
         """Parameters of the network without exits: all stages and the final head."""
         yield from self.stages.parameters()
         yield from self.heads[-1].parameters()
+
+
+def keep_exits(network: EarlyExitNetwork, names: Iterable[str]) -> EarlyExitNetwork:
+    """The network with some of its exits, sharing its weights; what stands between two of them becomes one stage.
+
+    The final exit always stays. The exits that are kept and the final one give the very logits they gave before, and
+    heads that are dropped cost nothing any more.
+
+    Args:
+        names: of the intermediate exits to keep (``network.exit_names``), in any order; none for a plain network.
+
+    Raises:
+        UserError: a name that is no exit of the network, or boosted exits, each of which needs all before it.
+    """
+    if isinstance(names, str):
+        raise UserError(f"names='{names}' is a single name: write ['{names}']")
+    wanted = {*names, network.exit_names[-1]}
+    for name in sorted(wanted - set(network.exit_names)):
+        raise UserError(f"the network has no exit '{name}'{nearest(name, network.exit_names)}")
+    if network.boosted and len(wanted) < len(network.exit_names):
+        raise UserError("boosted exits add to the answers of those before them: none can be dropped")
+    kept = [index for index, name in enumerate(network.exit_names) if name in wanted]
+    stages = []
+    start = 0
+    for index in kept:
+        own = network.stages[start : index + 1]
+        stages.append(own[0] if len(own) == 1 else nn.Sequential(*own))
+        start = index + 1
+    reduced = EarlyExitNetwork(
+        stages,
+        [network.heads[index] for index in kept],
+        [network.exit_names[index] for index in kept],
+        [network.looks_at[index] for index in kept],
+        network.notes,
+        network.boosted,
+    )
+    new_modules_in_mode_of(reduced, network)
+    return reduced

@@ -38,8 +38,10 @@ class Plan:
     distance: float
 
 
-def plan_exits(model: nn.Module, exits: int | Sequence[str], input_size: Sequence[int]) -> Plan:
-    """Open ``model`` as far as ``exits`` needs it, and choose the cuts.
+def plan_exits(
+    model: nn.Module, exits: int | Sequence[str], input_size: Sequence[int], at_most: bool = False
+) -> Plan:
+    """Open ``model`` as far as ``exits`` needs it, and choose the cuts; with ``at_most`` fewer than so many will do.
 
     Modules inside that ask for sizes or types are opened only where exits would else stand far from where they were
     wanted: that takes a slower tracer, and opening more may move exits that stand well.
@@ -54,12 +56,12 @@ def plan_exits(model: nn.Module, exits: int | Sequence[str], input_size: Sequenc
     opener = Opener(model, input_size)
     refusal = plan = None
     try:
-        plan = _plan(opener, exits, input_size)
+        plan = _plan(opener, exits, input_size, at_most)
     except UserError as error:
         refusal = error
     if (plan is None or plan.distance > NEAR) and opener.refused and not opener.uses_values:
         try:
-            other = _plan(Opener(model, input_size, uses_values=True), exits, input_size)
+            other = _plan(Opener(model, input_size, uses_values=True), exits, input_size, at_most)
         except UserError:
             pass  # the first tracer's reason, if there is one, is nearer to the model's code
         else:
@@ -70,7 +72,7 @@ def plan_exits(model: nn.Module, exits: int | Sequence[str], input_size: Sequenc
     return plan
 
 
-def _plan(opener: Opener, exits: int | Sequence[str], input_size: Sequence[int]) -> Plan:
+def _plan(opener: Opener, exits: int | Sequence[str], input_size: Sequence[int], at_most: bool) -> Plan:
     while True:
         try:
             facts = gather_facts(opener.trace, input_size)
@@ -85,13 +87,13 @@ def _plan(opener: Opener, exits: int | Sequence[str], input_size: Sequence[int])
         if not opener.open(_worth_opening(opener.trace, facts, exits)):
             break
     map_of = _Map(opener, facts)
-    cuts = map_of.at_shares(exits) if isinstance(exits, int) else map_of.at_names(exits)
+    cuts = map_of.at_shares(exits, at_most) if isinstance(exits, int) else map_of.at_names(exits)
     names = [map_of.name(cut) for cut in cuts]
     for index, cut in enumerate(cuts):
         if names.count(names[index]) > 1:
             names[index] = f"{names[index]}.{facts.nodes[cut.place].name}"
     if isinstance(exits, int):
-        distances = [abs(cut.share - number / exits) for number, cut in enumerate(cuts, start=1)]
+        distances = [abs(cut.share - number / (len(cuts) + 1)) for number, cut in enumerate(cuts, start=1)]
     else:
         distances = map_of.distances
     return Plan(
@@ -270,21 +272,28 @@ class _Map:
 
     # ------------------------------------------------------------ shares
 
-    def at_shares(self, exits: int) -> list[Cut]:
-        """The cuts nearest to equal shares of the MACs; several tensors flow only where no cut of a single tensor is near."""
+    def at_shares(self, exits: int, at_most: bool) -> list[Cut]:
+        """The cuts nearest to equal shares of the MACs; several tensors flow only where no cut of a single tensor is near.
+
+        With ``at_most`` there are fewer cuts rather than such of several tensors.
+        """
         like_tail = [cut for cut in self.cuts if len(cut.shapes[0]) >= min(2, len(self.tail.shapes[0]))]
         single = self._representatives([cut for cut in like_tail if cut.tensors == 1])
         several = self._representatives([cut for cut in like_tail if cut.tensors > 1])
         places = {cut.share: cut for cut in single}
         for number in range(1, exits):
             share = number / exits
-            if min((abs(known - share) for known in places), default=1.0) > 0.4 / exits:
+            if min((abs(known - share) for known in places), default=1.0) > (
+                NEAR if at_most else 0.4 / exits
+            ):
                 near = (cut for cut in several if abs(cut.share - share) <= 0.5 / exits)
                 places |= {cut.share: cut for cut in near if cut.share not in places}
-        if len(places) < exits - 1:
+        if len(places) < (1 if at_most else exits - 1):
             for cut in several:
                 places.setdefault(cut.share, cut)
         ordered = sorted(places.values(), key=lambda cut: cut.place)
+        if at_most:
+            exits = min(exits, len(ordered) + 1)
         if exits > len(ordered) + 1:
             raise UserError(
                 f"exits={exits} is not possible on this model: expected 1 to {len(ordered) + 1}, the final one included"

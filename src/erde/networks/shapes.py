@@ -25,6 +25,14 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was_training
 
 
+def new_modules_in_mode_of(network: nn.Module, model: nn.Module) -> None:
+    """Modules of ``network`` that are not ``model``'s follow its mode; its own stay in the mode that each of them is in."""
+    own = {id(module) for module in model.modules()}
+    for module in network.modules():
+        if id(module) not in own:
+            module.training = model.training
+
+
 def example_input(module: nn.Module, input_size: InputSize) -> Tensor:
     """One image of zeros (1, C, H, W) where the module's parameters are."""
     # A network of another program has its weights elsewhere.

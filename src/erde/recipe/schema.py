@@ -147,10 +147,10 @@ class NetworkConfig(Section):
 
     backbone: str = "resnet20"
     """A name of `erde list backbones`, or `timm/<name>` for any classifier of timm's."""
-    exits: Count | Annotated[list[str], Field(min_length=1)] = 3
+    exits: Count | Literal["auto"] | Annotated[list[str], Field(min_length=1)] = 3
     """Number of exits, the final one included, at about equal shares of the MACs. Or the blocks or groups (`group1`)
     that the intermediate exits follow; for timm's models, paths of modules (`layer1`, `blocks.3`). `1`: a plain
-    network."""
+    network. `auto`, for students: train up to 8 exits, then keep those that save most milliseconds on tune."""
     head: Literal["auto", "erde", "linear", "conv", "tower", "native"] = "auto"
     """Intermediate heads. `auto`: the backbone's own heads if it has some, else `erde` on erde's backbones and a head
     by shape on others. `tower`: a small convolutional network, for early maps."""
@@ -288,6 +288,11 @@ class TeacherConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _as_it_is(self) -> TeacherConfig:
+        if self.exits == "auto":
+            raise ValueError(
+                "exits is 'auto', which is for students, whose exits are chosen by their time: give the teacher a number of "
+                "exits or their places"
+            )
         if self.disjoint and self.cross_fit is not None:
             raise ValueError(
                 "disjoint and cross_fit are two ways to images that a teacher did not see: leave one out"
@@ -548,6 +553,11 @@ class Config(Section):
             *((f"arm '{arm}'", student, self.train) for arm, student in self._students.items()),
         ):
             check_phases(where, train, network.exits != 1)
+            if network.boosted and network.exits == "auto":
+                raise UserError(
+                    f"{where}: boosted exits add to the answers of those before them, so that exits=auto could drop none: "
+                    "give a number of exits or their places, or set boosted=false"
+                )
         if self.calibration.reference == "no_exit_network":
             self.no_exit_arm()
         if self.cascade is not None and self.teacher.boosted:

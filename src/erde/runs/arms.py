@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from erde.calibration.exit_choice import ExitChoice
 from erde.common.history import Epoch
 from erde.common.splits import TestLogits
 from erde.evaluation import measures
@@ -20,6 +21,7 @@ def measure_arm(
     inputs: Mapping[str, ArmInput],
     stages: ExportedStages,
     history: Sequence[Epoch],
+    exit_choice: ExitChoice | None = None,
 ) -> Arm:
     """All measures of ``arm``; ``inputs`` are those of all arms, since the teacher's answers sort the test images."""
     own = inputs[arm]
@@ -27,6 +29,10 @@ def measure_arm(
     network, exported = config.network_of(arm), stages.cost
     # A teacher that was trained elsewhere has no history.
     wrong = history[-1].parts.get("teacher_wrong") if history else None
+    if exit_choice is not None and isinstance(wrong, list):
+        # Training had more exits than were kept; the final one is always among them.
+        kept = [*(candidate.kept for candidate in exit_choice.candidates), True]
+        wrong = [share for share, stays in zip(wrong, kept, strict=True) if stays]
     plain = len(exported.macs) == 1
     role: Literal["teacher", "student", "fixed"]
     if arm == TEACHER:
@@ -64,6 +70,7 @@ def measure_arm(
         teacher_wrong=wrong if isinstance(wrong, list) else None,
         entropies=_entropies(test, inputs.get(TEACHER)),
         history=list(history),
+        exit_choice=exit_choice,
     )
 
 

@@ -66,7 +66,10 @@ def measure_run(run: Run, inputs: dict[str, ArmInput]) -> Results:
     for arm, measured in inputs.items():
         if line := seen_before(run_folder.read_logits(run.folder, arm)[1], measured.test):
             progress.say(f"{arm}: warning: {line}")
-    arms = {arm: measure_arm(config, arm, inputs, run.stages(arm), _history(run, arm)) for arm in inputs}
+    arms = {
+        arm: measure_arm(config, arm, inputs, run.stages(arm), _history(run, arm), run.exit_choice(arm))
+        for arm in inputs
+    }
     exported, int8 = config.export.arm, config.export.int8_arm
     torch_off = check_torch(
         trained_network(run, exported), run.data, inputs[exported], exported, run.arm_folder(exported)

@@ -20,14 +20,21 @@ from erde.exporting.onnx_files import (
     export_plain,
     export_stages,
 )
+from erde.runs.choosing import choose_arms_exits
 from erde.runs.folder import NO_EXIT, NO_EXIT_INT8, Run
 from erde.runs.networks import trained_network
 from erde.runtime.stages import StageRunner
 
 
 def export(run: Run) -> None:
-    """Write every arm's stages and its logits on tune, certify and test; then the plain baselines; int8 last."""
-    for arm in run.config.trained_arms:
+    """Write every arm's stages and its logits on tune, certify and test; then the plain baselines; int8 last.
+
+    Arms whose exits are still to be chosen come last: the reference that they are held against may be another arm.
+    """
+    config = run.config
+    for arm in sorted(config.trained_arms, key=lambda arm: config.network_of(arm).exits == "auto"):
+        if config.network_of(arm).exits == "auto":
+            choose_arms_exits(run, arm)
         stages = run.arm_folder(arm) / "stages"
         if not (stages / STAGES).exists():
             progress.say(f"{arm}: export")

@@ -10,6 +10,7 @@ import torch
 from erde.bundle.profile import PROFILE, Profile
 from erde.bundle.sealing import read as read_bundle
 from erde.bundle.sealing import stages_hash
+from erde.calibration.exit_choice import ExitChoice
 from erde.common import environment, progress
 from erde.common.errors import UserError
 from erde.common.files import Lock
@@ -100,6 +101,10 @@ class Run:
         if isinstance(cache, bool):
             return self.folder / "teacher-cache" if cache else None
         return Path(cache)
+
+    def exit_choice(self, arm: str) -> ExitChoice | None:
+        """The exits that an arm with ``exits: auto`` keeps; None for other arms, and before they are chosen."""
+        return run_folder.read_exit_choice(self.folder, self.config.trained_as(arm))
 
     def stages(self, arm: str) -> ExportedStages:
         """The exported stages of an arm."""

@@ -11,7 +11,7 @@ from erde.networks import checkpoint
 from erde.networks.attach import attach_exits
 from erde.networks.backbones import build_backbone
 from erde.networks.foreign_weights import WeightsReport, adapt_teacher, load_teacher_weights
-from erde.networks.network import EarlyExitNetwork
+from erde.networks.network import EarlyExitNetwork, keep_exits
 from erde.recipe.schema import TEACHER, TeacherConfig
 from erde.runs.folder import Run
 from erde.training.job import FINAL
@@ -38,7 +38,13 @@ def is_trained(run: Run, arm: str) -> bool:
 
 
 def trained_network(run: Run, arm: str) -> EarlyExitNetwork:
-    """The network of an arm that was trained; :class:`UserError` if it is not trained yet."""
+    """The network of an arm that was trained, with the exits that it keeps; :class:`UserError` if it is not trained yet."""
+    network, choice = network_as_trained(run, arm), run.exit_choice(arm)
+    return network if choice is None else keep_exits(network, choice.chosen.exits)
+
+
+def network_as_trained(run: Run, arm: str) -> EarlyExitNetwork:
+    """The same with every exit that was trained."""
     if not is_trained(run, arm):
         command = "erde train" if arm == TEACHER else "erde distill"
         raise UserError(f"arm '{arm}' of {run.folder} is not trained yet: run {command} first")

@@ -34,6 +34,7 @@ class StageRunner:
             program's own, at the cost of a busy core. With one thread there is none that could.
         takes_image: per stage, whether it takes the image and not what the stage before gave; the first one only
             without it.
+        gives_features: per graph, whether it gives features beside logits, where the graphs are no chain.
 
     Raises:
         UserError: a graph that ONNX Runtime does not take, or a provider that it does not have.
@@ -46,6 +47,7 @@ class StageRunner:
         providers: Providers | None = None,
         spinning: bool = True,
         takes_image: Sequence[bool] | None = None,
+        gives_features: Sequence[bool] | None = None,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and need not stand on the terminal besides
@@ -61,15 +63,15 @@ class StageRunner:
         chosen = list(providers or [CPU])
         _check_available(chosen)
         self.takes_image = list(takes_image or [index == 0 for index in range(len(paths))])
-        self._gives_features = [not takes_image for takes_image in [*self.takes_image[1:], True]]
+        self._gives_features = list(gives_features or [not taken for taken in [*self.takes_image[1:], True]])
         self._sessions = []
-        for path, gives_features in zip(paths, self._gives_features, strict=True):
+        for path, gives_both in zip(paths, self._gives_features, strict=True):
             try:
                 session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
             except Exception as error:  # ONNX Runtime raises types of its own for each kind of bad model
                 raise UserError(f"ONNX Runtime cannot load {path}: {in_one_line(str(error))}") from error
             self._sessions.append(session)
-            _check_names(path, session, gives_features)
+            _check_names(path, session, gives_both)
         self._inputs = [session.get_inputs()[0].name for session in self._sessions]
         self._empty = [_empty_outputs(session) for session in self._sessions]
         # A network of another program may take one image at a time only.

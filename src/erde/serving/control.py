@@ -17,8 +17,9 @@ from erde.common.errors import UserError, listed
 WINDOW = 1.0
 # The share of the threads' time that may be taken: above it queues grow long now and then.
 MOST_BUSY = 0.7
-# The share of the objective that a request may be expected to take: what is expected is a mean, and times vary.
-EXPECTED = 0.6
+# Shares of the objective that a request may be expected to take. What is expected is a mean, and times vary: more is
+# refused at the floor, and more lets a point give way.
+ADMITTED, UNHURRIED = 0.6, 0.8
 # Seconds that a dearer point must have fitted before it is taken again.
 HOLD = 3.0
 # Of a new time in the running mean, once there are some.
@@ -97,9 +98,9 @@ class Controller:
     def admits(self, now: float, waiting: int) -> bool:
         """Whether a request that comes ``now``, while so many wait, can be answered in time; it is counted as come."""
         self._arrivals.append(now)
-        if not self._in_time(waiting, self.current):
+        if self._expected(waiting, self.current) > UNHURRIED * self.objective:
             self._needed.append((now, self._cheapest_needed(waiting)))
-        return self._in_time(waiting, len(self.rungs) - 1)
+        return self._expected(waiting, len(self.rungs) - 1) <= ADMITTED * self.objective
 
     def answered(self, now: float, rung: int, latency: float, computing: float) -> None:
         """A request was answered at ``rung``: ``latency`` seconds after it came, of which ``computing`` in a thread."""
@@ -126,13 +127,13 @@ class Controller:
         for rung in range(len(self.rungs)):
             seconds = self.seconds(rung) or 0.0
             busy = len(self._arrivals) / WINDOW * seconds / self.parallel
-            if busy <= MOST_BUSY and self._in_time(waiting, rung):
+            if busy <= MOST_BUSY and self._expected(waiting, rung) <= UNHURRIED * self.objective:
                 return rung
         return len(self.rungs) - 1
 
-    def _in_time(self, waiting: int, rung: int) -> bool:
-        seconds = self.seconds(rung) or 0.0
-        return (waiting / self.parallel + 1) * seconds <= EXPECTED * self.objective
+    def _expected(self, waiting: int, rung: int) -> float:
+        """Seconds until a request that comes now is answered."""
+        return (waiting / self.parallel + 1) * (self.seconds(rung) or 0.0)
 
     def _too_slow(self) -> bool:
         latencies = sorted(latency for _, latency in self._latencies)
