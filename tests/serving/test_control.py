@@ -214,10 +214,15 @@ def test_options_that_do_not_fit(bundle_a: Path) -> None:
 def test_the_ladder_of_a_bundle(bundle_a: Path) -> None:
     manifest = read(bundle_a)
     assert ladder(manifest, "risk-1") == [Rung("risk-1", pytest.approx(0.8))]
-    assert ladder(manifest, "risk-5") == [Rung("risk-1", pytest.approx(0.8)), Rung("risk-5", pytest.approx(0.6))]
+    assert ladder(manifest, "risk-5") == [
+        Rung("risk-1", pytest.approx(0.8)),
+        Rung("risk-5", pytest.approx(0.6)),
+    ]
     # Not certified.
     for floor in ("no-exit", "early"):
-        with user_error(f"the floor is '{floor}', expected the default 'risk-1' or .* that saves more: risk-5"):
+        with user_error(
+            f"the floor is '{floor}', expected the default 'risk-1' or .* that saves more: risk-5"
+        ):
             ladder(manifest, floor)
     with user_error("no operating point 'risk-7'"):
         ladder(manifest, "risk-7")
