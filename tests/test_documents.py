@@ -269,7 +269,7 @@ def test_no_file_speaks_of_the_place_where_it_was_written() -> None:
 
 def test_python_of_backbones_runs(tmp_path: Path) -> None:
     examples = blocks(ROOT / "docs" / "backbones.md", "python")
-    assert len(examples) == 5
+    assert len(examples) == 6
     out = execute([sys.executable, "-c", "\n".join(examples)], tmp_path)
     assert (tmp_path / "own-bundle" / "manifest.json").is_file()
     # What the comments say is what is printed.

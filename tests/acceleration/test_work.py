@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erde.acceleration.fronts import affordable_views
 from erde.acceleration.images import FEWEST_IMAGES, load_material, read_pool
 from erde.acceleration.work import accelerate
 from erde.bundle.sealing import read
@@ -119,6 +120,14 @@ def test_images_are_split_once_and_apart(photos: Path, digits: DataSplits, tmp_p
     both = load_material(labelled, labelled, (8, 8, 1), seed=3)
     assert both.calibration.labelled
     assert len(both.test) == len(labelled) - 2 * round(0.25 * len(labelled))
+
+
+def test_a_slow_model_is_asked_about_fewer_views() -> None:
+    # A quarter of an hour, 900 s, for 50,000 images.
+    assert affordable_views(50_000, 0.0001, 3600) == 4
+    assert affordable_views(50_000, 0.006, 3600) == 3
+    assert affordable_views(50_000, 0.05, 3600) == 2
+    assert affordable_views(1_000, 0.0, 0.0) == 4
 
 
 def test_what_is_refused(

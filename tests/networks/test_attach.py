@@ -721,10 +721,10 @@ def test_heads_that_are_refused(head: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("exits", "message"),
     [
-        (3.0, r"exits=3\.0: expected a whole number, or a list"),
-        (1.5, r"exits=1\.5: expected a whole number, or a list"),
-        (True, "exits=True: expected a whole number, or a list"),
-        (None, "exits=None: expected a whole number, or a list"),
+        (3.0, r"exits=3\.0: expected a whole number, 'auto', or a list"),
+        (1.5, r"exits=1\.5: expected a whole number, 'auto', or a list"),
+        (True, "exits=True: expected a whole number, 'auto', or a list"),
+        (None, "exits=None: expected a whole number, 'auto', or a list"),
         ("blocks.1", r"exits='blocks\.1' is a single name: write exits=\['blocks\.1'\]"),
         (["blocks.1", 3], r"exits=\['blocks.1', 3\]: 3 is not a module path"),
     ],

@@ -36,8 +36,8 @@ SMALL_SIDE = 64
 EXITS = 3
 # A front may take this share of the network's MACs.
 MOST_MACS = 0.1
-# Flips and shifts of each image that the network is asked about.
-VIEWS = 4
+# Flips and shifts of each image that the network is asked about, at most and at least, and the share of the time for it.
+VIEWS, FEWEST_VIEWS, VIEWS_SHARE = 4, 2, 0.25
 # Images are mirrored in training if the network answers a mirrored image as it answers the image, at least so often:
 # letters and digits it does not.
 LEAST_MIRRORED_AGREEMENT = 0.8
@@ -80,6 +80,7 @@ class Training:
     cache: Path
     loss: LossConfig
     mirrored: bool
+    views: int
     seed: int
 
     def train(
@@ -106,7 +107,7 @@ class Training:
             train=train,
             config=TrainConfig(epochs=epochs, batch_size=min(BATCH, len(train))),
             augmentation=AugmentationConfig(
-                crop_padding=max(1, data.image_shape[0] // 8), flip=self.mirrored, views=VIEWS
+                crop_padding=max(1, data.image_shape[0] // 8), flip=self.mirrored, views=self.views
             ),
             mean=data.mean,
             std=data.std,
@@ -135,6 +136,12 @@ def candidates(data: DataSplits, macs: int, seed: int) -> list[Front]:
             "quicker by a network in front of it"
         )
     return fitting
+
+
+def affordable_views(images: int, seconds_per_answer: float, seconds: float) -> int:
+    """How many views of each train image the network can be asked about in its share of the ``seconds`` that are left."""
+    affordable = int(VIEWS_SHARE * seconds / max(1e-9, images * seconds_per_answer))
+    return min(max(affordable, FEWEST_VIEWS), VIEWS)
 
 
 def answers_alike_mirrored(stage: Path, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> bool:

@@ -16,8 +16,10 @@ from torch import nn
 
 from erde.acceleration.fronts import (
     EXITS,
+    VIEWS,
     Front,
     Training,
+    affordable_views,
     answers,
     answers_alike_mirrored,
     candidates,
@@ -228,30 +230,35 @@ class _Work:
         plan = self.out / PLAN
         if not plan.exists():
             tune_images = np.asarray(data.tune.images[:])
+            asked = time.monotonic()
             tune = answers(self.stage, tune_images, "answers to tune")
-            training = self._training(data, answers_alike_mirrored(self.stage, tune_images, tune))
+            per_answer = (time.monotonic() - asked) / len(tune_images)
+            views = affordable_views(len(data.train), per_answer, seconds - (time.monotonic() - started))
+            mirrored = answers_alike_mirrored(self.stage, tune_images, tune)
+            training = self._training(data, mirrored, views)
             fronts = candidates(data, 0 if self.network.uncounted else self.network.macs, self.seed)
             front, per_image = trial(fronts, training, self.out / "trial", tune, self.network.macs, minutes)
-            left = TRAINING_SHARE * (seconds - (time.monotonic() - started))
+            left = seconds - (time.monotonic() - started) - views * len(data.train) * per_answer
+            left *= TRAINING_SHARE
             epochs = int(left / max(1e-9, per_image * len(data.train)))
             epochs = min(max(epochs, FEWEST_EPOCHS), MOST_EPOCHS)
             choice = {"backbone": front.backbone, "reduction": front.reduction, "epochs": epochs}
-            write_json(plan, {**choice, "mirrored": training.mirrored})
+            write_json(plan, {**choice, "mirrored": mirrored, "views": views})
         chosen = _read(plan)
         front = Front(chosen["backbone"], chosen["reduction"])
         progress.say(f"front: {front.name}, {EXITS} exits, {chosen['epochs']} epochs")
         built = front.build(data, self.seed)
-        training = self._training(data, chosen.get("mirrored", True))
+        training = self._training(data, chosen.get("mirrored", True), chosen.get("views", VIEWS))
         training.train(built, front.name, self.out / "training", chosen["epochs"], None)
         return export(built, data, folder, name=front.name)
 
-    def _training(self, data: DataSplits, mirrored: bool) -> Training:
+    def _training(self, data: DataSplits, mirrored: bool, views: int) -> Training:
         loss = resolve_loss(self.loss)
         if isinstance(loss, ERDEConfig) and (self.material.train_labels == UNKNOWN).any():
             # Its own answers are the labels, so only a doubt, or another answer to a changed image, can be an error.
             loss = loss.model_copy(update={"wrong_test": "uncertain"})
         teacher = onnx_teacher(self.stage, data.mean, data.std)
-        return Training(data, teacher, self.out / "teacher-cache", loss, mirrored, self.seed)
+        return Training(data, teacher, self.out / "teacher-cache", loss, mirrored, views, self.seed)
 
     def finish(self, front: Path, max_risk: float) -> Accelerated:
         """Chain, calibrate, measure and report."""
