@@ -275,5 +275,5 @@ def test_python_of_backbones_runs(tmp_path: Path) -> None:
     # What the comments say is what is printed.
     lines = [line for block in examples for line in block.splitlines() if line.startswith("print")]
     promised = [line.split("  # ")[1] for line in lines if "  # " in line]
-    assert len(promised) == 3
+    assert len(promised) == 5
     assert [line for line in out.splitlines() if line.startswith("['")] == promised

@@ -127,7 +127,7 @@ def test_a_slow_model_is_asked_about_fewer_views() -> None:
     assert affordable_views(50_000, 0.0001, 3600) == 4
     assert affordable_views(50_000, 0.006, 3600) == 3
     assert affordable_views(50_000, 0.05, 3600) == 2
-    assert affordable_views(1_000, 0.0, 0.0) == 4
+    assert affordable_views(1_000, 0.001, 60) == 4
 
 
 def test_what_is_refused(
