@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erde.bundle.sealing import read
+from erde.bundle.sealing import read, seal
 from erde.serving.control import HOLD, Controller, Rung, ladder
+from erde.serving.models import Model
 from erde.serving.server import Settings, serve
+from erde.serving.service import Load
 from tests.helpers.checks import user_error
 from tests.helpers.served import SLOW, Served, as_json, serving, some_images, until
 
@@ -190,6 +193,33 @@ def test_a_server_gives_way_refuses_at_the_floor_and_comes_back(bundle_a: Path) 
     assert code == 0
     assert "a: load: risk-1 -> risk-5, " in err
     assert "a: load: risk-5 -> risk-1, 0 requests wait" in err
+
+
+def test_an_exchanged_bundle_without_the_floor_keeps_its_default(
+    bundle_a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(bundle_a, tmp_path / "a"))
+    model = Model("a", folder, 1)
+    load = Load(model, "risk-5", OBJECTIVE, 1)
+    # A request that takes longer than the objective: at once to the floor.
+    load.answered(0.0, "risk-1", 0.1, 0.1)
+    load.admits(0.1, 1)
+    assert model.current_default(model.loaded) == "risk-5"
+    manifest = read(folder)
+    kept = [point for point in manifest.operating_points if point.name != "risk-5"]
+    seal(folder, manifest.model_copy(update={"operating_points": kept}))
+    assert model.refresh()
+    load.renew()
+    for tick in range(5):
+        load.look(1.0 + tick, 0)
+    assert model.current_default(model.loaded) == "risk-1"
+    assert [rung.name for rung in load.controller.rungs] == ["risk-1"]
+    assert capsys.readouterr().err.count("a: load: no operating point 'risk-5'") == 1
+    # With the floor it gives way again.
+    seal(folder, manifest)
+    assert model.refresh()
+    load.renew()
+    assert [rung.name for rung in load.controller.rungs] == ["risk-1", "risk-5"]
 
 
 def test_options_that_do_not_fit(bundle_a: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from erde.bundle.manifest import Manifest
 from erde.common.environment import erde_version
 from erde.common.errors import UserError, in_one_line, nearest
 from erde.common.progress import say
@@ -64,19 +65,20 @@ class Load:
 
     def __init__(self, model: Model, floor: str, objective: float, parallel: int) -> None:
         self.model, self._floor, self._objective, self._parallel = model, floor, objective, parallel
-        self.controller = self._new_controller()
+        self.controller = Controller(ladder(self._manifest, floor), objective, parallel)
 
-    def _new_controller(self) -> Controller:
-        rungs = ladder(self.model.loaded.session.manifest, self._floor)
-        return Controller(rungs, self._objective, self._parallel)
+    @property
+    def _manifest(self) -> Manifest:
+        return self.model.loaded.session.manifest
 
     def renew(self) -> None:
-        """Begin anew after the bundle was exchanged; without the floor in the new one only its default is left."""
+        """Begin anew after the bundle was exchanged; without the floor in the new one its default alone is left."""
         try:
-            self.controller = self._new_controller()
+            rungs = ladder(self._manifest, self._floor)
         except UserError as error:
-            say(f"{self.model.name}: load: {error}")
-            self.controller.rungs = self.controller.rungs[:1]
+            say(f"{self.model.name}: load: {error}; the default stays")
+            rungs = ladder(self._manifest, self._manifest.default_operating_point)
+        self.controller = Controller(rungs, self._objective, self._parallel)
         self.model.default_point = None
 
     def admits(self, now: float, waiting: int) -> bool:
