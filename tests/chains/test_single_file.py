@@ -154,6 +154,11 @@ def test_the_command_and_what_is_refused(
     with user_error("answers otherwise than the bundle"):
         write_single_file(bundle_copy, tmp_path / "wrong.onnx", "no-exit")
     assert not (tmp_path / "wrong.onnx").exists()
+    # Nor does it take the place of a good one.
+    before = path.read_bytes()
+    with user_error("one.onnx answers otherwise than the bundle"):
+        write_single_file(bundle_copy, path, "no-exit")
+    assert path.read_bytes() == before
 
 
 SCRIPT = """

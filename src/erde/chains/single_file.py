@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from erde import bundle
 from erde.bundle.manifest import Manifest
-from erde.chains.onnx_files import IR_VERSION, import_onnx, opset_of, save
+from erde.chains.onnx_files import IR_VERSION, import_onnx, opset_of, serialised
 from erde.common.errors import UserError
+from erde.common.files import replacing_file
 from erde.policy import rule as policy
 from erde.policy.cost import first_stage
 from erde.policy.points import OperatingPoint
@@ -50,12 +51,10 @@ def write_single_file(
     point = manifest.point(operating_point)
     stages = [import_onnx().load(str(folder / stage.file)) for stage in manifest.stages]
     model = _Single(manifest, point, _at_one_opset(stages)).model()
-    save(model, path)
-    try:
-        _check(path, session, point)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    content = serialised(model, path)
+    with replacing_file(path) as partial:
+        partial.write_bytes(content)
+        _check(partial, path, session, point)
     return point
 
 
@@ -296,8 +295,11 @@ class _Single:
         return values
 
 
-def _check(path: Path, session: Session, point: OperatingPoint) -> None:
-    """Hold the file against the bundle on images of noise, at more than one brightness, and the reference sample."""
+def _check(file: Path, path: Path, session: Session, point: OperatingPoint) -> None:
+    """Hold ``file``, which is to become ``path``, against the bundle.
+
+    Images are the reference sample and noise, at more than one brightness.
+    """
     shape = session.manifest.input_shape
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (PROBES, *shape))
@@ -311,7 +313,7 @@ def _check(path: Path, session: Session, point: OperatingPoint) -> None:
     unsure = policy.in_band(session.rule.apply(logits)[1], point.thresholds) | policy.near_tie(logits)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    alone = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    alone = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     for image, skip in zip(images, unsure, strict=True):
         expected = session.predict(image[None], operating_point=point.name)
         label, _, exit = alone.run(list(OUTPUTS), {"images": image[None]})
