@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from erde.calibration.exit_choice import ExitTimes
 from erde.common import progress
-from erde.common.splits import Images, Split, TuneLogits, TuneSplit
+from erde.common.splits import Images, TuneLogits, TuneSplit
 from erde.exporting.graphs import block_input, cut_graph
 from erde.exporting.modules import FEATURES_IN, Pack, Preprocess, Unpack, prepare, write_graph
 from erde.networks.network import EarlyExitNetwork
@@ -104,24 +103,10 @@ def measure_exits(
             takes_image=[start == 0 for start, _ in stretches],
             gives_features=[end < exits - 1 for _, end in stretches],
         )
-        every_exit = [stretches.index((index, index)) for index in range(exits)]
-        tune_logits = TuneLogits(_all_logits(runner, every_exit, tune), tune.labels)
+        every_exit = StageRunner([paths[stretches.index((index, index))] for index in range(exits)], threads)
+        tune_logits = TuneLogits(every_exit.all_logits(tune.images), tune.labels)
         drawn_from = np.asarray(tune.images[:MOST_IMAGES])
         return _time(runner, stretches, exits, drawn_from, rounds, seed), tune_logits
-
-
-def _all_logits(runner: StageRunner, chain: list[int], split: Split) -> NDArray[np.float32]:
-    """The logits (E, N, K) of the graphs ``chain``, each of which takes what the one before it gave."""
-    parts = []
-    for images in split.batches(256):
-        x: NDArray[Any] | None = images
-        rows = []
-        for index in chain:
-            assert x is not None
-            x, logits = runner.run(index, x)
-            rows.append(logits)
-        parts.append(np.stack(rows))
-    return np.concatenate(parts, axis=1)
 
 
 def _time(

@@ -34,10 +34,7 @@ def block_input(model: Any) -> None:
     users = [node for node in graph.node if source.name in node.input]
     if len(source.type.tensor_type.shape.dim) != 4 or all(node.op_type == "Conv" for node in users):
         return
-    for node in users:
-        for place, name in enumerate(node.input):
-            if name == source.name:
-                node.input[place] = BLOCKED
+    rename(graph, {source.name: BLOCKED})
     graph.node.insert(
         0, helper.make_node("MaxPool", [source.name], [BLOCKED], "block_input", kernel_shape=[1, 1])
     )
@@ -49,11 +46,16 @@ def unblock_input(model: Any) -> None:
     first = next((node for node in graph.node if list(node.output) == [BLOCKED]), None)
     if first is None:
         return
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name == BLOCKED:
-                node.input[place] = first.input[0]
     graph.node.remove(first)
+    rename(graph, {BLOCKED: first.input[0]})
+
+
+def rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Rename tensors between nodes; inputs and outputs of the graph keep their names."""
+    for node in graph.node:
+        for tensors in (node.input, node.output):
+            for place, name in enumerate(tensors):
+                tensors[place] = names.get(name, name)
 
 
 def cut_graph(model: Any, entry: tuple[str, str], outputs: Mapping[str, str]) -> Any:
@@ -71,14 +73,7 @@ def cut_graph(model: Any, entry: tuple[str, str], outputs: Mapping[str, str]) ->
         if name in makers and name != entry[0] and name not in needed:
             needed.update(makers[name].output)
             waiting += makers[name].input
-    nodes = []
-    for node in graph.node:
-        if not needed.isdisjoint(node.output):
-            copied = onnx.NodeProto()
-            copied.CopyFrom(node)
-            copied.input[:] = [renamed.get(name, name) for name in node.input]
-            copied.output[:] = [renamed.get(name, name) for name in node.output]
-            nodes.append(copied)
+    nodes = [node for node in graph.node if not needed.isdisjoint(node.output)]
     used = {name for node in nodes for name in node.input}
 
     def value(name: str) -> Any:
@@ -94,4 +89,5 @@ def cut_graph(model: Any, entry: tuple[str, str], outputs: Mapping[str, str]) ->
         [value(name) for name in outputs],
         [tensor for tensor in graph.initializer if tensor.name in used],
     )
+    rename(cut, renamed)
     return helper.make_model(cut, opset_imports=model.opset_import, ir_version=model.ir_version)

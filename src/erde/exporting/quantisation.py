@@ -33,7 +33,7 @@ from onnxruntime.quantization import (
 from erde.common.environment import erde_version
 from erde.common.files import replacing_file
 from erde.common.splits import TrainSplit, TuneSplit
-from erde.exporting.graphs import unblock_input
+from erde.exporting.graphs import rename, unblock_input
 from erde.runtime.stages import StageRunner
 
 # Ranges and channel means settle long before: 128 or 2,048 images change no accuracy by more than flipped labels do.
@@ -180,22 +180,14 @@ def _hand_over_integers(path: Path, after: Path) -> None:
         return
     kind = onnx.TensorProto.UINT8
     integers, floats = given.input[0], f"{feature.name}_float"
-    _rename(first.graph, {feature.name: floats, integers: feature.name})
+    rename(first.graph, {feature.name: floats, integers: feature.name})
     feature.type.tensor_type.elem_type = entry.type.tensor_type.elem_type = kind
     for node in to_integers:
         second.graph.node.remove(node)
-    _rename(second.graph, {node.output[0]: entry.name for node in to_integers})
+    rename(second.graph, {node.output[0]: entry.name for node in to_integers})
     for model, target in ((first, path), (second, after)):
         onnx.checker.check_model(model)
         target.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _rename(graph: Any, names: dict[str, str]) -> None:
-    """Rename tensors between nodes; inputs and outputs of the graph keep their names."""
-    for node in graph.node:
-        for tensors in (node.input, node.output):
-            for place, name in enumerate(tensors):
-                tensors[place] = names.get(name, name)
 
 
 def quantise(
