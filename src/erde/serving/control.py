@@ -72,7 +72,7 @@ class Controller:
 
     def __init__(self, rungs: Sequence[Rung], objective: float, parallel: int) -> None:
         self.rungs, self.objective, self.parallel = list(rungs), objective, parallel
-        self._needed: deque[tuple[float, int]] = deque()
+        self._needed: deque[tuple[float, int]] = deque()  # cheapest first: see _need
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
         self._computing: dict[int, tuple[int, float]] = {}  # by rung: how many, and the mean of their seconds
@@ -81,12 +81,12 @@ class Controller:
     @property
     def current(self) -> int:
         """The rung in use; 0 is the dearest."""
-        return max((rung for _, rung in self._needed), default=0)
+        return self._needed[0][1] if self._needed else 0
 
     @property
     def rung(self) -> Rung:
         """The operating point in use."""
-        return self.rungs[min(self.current, len(self.rungs) - 1)]
+        return self.rungs[self.current]
 
     def seconds(self, rung: int) -> float | None:
         """The mean time to compute a request at a rung: as seen, or in proportion to the cost of the nearest seen."""
@@ -99,7 +99,7 @@ class Controller:
         """Whether a request that comes ``now``, while so many wait, can be answered in time; it is counted as come."""
         self._arrivals.append(now)
         if self._expected(waiting, self.current) > UNHURRIED * self.objective:
-            self._needed.append((now, self._cheapest_needed(waiting)))
+            self._need(now, self._cheapest_needed(waiting))
         return self._expected(waiting, len(self.rungs) - 1) <= ADMITTED * self.objective
 
     def answered(self, now: float, rung: int, latency: float, computing: float) -> None:
@@ -118,9 +118,15 @@ class Controller:
         # Latencies lag behind what caused them: a step, and then time to see what it does.
         if now - self._stepped >= WINDOW and self._too_slow():
             needed, self._stepped = max(needed, min(self.current + 1, len(self.rungs) - 1)), now
-        self._needed.append((now, needed))
+        self._need(now, needed)
         while self._needed[0][0] < now - HOLD:
             self._needed.popleft()
+
+    def _need(self, now: float, rung: int) -> None:
+        """Note that ``rung`` was needed; what was needed before and is no cheaper can never be the cheapest again."""
+        while self._needed and self._needed[-1][1] <= rung:
+            self._needed.pop()
+        self._needed.append((now, rung))
 
     def _cheapest_needed(self, waiting: int) -> int:
         """The dearest rung that keeps the threads free enough and the queue short; else the floor."""
