@@ -94,7 +94,7 @@ def test_python_of_the_tutorials_runs(after_python: tuple[Path, str]) -> None:
 def test_commands_of_the_tutorials_run(after_python: tuple[Path, str]) -> None:
     folder, _ = after_python
     lines = [line for path in TUTORIALS for line in commands(path)]
-    assert len(lines) == 17
+    assert lines
     assert all(line.startswith("erde ") for line in lines)
     output = {line: execute(line, folder) for line in lines}
     assert {"results.json", "report.html", "bundle"} <= {
