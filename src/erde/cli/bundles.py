@@ -6,17 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from erde.cli.options import Json, finish
+from erde.cli.show import show_calibrated
 from erde.common.errors import UserError, printable
-
-if TYPE_CHECKING:
-    from erde.calibration.policy_file import CalibratedPolicy
-    from erde.calibration.settings import Settings
-    from erde.policy.points import Precision
 
 # More than any machine has.
 MAX_THREADS = 1024
@@ -256,26 +252,6 @@ def accelerate(
         "bundle": str(result.bundle), "operating_point": result.point.name, "before_ms": result.before_ms,
         "after_ms": result.after_ms, "median_times": result.median_times, "test": result.test.model_dump(mode="json"),
     })  # fmt: skip
-
-
-def show_calibrated(
-    calibrated: CalibratedPolicy, settings: Settings, out: Path, precision: Precision
-) -> None:
-    """Print what was chosen and certified, and warn where nothing leaves early by default."""
-    from erde.calibration.logits import point_name
-    from erde.calibration.recalibration import describe
-
-    for line in describe(calibrated, precision):
-        print(line)
-    if calibrated.default == "no-exit":
-        others = [point.name for point in calibrated.points if point.name != "no-exit"]
-        asked = point_name(settings.max_risks[0])
-        named = f"name {' or '.join(others)} where you use it, or " if others else ""
-        print(
-            f"warning: {asked} could not be certified, so the default operating point is no-exit: {out} never leaves early "
-            f"by default; {named}give more images or a larger risk",
-            file=sys.stderr,
-        )
 
 
 def _whole_numbers(option: str, text: str, highest: int = 100_000) -> list[int]:
