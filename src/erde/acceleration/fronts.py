@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -99,24 +100,32 @@ class Training:
             train_images=len(train),
             seed=self.seed,
         )
+        device = choose_device("auto")
         job = Job(
             name=name,
             network=network,
             criterion=criterion,
             teacher=self.teacher,
             train=train,
-            config=TrainConfig(epochs=epochs, batch_size=min(BATCH, len(train))),
+            config=TrainConfig(
+                epochs=epochs, batch_size=min(BATCH, len(train)), precision=quick_precision(device)
+            ),
             augmentation=AugmentationConfig(
                 crop_padding=max(1, data.image_shape[0] // 8), flip=self.mirrored, views=self.views
             ),
             mean=data.mean,
             std=data.std,
             seed=self.seed,
-            device=choose_device("auto"),
+            device=device,
             extras=self.loss.extras,
             teacher_cache=self.cache,
         )
         return train_network(job, folder)
+
+
+def quick_precision(device: torch.device) -> Literal["auto", "bf16"]:
+    """bfloat16 also on a CPU with matrix units for it, where a front trains in half to two thirds of the time."""
+    return "bf16" if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else "auto"
 
 
 def candidates(data: DataSplits, macs: int, seed: int) -> list[Front]:
