@@ -8,16 +8,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from erde.recipe.keys import SECTIONS, keys_of
 from erde.recipe.losses import LOSSES
 from erde.recipe.schema import NetworkConfig, TeacherConfig
+from erde.recipe.study import StudyConfig
 
 COMMAND = "python -m tests.helpers.key_tables"
 DOCS = Path(__file__).parents[2] / "docs"
-DOCUMENTS = [DOCS / "formats.md", *sorted((DOCS / "methods").glob("*.md"))]
-PLACES = {
+DOCUMENTS = [DOCS / "formats.md", DOCS / "studies.md", *sorted((DOCS / "methods").glob("*.md"))]
+PLACES: dict[str, type[BaseModel]] = {
     "the recipe": SECTIONS[""],
     **{f"`{name}`": section for name, section in SECTIONS.items() if name},
+    "the study": StudyConfig,
     **{f"the loss `{name}`": loss for name, loss in LOSSES.items()},
 }
 

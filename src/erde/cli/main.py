@@ -12,7 +12,7 @@ from typing import Any
 import typer
 import typer.core
 
-from erde.cli import about, bundles, runs, serving
+from erde.cli import about, bundles, runs, serving, studies
 from erde.common.errors import UserError, printable
 
 # typer brings its own copy of click, or uses the real one: either way this is the base of usage errors.
@@ -118,6 +118,7 @@ def _print_stopped() -> None:
     advice = {
         "run": "; it continues with --resume",
         "train": "; it continues with --resume",
+        "study": "; it continues with --resume",
         "distill": "; the same command continues it",
         "export": "; the same command continues it",
         "predict": "; with --out it continues with --resume",
@@ -165,6 +166,7 @@ _command(runs.export, "erde export runs/a --plain student.onnx --arm erde")
 _command(runs.calibrate, "erde calibrate runs/a/bundle --data photos/ --max-risk 0.5% --confidence 95%")
 _command(runs.evaluate, "erde evaluate runs/a --json")
 _command(runs.compare, "erde compare runs/a runs/b --out comparison.html")
+_command(studies.study, "erde study study.yaml --out runs/study --minutes 60")
 _command(bundles.predict, "erde predict runs/a/bundle photos/ --out answers.csv")
 _command(bundles.accelerate, "erde accelerate model.onnx --images photos/ --out fast --minutes 60")
 _command(bundles.cascade, "erde cascade front/bundle model.onnx --data photos/ --max-risk 1% --out chain")

@@ -1,0 +1,214 @@
+"""A study's runs in one table: each arm's measures over the seeds, and each arm against the reference, paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from erde.common.errors import UserError
+from erde.common.files import write_json
+from erde.common.model import Frozen
+from erde.evaluation.results import Arm, Interval, Results
+from erde.evaluation.run_folder import read_logits
+
+# Shares of the MACs of the network without exits at which curves are read.
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+CONFIDENCE = 0.95
+
+
+class Estimate(Frozen):
+    """A mean over n seeds, with the 95 % interval of Student's t (n - 1 degrees of freedom); None for one seed."""
+
+    mean: float
+    interval: Interval | None
+
+
+class Difference(Estimate):
+    """An arm minus the reference, seed by seed: the paired t-test's two-sided p-value, and Holm's of all arms."""
+
+    p_value: float | None
+    holm_p_value: float | None
+
+
+class ArmMeasure(Frozen):
+    """A measure of an arm by seed; estimates where every seed has it."""
+
+    values: list[float | None]
+    estimate: Estimate | None
+    difference: Difference | None = None
+
+
+class Study(Frozen):
+    """``study.json``: nothing in it depends on when or how fast the study ran."""
+
+    format_version: Literal[1] = 1
+    name: str
+    reference: str
+    seeds: list[int]
+    test_images: int
+    measures: dict[str, dict[str, ArmMeasure]]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, in one step."""
+        write_json(path, self.model_dump(mode="json"))
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and Student's t interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean=mean, interval=None)
+    half = float(stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return Estimate(mean=mean, interval=(mean - half, mean + half))
+
+
+def paired_p_value(differences: Sequence[float]) -> float | None:
+    """Two-sided p-value of the paired t-test; None for one seed; 1 where no seed differs."""
+    if len(differences) < 2:
+        return None
+    if not np.any(differences):
+        return 1.0
+    if np.ptp(differences) < 1e-12:  # the same difference each time: t has no bound
+        return 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values (1979): with m tests in rising order, max over j <= i of (m - j + 1) p_j, at most 1."""
+    adjusted, highest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = highest
+    return adjusted
+
+
+def summarise(name: str, reference: str, runs: Mapping[int, Path], results: Mapping[int, Results]) -> Study:
+    """The study of runs with several seeds, ``{seed: run folder}``.
+
+    Arms in int8 are left out, and the teacher is measured but not compared.
+
+    Raises:
+        UserError: runs whose arms or test images differ.
+    """
+    first = next(iter(results.values()))
+    for seed, result in results.items():
+        if list(result.arms) != list(first.arms):
+            raise UserError(f"{runs[seed]} has other arms than {next(iter(runs.values()))}: use a new folder")
+        if result.data.splits["test"] != first.data.splits["test"]:
+            raise UserError(
+                f"{runs[seed]} was tested on other images than {next(iter(runs.values()))}: set data.split_seed"
+            )
+    arms = [arm for arm, measured in first.arms.items() if measured.precision == "fp32"]
+    by_seed = {
+        seed: {arm: measures(result, arm) | tune_measures(runs[seed], arm) for arm in arms}
+        for seed, result in results.items()
+    }
+    names = list(dict.fromkeys(key for seed in by_seed.values() for arm in seed.values() for key in arm))
+    table = {}
+    for measure in names:
+        rows = {arm: [by_seed[seed][arm].get(measure) for seed in by_seed] for arm in arms}
+        compared = [arm for arm in arms if first.arms[arm].role != "teacher"]
+        table[measure] = _compared(rows, reference, compared)
+    return Study(
+        name=name,
+        reference=reference,
+        seeds=list(results),
+        test_images=first.data.splits["test"].size,
+        measures=table,
+    )
+
+
+def _compared(
+    rows: Mapping[str, list[float | None]], reference: str, compared: Sequence[str]
+) -> dict[str, ArmMeasure]:
+    """One measure's arms, with their differences from the reference."""
+    whole = {arm: known for arm, values in rows.items() if (known := _known(values)) is not None}
+    differences = {
+        arm: [value - base for value, base in zip(whole[arm], whole[reference], strict=True)]
+        for arm in compared
+        if arm != reference and arm in whole and reference in whole
+    }
+    p_values = {arm: paired_p_value(values) for arm, values in differences.items()}
+    adjusted = holm({arm: value for arm, value in p_values.items() if value is not None})
+    measured = {}
+    for arm, values in rows.items():
+        difference = None
+        if arm in differences:
+            difference = Difference(
+                **estimate(differences[arm]).model_dump(),
+                p_value=p_values[arm],
+                holm_p_value=adjusted.get(arm),
+            )
+        measured[arm] = ArmMeasure(
+            values=values, estimate=estimate(whole[arm]) if arm in whole else None, difference=difference
+        )
+    return measured
+
+
+def _known(values: Sequence[float | None]) -> list[float] | None:
+    """The values, if all are there."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
+
+
+def measures(results: Results, name: str) -> dict[str, float | None]:
+    """An arm's measures on test, shares of one; a certified saving is 0 where the promise could not be given."""
+    arm = results.arms[name]
+    exits = {f"exit {number}": measured for number, measured in enumerate(arm.exits, 1)}
+    values: dict[str, float | None] = {
+        f"accuracy of {exit}": measured.accuracy for exit, measured in exits.items()
+    }
+    values["accuracy of exits, mean"] = float(np.mean([measured.accuracy for measured in arm.exits]))
+    if len(arm.exits) == 1:
+        return values
+    values["area under the curve"] = arm.curve.area
+    values |= {f"accuracy at {100 * share:g} % of the MACs": at_macs(arm, share) for share in SHARES}
+    for point in arm.operating_points:
+        if point.certificate is not None and point.test is not None:
+            values[f"MACs saved at {point.name}"] = point.test.macs_saved
+            values[f"risk at {point.name}"] = point.test.risk
+    values |= {f"MACs saved at {left_out.name}": 0.0 for left_out in arm.left_out}
+    values |= {f"AUROC of {exit}": measured.auroc_correctness for exit, measured in exits.items()}
+    if arm.teacher_wrong is not None:
+        values["teacher wrong"] = arm.teacher_wrong[-1]
+    if arm.entropies is not None:
+        for kind, histograms in (
+            ("right", arm.entropies.teacher_right),
+            ("wrong", arm.entropies.teacher_wrong),
+        ):
+            for exit, histogram in zip(exits, histograms, strict=True):
+                values[f"entropy of {exit}, teacher {kind}"] = _mean_of(np.asarray(histogram))
+    if results.cascade is not None and name in results.cascade.fronts:
+        front = results.cascade.fronts[name]
+        for point in front.operating_points:
+            if point.certificate is not None and point.test is not None:
+                values[f"MACs saved at {point.name}, before the teacher"] = point.test.macs_saved
+    return values
+
+
+def tune_measures(run: Path, arm: str) -> dict[str, float | None]:
+    """What may be chosen by: the mean accuracy of the exits on tune."""
+    tune = read_logits(run, arm)[0]
+    right = tune.logits.argmax(axis=-1) == tune.labels
+    return {"accuracy of exits on tune, mean": float(right.mean())}
+
+
+def at_macs(arm: Arm, share: float) -> float | None:
+    """Accuracy on the curve where it costs ``share`` of the MACs without exits, linear between its points."""
+    macs, accuracy = np.asarray(arm.curve.macs), np.asarray(arm.curve.accuracy)
+    order = np.argsort(macs, kind="stable")
+    wanted = share * arm.no_exit_macs
+    if not macs[order[0]] <= wanted <= macs[order[-1]]:
+        return None
+    return float(np.interp(wanted, macs[order], accuracy[order]))
+
+
+def _mean_of(histogram: NDArray[np.int64]) -> float | None:
+    """The mean of what a histogram of equal bins over [0, 1] counts, by the middles of its bins."""
+    middles = (np.arange(len(histogram)) + 0.5) / len(histogram)
+    return float(histogram @ middles / histogram.sum()) if histogram.sum() else None
