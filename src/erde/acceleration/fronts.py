@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from erde.common import progress
 from erde.common.errors import UserError
 from erde.common.splits import Labels, TuneLogits
 from erde.data.load import DataSplits
+from erde.exporting.exit_times import ROUNDS, WARM_UP, measure_exits, undisturbed
 from erde.networks.attach import attach_exits
 from erde.networks.backbones import build_backbone
 from erde.networks.cost import network_cost
@@ -24,7 +26,6 @@ from erde.networks.network import EarlyExitNetwork
 from erde.policy.cost import Cost
 from erde.recipe.losses import LossConfig
 from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig
-from erde.runs.agreement import torch_logits
 from erde.runtime.stages import StageRunner
 from erde.training.api import build_criterion
 from erde.training.job import Job, Outcome
@@ -170,13 +171,13 @@ def trial(
     training: Training,
     folder: Path,
     final_logits: NDArray[np.float32],
-    macs: int,
+    milliseconds: float,
     minutes: float,
 ) -> tuple[Front, float]:
-    """Train every candidate shortly on a part of the images, and take the one that saves most on tune.
+    """Train every candidate shortly on a part of the images, and take the one that saves most time on tune.
 
-    ``final_logits`` (N, K) are the network's on tune, ``minutes`` are those of the whole work. Returned besides are the
-    seconds that the winner takes per image and epoch.
+    ``final_logits`` (N, K) are the network's on tune, where an image takes it so many ``milliseconds``; ``minutes`` are
+    those of the whole work. Returned besides are the seconds that the winner takes per image and epoch.
     """
     epochs = min(max(round(minutes / 5), TRIAL_EPOCHS[0]), TRIAL_EPOCHS[1])
     best: tuple[float, Front, float] | None = None
@@ -184,9 +185,9 @@ def trial(
     for front in fronts:
         network = front.build(training.data, training.seed)
         outcome = training.train(network, f"trial of {front.name}", folder / front.name, epochs, images)
-        saved = saving(network, training.data, final_logits, macs)
+        saved = saving(network, training.data, final_logits, milliseconds)
         progress.say(
-            f"trial: {front.name} would save {100 * saved:.0f} % of the MACs at a risk of {100 * TRIAL_RISK:g} %, after "
+            f"trial: {front.name} would save {100 * saved:.0f} % of the time at a risk of {100 * TRIAL_RISK:g} %, after "
             f"{epochs} epochs of {images:,} images"
         )
         if best is None or saved > best[0]:
@@ -196,16 +197,33 @@ def trial(
 
 
 def saving(
-    network: EarlyExitNetwork, data: DataSplits, final_logits: NDArray[np.float32], macs: int
+    network: EarlyExitNetwork, data: DataSplits, final_logits: NDArray[np.float32], milliseconds: float
 ) -> float:
-    """The share of the network's MACs that the chain saves on tune within ``TRIAL_RISK``."""
-    front = torch_logits(network, data, data.tune)
-    logits = np.concatenate([front, final_logits[None]])
+    """The share of the network's time (``milliseconds`` an image) that the chain saves on tune within ``TRIAL_RISK``.
+
+    By time and not by MACs: those of a network with few channels take longer.
+    """
+    times, front = measure_exits(network, data.mean, data.std, data.tune, threads=1, rounds=ROUNDS)
+    logits = np.concatenate([front.logits, final_logits[None]])
     labels: Labels = data.tune.labels if (data.tune.labels >= 0).all() else final_logits.argmax(axis=-1)
-    front_macs = network_cost(network, data.input_size).macs
-    whole = max(macs, 1)
-    cost = Cost((*front_macs, front_macs[-1] + whole), whole, networks=(0, len(front_macs)))
+    exits = times.exit_milliseconds(tuple(range(len(times) - 1)))
+    ends = (*exits, exits[-1] + times.decision + milliseconds)
+    # In whole nanoseconds in place of MACs.
+    nanoseconds = tuple(round(1e6 * end) for end in ends)
+    cost = Cost(nanoseconds, round(1e6 * milliseconds), networks=(0, len(exits)))
     return choose_score(TuneLogits(logits, labels), cost, Settings(max_risks=(TRIAL_RISK,)))[0].macs_saved
+
+
+def milliseconds_of(stage: Path, images: NDArray[np.uint8]) -> float:
+    """Of the network in ONNX Runtime on single images, one thread."""
+    runner = StageRunner([stage], threads=1)
+    seconds = []
+    for turn in range(ROUNDS + WARM_UP):
+        number = turn % len(images)
+        started = time.perf_counter()
+        runner.run(0, images[number : number + 1])
+        seconds.append(time.perf_counter() - started)
+    return undisturbed(seconds)
 
 
 def answers(stage: Path, images: NDArray[np.uint8], name: str) -> NDArray[np.float32]:

@@ -23,6 +23,7 @@ from erde.acceleration.fronts import (
     answers,
     answers_alike_mirrored,
     candidates,
+    milliseconds_of,
     trial,
 )
 from erde.acceleration.images import UNKNOWN, Material, load_material, read_pool
@@ -237,7 +238,8 @@ class _Work:
             mirrored = answers_alike_mirrored(self.stage, tune_images, tune)
             training = self._training(data, mirrored, views)
             fronts = candidates(data, 0 if self.network.uncounted else self.network.macs, self.seed)
-            front, per_image = trial(fronts, training, self.out / "trial", tune, self.network.macs, minutes)
+            quick = milliseconds_of(self.stage, tune_images[:256])
+            front, per_image = trial(fronts, training, self.out / "trial", tune, quick, minutes)
             left = seconds - (time.monotonic() - started) - views * len(data.train) * per_answer
             left *= TRAINING_SHARE
             epochs = int(left / max(1e-9, per_image * len(data.train)))

@@ -142,11 +142,12 @@ def _time(
                 break
     milliseconds = np.full((exits, exits), np.nan)
     for (start, end), seconds in times.items():
-        milliseconds[start, end] = _undisturbed(seconds)
-    return ExitTimes(at_most_their_parts(milliseconds), _undisturbed(decisions))
+        milliseconds[start, end] = undisturbed(seconds)
+    return ExitTimes(at_most_their_parts(milliseconds), undisturbed(decisions))
 
 
-def _undisturbed(seconds: list[float]) -> float:
+def undisturbed(seconds: list[float]) -> float:
+    """Milliseconds of a call that took so many seconds in each round, the first of which warmed up."""
     return 1e3 * float(np.percentile(seconds[WARM_UP:], QUICKEST))
 
 
