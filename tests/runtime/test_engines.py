@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 import erde
+from erde.bench import race
+from erde.bench.show import verdicts
 from erde.bundle.profile import PROFILE
 from erde.bundle.sealing import read, seal
 from erde.data.load import DataSplits
@@ -242,3 +245,48 @@ def test_a_profile_belongs_to_an_engine(
     assert Session(bundle, threads=1, engine="openvino").predict(noise(2), deadline_ms=1e6).exits.max() <= 2
     with user_error("measured with the engine openvino, this session has onnxruntime: measure again"):
         Session(bundle, threads=1).predict(noise(2), deadline_ms=1e6)
+
+
+def test_image_files_and_a_race(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, image in enumerate(noise(30)):
+        Image.fromarray(image).save(photos / f"{number:02}.png")
+    rows = []
+    for engine in ("onnxruntime", "openvino"):
+        out = tmp_path / f"{engine}.jsonl"
+        assert (
+            run_command(
+                monkeypatch, "predict", str(folder), str(photos), "--engine", engine, "--out", str(out)
+            )
+            == 0
+        )
+        rows.append([json.loads(line) for line in out.read_text("utf-8").splitlines()])
+    assert [(row["label"], row["exit"]) for row in rows[0]] == [
+        (row["label"], row["exit"]) for row in rows[1]
+    ]
+    assert run_command(monkeypatch, "predict", str(folder), str(photos), "--engine", "tensorrt") == 2
+    both = race.bench(
+        folder,
+        noise(30),
+        data="noise",
+        batch_sizes=(1,),
+        threads=(1,),
+        rounds=2,
+        engines=("onnxruntime", "openvino"),
+    )
+    assert both.reference == "no-exit"
+    assert [contender.engine for contender in both.contenders].count("openvino") == len(both.contenders) / 2
+    assert {"early", "openvino early", "openvino every exit computed"} <= {
+        contender.name for contender in both.contenders
+    }
+    shares = {timed.contender: timed for timed in both.measurements}
+    assert shares["early"].time_per_macs_saved is not None
+    # Another engine: what it saves is not due to exits alone.
+    assert shares["openvino early"].time_per_macs_saved is None
+    assert not any("openvino" in line for line in verdicts(both))
+    alone = race.bench(
+        folder, noise(9), data="noise", batch_sizes=(1,), threads=(1,), rounds=2, engines=("openvino",)
+    )
+    assert {contender.engine for contender in alone.contenders} == {"openvino"}
+    assert "early" in {contender.name for contender in alone.contenders}

@@ -39,7 +39,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         if not super().parse_request():
             return False
         # A page of another name that leads to this machine is none of ours.
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
             self.send_error(403)
             return False
