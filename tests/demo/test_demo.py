@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import tarfile
 import threading
-from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,7 @@ def test_a_damaged_bundle_makes_no_page(bundle: Path, package: Path, tmp_path: P
 
 
 @pytest.fixture
-def served(bundle: Path, package: Path, tmp_path: Path) -> Iterator[str]:
+def served(bundle: Path, package: Path, tmp_path: Path) -> str:
     write_demo(bundle, tmp_path / "demo", package)
     (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
     ready: queue.Queue[str] = queue.Queue()

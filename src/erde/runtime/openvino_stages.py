@@ -46,6 +46,8 @@ class OpenVinoStages(Stages):
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
+            # Else the thread of every stage and of every session stays on the same core, and waits for what else is there.
+            "ENABLE_CPU_PINNING": False,
             # Else bfloat16 where the processor has it, by which an answer would differ.
             "INFERENCE_PRECISION_HINT": "f32",
         }
