@@ -46,7 +46,7 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     digits: DataSplits,
 ) -> None:
     out = tmp_path / "fast"
-    options = ("--images", str(photos), "--out", str(out), "--max-risk", "5%", "--minutes", "1", "--json")
+    options = ("--images", str(photos), "--out", str(out), "--max-risk", "5%", "--minutes", "2", "--json")
     arguments = ("accelerate", str(big), *options)
     # Stopped in the middle of the training of the front, as by a kill.
     step = Learner.step

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from erde.bundle.sealing import read
 from erde.policy import rule as policy
 from erde.policy.rule import ExitRule
+from erde.runtime.engines import ENGINES, open_stages
 from erde.runtime.session import Session
 from tests.helpers.checks import user_error
 from tests.helpers.hand_made_bundle import pixel_bundle, pixel_logits, some_harm
@@ -109,8 +110,11 @@ def test_all_logits_and_streams_and_profiles(tmp_path: Path) -> None:
     assert (timed.macs <= np.where(timed.exits < 2, 200, 400)).all()
 
 
-def test_a_network_that_takes_single_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_network_that_takes_single_images(engine: str, tmp_path: Path) -> None:
     import onnx
+
+    pytest.importorskip(engine)
 
     folder = pixel_bundle(tmp_path / "chain", 2, networks=(0, 1))
     images = draw(9, 3)[:, :2]
@@ -120,7 +124,7 @@ def test_a_network_that_takes_single_images(tmp_path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, str(path))
-    single = type(runner)([folder / "stage_0.onnx", path], takes_image=[True, True])
+    single = open_stages(engine, [folder / "stage_0.onnx", path], takes_image=[True, True])
     assert np.array_equal(single.all_logits(images), runner.all_logits(images))
     for count in (0, 1, 9):
         assert np.array_equal(single.run_bound(1, images[:count])[1], runner.run(1, images[:count])[1])

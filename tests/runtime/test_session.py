@@ -675,7 +675,7 @@ def test_the_runtime_loads_nothing_heavy(tiny_bundle: Path) -> None:
     loaded = set(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert {"erde", "numpy", "onnxruntime", "pydantic"} <= loaded
     heavy = {"torch", "torchvision", "timm", "scipy", "sklearn", "plotly", "jinja2", "matplotlib", "pandas"}
-    heavy |= {"datasets", "pyarrow", "onnx", "onnxscript", "safetensors", "typer", "yaml"}
+    heavy |= {"datasets", "pyarrow", "onnx", "onnxscript", "safetensors", "typer", "yaml", "openvino"}
     assert not loaded & heavy
 
 

@@ -26,8 +26,8 @@ from erde.common.errors import UserError
 from erde.common.files import write_json
 from erde.common.model import Frozen
 from erde.policy.points import OperatingPoint
+from erde.runtime.engines import check_engine, open_stages
 from erde.runtime.session import Session
-from erde.runtime.stages import StageRunner
 
 Kind = Literal["no-exits", "operating-point", "every-exit", "fixed"]
 # A contender's turn within a round: no longer than this, no more calls than that.
@@ -51,6 +51,7 @@ class Contender(Frozen):
     certified: bool
     bytes: int
     profiled_threads: int | None = None
+    engine: str = "onnxruntime"
 
 
 class Measurement(Frozen):
@@ -59,7 +60,7 @@ class Measurement(Frozen):
     Percentiles are of milliseconds per call. ``macs_share`` and ``time_share`` are held against the network without
     exits: the mean of what was computed, and the median (quartiles) over rounds of the ratio of times.
     ``time_per_macs_saved`` is (1 - time_share) / (1 - macs_share); None where less than 2 % of the MACs are saved, or where
-    the precision is not the reference's.
+    the precision or the engine is not the reference's.
     """
 
     contender: str
@@ -121,6 +122,7 @@ def bench(
     threads: Sequence[int] = (1, 2),
     rounds: int = 20,
     seed: int = 0,
+    engines: Sequence[str] = ("onnxruntime",),
 ) -> Bench:
     """Time the bundle at ``path`` on uint8 ``images`` (N, H, W, C) that ``data`` describes.
 
@@ -128,30 +130,36 @@ def bench(
         against: further bundles and plain ONNX graphs (uint8 images to logits). Without it, what a run folder has
             beside the bundle: ``bundle-int8`` and ``baselines/``.
         points: operating points by name; all without it.
+        engines: by which all are timed; with several each contender runs in each of them.
 
     The reference is the run's own graph without exits in the bundle's precision where it is among them, else the bundle
-    itself at ``no-exit``.
+    itself at ``no-exit``; in the first engine.
     """
     for name, numbers in (("batch sizes", batch_sizes), ("threads", threads), ("rounds", (rounds,))):
         if not numbers or min(numbers) < 1:
             raise UserError(f"{name} are {', '.join(map(str, numbers)) or 'missing'}, expected 1 or more")
     points = list(dict.fromkeys(points)) if points else None
+    engines = list(dict.fromkeys(map(check_engine, engines)))
     before = _load()
     rivals = find_rivals(path) if against is None else list(against)
     manifest = bundle.read(path)
     labels = _labels([path, *rivals])
-    entries = _bundle_entries(path, manifest, points, "")
-    for rival in rivals:
-        if rival.is_dir():
-            rival_manifest = bundle.read(rival)
-            _check_same_task(rival, rival_manifest, manifest)
-            names = {point.name for point in rival_manifest.operating_points}
-            # A rung that one bundle could certify, another may have left out.
-            common = [name for name in points if name in names] if points else None
-            entries += _bundle_entries(rival, rival_manifest, common, f"{labels[rival]} ")
-        else:
-            own = rival.parent.resolve() == (path.parent / "baselines").resolve()
-            entries.append(_plain_entry(rival, manifest, labels[rival], own))
+    entries = []
+    for engine in engines:
+        first = "" if engine == engines[0] else f"{engine} "
+        entries += _bundle_entries(path, manifest, points, first, engine)
+        for rival in rivals:
+            if rival.is_dir():
+                rival_manifest = bundle.read(rival)
+                _check_same_task(rival, rival_manifest, manifest)
+                names = {point.name for point in rival_manifest.operating_points}
+                # A rung that one bundle could certify, another may have left out.
+                common = [name for name in points if name in names] if points else None
+                entries += _bundle_entries(rival, rival_manifest, common, f"{first}{labels[rival]} ", engine)
+            else:
+                own = rival.parent.resolve() == (path.parent / "baselines").resolve()
+                entries.append(_plain_entry(rival, manifest, f"{first}{labels[rival]}", own, engine))
+    # The first engine's come first.
     graphs = [entry.about for entry in entries if entry.about.kind == "no-exits"]
     reference = next((graph.name for graph in graphs if graph.precision == manifest.precision), "no-exit")
     entries.sort(key=lambda entry: entry.about.name != reference)
@@ -223,7 +231,7 @@ def _load() -> list[float]:
 
 
 def _bundle_entries(
-    path: Path, manifest: bundle.Manifest, points: Sequence[str] | None, prefix: str
+    path: Path, manifest: bundle.Manifest, points: Sequence[str] | None, prefix: str, engine: str
 ) -> list[_Entry]:
     size = sum((path / stage.file).stat().st_size for stage in manifest.stages)
     sessions: dict[int, Session] = {}
@@ -231,7 +239,7 @@ def _bundle_entries(
 
     def session(threads: int) -> Session:
         if threads not in sessions:
-            sessions[threads] = Session(path, threads=threads)
+            sessions[threads] = Session(path, threads=threads, engine=engine)
         return sessions[threads]
 
     def entry(name: str, kind: Kind, point: OperatingPoint | None, setting: dict[str, Any]) -> _Entry:
@@ -254,7 +262,8 @@ def _bundle_entries(
             operating_point=point.name if point else None,
             certified=point is not None and point.certificate is not None,
             bytes=size,
-            profiled_threads=profile.threads if profile else None,
+            profiled_threads=profile.threads if profile and profile.engine == engine else None,
+            engine=engine,
         )
         return _Entry(about, open_session, None, len(manifest.stages), float(manifest.no_exit_macs))
 
@@ -266,7 +275,9 @@ def _bundle_entries(
     return [*timed, entry("every exit computed", "every-exit", None, never)]
 
 
-def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle: bool) -> _Entry:
+def _plain_entry(
+    path: Path, manifest: bundle.Manifest, name: str, beside_bundle: bool, engine: str
+) -> _Entry:
     if not path.is_file():
         raise UserError(f"nothing at {path}: expected a bundle's folder or an ONNX file to hold it against")
     shape = manifest.input_shape
@@ -276,7 +287,7 @@ def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle
     is_int8 = path.stem == "no-exit-int8" if beside_bundle else path.stem.endswith("int8")
 
     def open_graph(threads: int) -> Callable[[NDArray[np.uint8]], None]:
-        runner = StageRunner([path], threads)
+        runner = open_stages(engine, [path], threads)
         if runner.image_shape != shape:
             raise UserError(
                 f"{path} takes images of shape {runner.image_shape}, the bundle {shape}: give a graph of the same task"
@@ -296,6 +307,7 @@ def _plain_entry(path: Path, manifest: bundle.Manifest, name: str, beside_bundle
         operating_point=None,
         certified=False,
         bytes=path.stat().st_size,
+        engine=engine,
     )
     return _Entry(about, open_graph, float(manifest.no_exit_macs) if own else None, 1)
 
@@ -352,7 +364,7 @@ def _race(
             entry, seconds[:, index], shares[:, index], threads, size,
             macs[index] / answered / whole if macs[index] else None,
             (exits[index] / answered).tolist() if exits[index].any() else None,
-            entry.about.precision == first.about.precision,
+            (entry.about.precision, entry.about.engine) == (first.about.precision, first.about.engine),
         )
         for index, entry in enumerate(entries)
     ]  # fmt: skip

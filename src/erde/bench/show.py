@@ -47,10 +47,13 @@ def verdicts(result: Bench) -> list[str]:
 
     Slower is said where three quarters of the rounds say it.
     """
+    engines = {contender.name: contender.engine for contender in result.contenders}
     points = {
         contender.name
         for contender in result.contenders
-        if contender.kind == "operating-point" and contender.operating_point != "no-exit"
+        if contender.kind == "operating-point"
+        and contender.operating_point != "no-exit"
+        and contender.engine == engines[result.reference]
     }
     slower: dict[tuple[int, int], list[Measurement]] = {}
     for timed in result.measurements:

@@ -33,6 +33,7 @@ class Profile(BaseModel):
     format_version: int = VERSION
     stages: str  # bundle.stages_hash
     machine: str
+    engine: str = "onnxruntime"  # a profile without the name is of an older erde
     threads: int | None
     rounds: int
     milliseconds: dict[int, list[float]] = Field(min_length=1)  # batch size -> per stage, for the whole batch

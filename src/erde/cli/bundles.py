@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from erde.cli.options import Json, finish
+from erde.cli.options import Engine, Json, finish
 from erde.cli.show import show_calibrated
 from erde.common.errors import UserError, printable
 
@@ -37,6 +37,7 @@ def predict(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.")] = None,
+    engine: Engine = "onnxruntime",
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue what was stopped; without this, begun output is refused."),
@@ -59,6 +60,7 @@ def predict(
         deadline_ms=deadline_ms,
         batch_size=batch_size,
         threads=threads,
+        engine=engine,
         resume=resume,
     )
     if out is not None:
@@ -89,6 +91,12 @@ def bench(
     rounds: Annotated[int, typer.Option(min=2, help="Rounds in which all take turns.")] = 20,
     images: Annotated[int, typer.Option(min=1, help="Images to draw from.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of the draw of images and of the order of turns.")] = 0,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="onnxruntime (without it) or openvino; repeat it to time both, each with all contenders."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A .json file for all that was measured; the figure goes beside it.")
     ] = None,
@@ -109,7 +117,7 @@ def bench(
     pool, source = load_images(bundle, data, images, seed)
     result = benches.bench(
         bundle, pool, data=source, against=against, points=point,
-        batch_sizes=sizes, threads=counts, rounds=rounds, seed=seed,
+        batch_sizes=sizes, threads=counts, rounds=rounds, seed=seed, engines=engine or ["onnxruntime"],
     )  # fmt: skip
     show(result)
     if out is not None:
@@ -320,6 +328,7 @@ def bundle_profile(
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images per call.")] = "1,2,4,8,16,32",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 30,
+    engine: Engine = "onnxruntime",
     as_json: Json = False,
 ) -> None:
     """Time every stage on this machine and leave a profile.json in the bundle's folder, outside its seal.
@@ -329,13 +338,11 @@ def bundle_profile(
     from erde.runtime.session import Session
 
     sizes = _whole_numbers("--batch-sizes", batch_sizes)
-    profile = Session(bundle, threads=threads).profile(batch_sizes=sizes, rounds=rounds)
+    profile = Session(bundle, threads=threads, engine=engine).profile(batch_sizes=sizes, rounds=rounds)
     for size, times in profile.milliseconds.items():
         stages = " + ".join(f"{milliseconds:.3f}" for milliseconds in times)
         print(f"{size:4} image{'s' if size > 1 else ' '} a call: {stages} = {sum(times):.3f} ms")
-    print(
-        f"{bundle / 'profile.json'}: {profile.machine}, threads {profile.threads or 'as ONNX Runtime likes'}"
-    )
+    print(f"{bundle / 'profile.json'}: {profile.machine}, threads {profile.threads or 'as the engine likes'}")
     finish(as_json, profile.model_dump(mode="json"))
 
 

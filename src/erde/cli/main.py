@@ -172,6 +172,7 @@ _command(bundles.accelerate, "erde accelerate model.onnx --images photos/ --out 
 _command(bundles.cascade, "erde cascade front/bundle model.onnx --data photos/ --max-risk 1% --out chain")
 _command(bundles.bench, "erde bench runs/a/bundle --out bench.json")
 _command(serving.serve, "erde serve runs/a/bundle digits=other/bundle --http-port 8000")
+_command(serving.demo, "erde demo runs/a/bundle --serve")
 app.add_typer(bundles.bundle_app, name="bundle")
 _command(about.cost, "erde cost timm/efficientnet_b0 --exits 4")
 _command(about.list_names, "erde list recipes", "list")

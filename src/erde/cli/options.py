@@ -9,6 +9,10 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable JSON object as the last line.")]
 
+Engine = Annotated[
+    str, typer.Option(help="onnxruntime, or openvino, which needs the extra of that name.", metavar="NAME")
+]
+
 
 def finish(as_json: bool, value: dict[str, Any]) -> None:
     """Print the machine-readable last line, if asked for."""

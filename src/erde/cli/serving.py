@@ -1,12 +1,14 @@
-"""``erde serve``. Everything but typer is imported inside, so that ``--help`` is quick."""
+"""``erde serve`` and ``erde demo``. Everything but typer is imported inside, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from erde.cli.options import Json, finish
+from erde.common.errors import UserError
 
 
 def serve(
@@ -64,3 +66,44 @@ def serve(
     parts = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items()))
     print(f"stopped after {total:,} requests{f' ({parts})' if parts else ''}")
     finish(as_json, {"models": len(bundles), "requests": outcomes})
+
+
+def demo(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for the page and all that it needs; not needed with --serve."),
+    ] = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(
+            help="The npm package onnxruntime-web, packed or unpacked; npm fetches it without this."
+        ),
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the folder on this machine, until stopped.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 for a free one.")] = 8080,
+    as_json: Json = False,
+) -> None:
+    """Write a page that runs a bundle in a browser: which exit an image takes, and what that saves.
+
+    Its folder needs no network, and any web server can hold it.
+    """
+    import tempfile
+
+    from erde.demo.server import serve_folder
+    from erde.demo.writing import write_demo
+
+    if out is None and not serve:
+        raise UserError("nowhere to write the page: give --out FOLDER, or --serve to look at it at once")
+    with tempfile.TemporaryDirectory(prefix="erde-demo-") as scratch:
+        folder = out or Path(scratch) / "demo"
+        write_demo(bundle, folder, runtime)
+        if out is not None:
+            print(f"{out / 'index.html'} (a browser wants it from a web server: --serve is one)")
+        if serve:
+            serve_folder(
+                folder, port, lambda address: print(f"serving {address} (Ctrl-C stops it)", flush=True)
+            )
+    finish(as_json, {"bundle": str(bundle), "out": None if out is None else str(out)})

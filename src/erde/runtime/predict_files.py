@@ -87,6 +87,7 @@ def predict_files(
     deadline_ms: float | None = None,
     batch_size: int = 32,
     threads: int | None = None,
+    engine: str = "onnxruntime",
     resume: bool = False,
 ) -> dict[str, Any]:
     """Answer every image that can be read; rows go to ``out`` (.csv or .jsonl) or as JSON lines to stdout.
@@ -101,11 +102,11 @@ def predict_files(
             bundle or other limits, and whatever :class:`Session` and its ``predict`` raise.
     """
     _check_out(out, resume)
-    session = Session(bundle, threads=threads)
+    session = Session(bundle, threads=threads, engine=engine)
     limits: dict[str, Any] = {"max_exit": max_exit, "max_macs": max_macs, "deadline_ms": deadline_ms}
     point = session.manifest.point(operating_point).name
     count = sum(1 for _ in find_images(images))
-    options = json.dumps([seal_of(session.manifest), point, limits])
+    options = json.dumps([seal_of(session.manifest), point, limits, engine])
     tally = _Tally([0] * len(session.manifest.stages))
     with (
         _open_output(out, options, tally, resume) as output,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from erde import bundle
@@ -19,9 +18,10 @@ from erde.common.errors import UserError, in_one_line
 from erde.common.splits import ImageSource
 from erde.policy import rule as policy
 from erde.policy.cost import Cost, first_stage
+from erde.runtime.engines import check_engine, open_stages
 from erde.runtime.monitor import Monitor
 from erde.runtime.prediction import Prediction
-from erde.runtime.stages import Providers, StageRunner
+from erde.runtime.stages import Providers
 
 # More than any machine has; ONNX Runtime would start them all the same, and wait for them.
 MAX_THREADS = 1024
@@ -32,9 +32,11 @@ class Session:
 
     Args:
         path: the bundle's folder.
-        threads: of ONNX Runtime; None leaves the choice to it.
+        threads: of the engine; None leaves the choice to it.
         providers: ONNX Runtime's execution providers; the CPU by default.
         spinning: whether idle threads of ONNX Runtime wait actively; False leaves the cores to others.
+        engine: ``onnxruntime``, or ``openvino`` (the extra of that name). Int8 stages round otherwise in
+            OpenVINO than where they were certified, so that their answers are ``capped``.
 
     Raises:
         UserError: whatever is wrong with the bundle, in one line, before any graph is loaded.
@@ -47,22 +49,27 @@ class Session:
         threads: int | None = None,
         providers: Providers | None = None,
         spinning: bool = True,
+        engine: str = "onnxruntime",
     ) -> None:
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise UserError(
-                f"threads is {threads}, expected 1 to {MAX_THREADS}, or None for ONNX Runtime's choice"
+                f"threads is {threads}, expected 1 to {MAX_THREADS}, or None for the engine's choice"
             )
+        self._engine = check_engine(engine)
         folder = self.folder = Path(path)
         self.manifest = bundle.read(folder)
         self.rule = self.manifest.rule()
         self._threads = threads
-        self._stages = StageRunner(
+        self._stages = open_stages(
+            engine,
             [folder / stage.file for stage in self.manifest.stages],
             threads,
             providers,
             spinning,
             self.manifest.takes_image(),
         )
+        # Certificates are of ONNX Runtime's logits, which another engine has in float up to the last bits only.
+        self._certified = engine == "onnxruntime" or self.manifest.precision == "fp32"
         self._networks = self.manifest.networks()
         self._macs = np.asarray([stage.macs for stage in self.manifest.stages], dtype=np.int64)
         # MACs where every early exit is disabled: of a chain the last network runs alone.
@@ -135,7 +142,8 @@ class Session:
                     gathering += [per_row] if size == max(batch_sizes) else []
         profile = Profile(
             stages=bundle.stages_hash(self.manifest),
-            machine=f"{platform.system()} {platform.machine()}, onnxruntime {onnxruntime.__version__}",
+            machine=f"{platform.system()} {platform.machine()}, {self._stages.version}",
+            engine=self._engine,
             threads=self._threads,
             rounds=rounds,
             milliseconds={size: (1e3 * np.median(rows, axis=0)).tolist() for size, rows in times.items()},
@@ -151,7 +159,7 @@ class Session:
         return Profile.read(self.folder / PROFILE, stages, exits)
 
     def _read_profile(self) -> Profile:
-        """The same, if it is of this session's threads."""
+        """The same, if it is of this session's threads and engine."""
         profile = self._profile_on_disk()
         if profile.threads != self._threads:
             raise UserError(
@@ -159,13 +167,19 @@ class Session:
                 f"threads={self._threads}: open it with the same number, or measure again with "
                 "`erde bundle profile --threads`"
             )
+        if profile.engine != self._engine:
+            raise UserError(
+                f"{self.folder / PROFILE} was measured with the engine {profile.engine}, this session has {self._engine}: "
+                f"measure again with `erde bundle profile --engine {self._engine}`"
+            )
         return profile
 
     def _profile_at_hand(self) -> Profile | None:
-        """The profile if there is one for this session's threads."""
+        """The profile if there is one for this session's threads and engine."""
         stages, exits = bundle.stages_hash(self.manifest), len(self._stages)
         profile = Profile.at_hand(self.folder / PROFILE, stages, exits)
-        return profile if profile is not None and profile.threads == self._threads else None
+        fits = profile is not None and (profile.threads, profile.engine) == (self._threads, self._engine)
+        return profile if fits else None
 
     def _time_stages(self, images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
         """Seconds of each stage with its decision, for a batch that stays whole, and of taking an image over to the
@@ -226,7 +240,8 @@ class Session:
             deadline_ms=deadline_ms,
         )
         name = self.manifest.point(operating_point).name if thresholds is None else None
-        return self._answer(images, chosen, last, name is None or last < len(self._stages) - 1, name)
+        limited = name is None or last < len(self._stages) - 1
+        return self._answer(images, chosen, last, limited or not self._certified, name)
 
     def plan(
         self,
@@ -492,6 +507,11 @@ class Session:
             raise UserError(f"bundle {folder}: its stages do not run: {in_one_line(str(error))}") from error
         expected = np.asarray(sample.logits)
         if logits.shape != expected.shape or not np.abs(logits - expected).max() <= sample.tolerance:
+            if self._engine != "onnxruntime":
+                raise UserError(
+                    f"bundle {folder} ({self.manifest.precision}): in {self._stages.version} its stages do not give the "
+                    "logits of its reference sample, which are ONNX Runtime's: use the engine onnxruntime"
+                )
             raise UserError(
                 f"bundle {folder}: its stages do not give the logits of its reference sample on this machine: "
                 "export it again here, or report this with `erde bundle info`"

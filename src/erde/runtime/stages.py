@@ -1,8 +1,9 @@
-"""The ONNX stages of a network in ONNX Runtime: run plainly, or bound to buffers that each thread keeps."""
+"""The ONNX stages of a network in an engine, and in ONNX Runtime: run plainly, or bound to buffers that each thread keeps."""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,114 +23,64 @@ KEPT_BYTES = 16 * 2**20
 _TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8}
 
 
-class StageRunner:
-    """The stages, each an ONNX Runtime session; several threads may share one.
+class Stages(ABC):
+    """The stages of a network in an engine; several threads may share one.
 
-    Args:
-        paths: the graphs in order; each gives ``features`` and ``logits``, but where the next one takes the image: those
-            and the last give ``logits`` only.
-        threads: of ONNX Runtime within a stage; None leaves the choice to it.
-        providers: ONNX Runtime's execution providers; the CPU by default.
-        spinning: whether idle threads of ONNX Runtime wait actively: quicker where the machine is this
-            program's own, at the cost of a busy core. With one thread there is none that could.
-        takes_image: per stage, whether it takes the image and not what the stage before gave; the first one only
-            without it.
-        gives_features: per graph, whether it gives features beside logits, where the graphs are no chain.
-
-    Raises:
-        UserError: a graph that ONNX Runtime does not take, or a provider that it does not have.
+    ``takes_image`` says per stage whether it takes the image and not what the stage before gave.
     """
 
+    version: str  # the engine's name and version
+    _single: list[
+        bool
+    ]  # per stage, whether it takes one image at a time only, as of a network of another program
+    _gives_features: list[bool]
+
     def __init__(
-        self,
-        paths: Sequence[Path],
-        threads: int | None = None,
-        providers: Providers | None = None,
-        spinning: bool = True,
-        takes_image: Sequence[bool] | None = None,
-        gives_features: Sequence[bool] | None = None,
+        self, count: int, takes_image: Sequence[bool] | None, gives_features: Sequence[bool] | None
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors are raised, and need not stand on the terminal besides
-        options.inter_op_num_threads = 1
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if not spinning:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Every stage has threads of its own: those of one must not wait actively while the next one works.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # Not by the file's name or content: bundle.sealing has looked at ONNX files, and at no others.
-        options.add_session_config_entry("session.load_model_format", "ONNX")
-        chosen = list(providers or [CPU])
-        _check_available(chosen)
-        self.takes_image = list(takes_image or [index == 0 for index in range(len(paths))])
+        self.takes_image = list(takes_image or [index == 0 for index in range(count)])
         self._gives_features = list(gives_features or [not taken for taken in [*self.takes_image[1:], True]])
-        self._sessions = []
-        for path, gives_both in zip(paths, self._gives_features, strict=True):
-            try:
-                session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
-            except Exception as error:  # ONNX Runtime raises types of its own for each kind of bad model
-                raise UserError(f"ONNX Runtime cannot load {path}: {in_one_line(str(error))}") from error
-            self._sessions.append(session)
-            _check_names(path, session, gives_both)
-        self._inputs = [session.get_inputs()[0].name for session in self._sessions]
-        self._empty = [_empty_outputs(session) for session in self._sessions]
-        # A network of another program may take one image at a time only.
-        self._single = [session.get_inputs()[0].shape[:1] == [1] for session in self._sessions]
-        # On another device ONNX Runtime places what it computes by itself.
-        self._binds = chosen == [CPU]
-        self._local = threading.local()
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return len(self.takes_image)
 
     @property
+    @abstractmethod
     def image_shape(self) -> tuple[int, ...]:
         """The shape (H, W, C) of an image, as the first stage's graph tells it."""
-        return tuple(self._sessions[0].get_inputs()[0].shape[1:])
+
+    @abstractmethod
+    def _outputs(self, index: int, x: NDArray[Any]) -> list[NDArray[Any]]:
+        """What stage ``index`` gives for a batch, features before logits; the arrays are the caller's."""
+
+    @abstractmethod
+    def _empty_outputs(self, index: int, x: NDArray[Any]) -> list[NDArray[Any]] | None:
+        """The same for no images, without running it on them: some operators refuse an empty batch. None: it has to run."""
 
     def run(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
         """Stage ``index`` on a batch: its feature map (None at a network's last stage) and its raw logits (B, K)."""
-        empty = self._empty[index] if len(x) == 0 else None
-        if empty is not None:
-            return (empty[0], empty[1]) if self._gives_features[index] else (None, empty[-1])
         if self._single[index] and len(x) > 1:
             return None, np.concatenate([self.run(index, x[row : row + 1])[1] for row in range(len(x))])
         try:
-            outputs = self._sessions[index].run(None, {self._inputs[index]: x})
+            outputs = self._empty_outputs(index, x) if len(x) == 0 else None
+            if outputs is None:
+                outputs = self._outputs(index, x)
         except Exception as error:
-            raise _failed(index, x, str(error)) from error
+            raise failed(index, x, str(error)) from error
         if any(np.shape(output)[:1] != x.shape[:1] for output in outputs):
-            raise _failed(index, x, "it does not give one row for each image")
-        return (outputs[0], outputs[1]) if self._gives_features[index] else (None, outputs[0])
+            raise failed(index, x, "it does not give one row for each image")
+        return (outputs[0], outputs[1]) if self._gives_features[index] else (None, outputs[-1])
 
     def run_bound(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
         """Run a stage as :meth:`run` does, into buffers of this thread, which its next call overwrites.
 
         ``x`` is C-contiguous and of the type that the stage takes: nothing is checked or copied.
         """
-        slot = self._slots()[index] if self._binds and not self._single[index] else None
-        try:
-            if slot is None or not slot.bind(x, ours=not self.takes_image[index]):
-                return self.run(index, x)
-            slot.run()
-        except UserError:
-            raise
-        except Exception as error:
-            raise _failed(index, x, str(error)) from error
-        return slot.features, slot.logits
+        return self.run(index, x)
 
     def gather(self, index: int, features: NDArray[Any], keep: NDArray[np.intp]) -> NDArray[Any]:
         """The rows ``keep`` of ``features`` (of the images), side by side as the input of stage ``index``; gone as above."""
-        slot = self._slots()[index]
-        if slot is None or features.nbytes > KEPT_BYTES:
-            return features[keep]
-        if slot.gathered is None or len(slot.gathered) < len(keep):
-            slot.gathered = np.empty_like(features)
-        taken = slot.gathered[: len(keep)]
-        # "clip" since "raise" writes by way of a second buffer; the rows are there.
-        np.take(features, keep, axis=0, out=taken, mode="clip")
-        return taken
+        return features[keep]
 
     def all_logits(self, images: ImageSource, batch_size: int = 256) -> NDArray[np.float32]:
         """Raw logits (E, N, K) of every exit for uint8 images (N, H, W, C); nothing leaves early."""
@@ -146,6 +97,106 @@ class StageRunner:
             parts.append(np.stack(rows))
         return np.concatenate(parts, axis=1)
 
+
+class StageRunner(Stages):
+    """The stages, each an ONNX Runtime session.
+
+    Args:
+        paths: the graphs in order; each gives ``features`` and ``logits``, but where the next one takes the image: those
+            and the last give ``logits`` only.
+        threads: of ONNX Runtime within a stage; None leaves the choice to it.
+        providers: ONNX Runtime's execution providers; the CPU by default.
+        spinning: whether idle threads of ONNX Runtime wait actively: quicker where the machine is this
+            program's own, at the cost of a busy core. With one thread there is none that could.
+        takes_image: per stage, whether it takes the image and not what the stage before gave; the first one only
+            without it.
+        gives_features: per graph, whether it gives features beside logits, where the graphs are no chain.
+
+    Raises:
+        UserError: a graph that ONNX Runtime does not take, or a provider that it does not have.
+    """
+
+    version = f"onnxruntime {onnxruntime.__version__}"
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        threads: int | None = None,
+        providers: Providers | None = None,
+        spinning: bool = True,
+        takes_image: Sequence[bool] | None = None,
+        gives_features: Sequence[bool] | None = None,
+    ) -> None:
+        super().__init__(len(paths), takes_image, gives_features)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised, and need not stand on the terminal besides
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Every stage has threads of its own: those of one must not wait actively while the next one works.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Not by the file's name or content: bundle.sealing has looked at ONNX files, and at no others.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        chosen = list(providers or [CPU])
+        _check_available(chosen)
+        self._sessions = []
+        for path, gives_both in zip(paths, self._gives_features, strict=True):
+            try:
+                session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+            except Exception as error:  # ONNX Runtime raises types of its own for each kind of bad model
+                raise UserError(f"ONNX Runtime cannot load {path}: {in_one_line(str(error))}") from error
+            self._sessions.append(session)
+            outputs = [output.name for output in session.get_outputs()]
+            check_names(path, len(session.get_inputs()), outputs, gives_both)
+        self._inputs = [session.get_inputs()[0].name for session in self._sessions]
+        self._empty = [_empty_of(session) for session in self._sessions]
+        self._single = [session.get_inputs()[0].shape[:1] == [1] for session in self._sessions]
+        # On another device ONNX Runtime places what it computes by itself.
+        self._binds = chosen == [CPU]
+        self._local = threading.local()
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape (H, W, C) of an image, as the first stage's graph tells it."""
+        return tuple(self._sessions[0].get_inputs()[0].shape[1:])
+
+    def _outputs(self, index: int, x: NDArray[Any]) -> list[NDArray[Any]]:
+        outputs: list[NDArray[Any]] = self._sessions[index].run(None, {self._inputs[index]: x})
+        return outputs
+
+    def _empty_outputs(self, index: int, x: NDArray[Any]) -> list[NDArray[Any]] | None:
+        return self._empty[index]
+
+    def run_bound(self, index: int, x: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[np.float32]]:
+        """Run a stage as :meth:`run` does, into buffers of this thread, which its next call overwrites.
+
+        ``x`` is C-contiguous and of the type that the stage takes: nothing is checked or copied.
+        """
+        slot = self._slots()[index] if self._binds and not self._single[index] else None
+        try:
+            if slot is None or not slot.bind(x, ours=not self.takes_image[index]):
+                return self.run(index, x)
+            slot.run()
+        except UserError:
+            raise
+        except Exception as error:
+            raise failed(index, x, str(error)) from error
+        return slot.features, slot.logits
+
+    def gather(self, index: int, features: NDArray[Any], keep: NDArray[np.intp]) -> NDArray[Any]:
+        """The rows ``keep`` of ``features`` (of the images), side by side as the input of stage ``index``; gone as above."""
+        slot = self._slots()[index]
+        if slot is None or features.nbytes > KEPT_BYTES:
+            return features[keep]
+        if slot.gathered is None or len(slot.gathered) < len(keep):
+            slot.gathered = np.empty_like(features)
+        taken = slot.gathered[: len(keep)]
+        # "clip" since "raise" writes by way of a second buffer; the rows are there.
+        np.take(features, keep, axis=0, out=taken, mode="clip")
+        return taken
+
     def _slots(self) -> list[_Slot | None]:
         slots: list[_Slot | None] | None = getattr(self._local, "slots", None)
         if slots is None:
@@ -153,7 +204,7 @@ class StageRunner:
         return slots
 
 
-def _empty_outputs(session: onnxruntime.InferenceSession) -> list[NDArray[Any]] | None:
+def _empty_of(session: onnxruntime.InferenceSession) -> list[NDArray[Any]] | None:
     """The outputs of a stage for no images, where the graph tells its shapes: some operators refuse an empty batch.
 
     ONNX Runtime's LSTM even ends the process.
@@ -188,18 +239,19 @@ def _check_available(providers: Providers) -> None:
             )
 
 
-def _check_names(path: Path, session: onnxruntime.InferenceSession, gives_features: bool) -> None:
-    inputs, outputs = len(session.get_inputs()), [output.name for output in session.get_outputs()]
+def check_names(path: Path, inputs: int, outputs: Sequence[str], gives_features: bool) -> None:
+    """Refuse a graph whose inputs and outputs are not those of a stage."""
     # What comes alone is taken for logits, whatever its name: plain graphs of other programs run too.
-    if inputs != 1 or (outputs != ["features", "logits"] if gives_features else len(outputs) != 1):
+    if inputs != 1 or (list(outputs) != ["features", "logits"] if gives_features else len(outputs) != 1):
         expected = "the outputs features and logits" if gives_features else "one output"
         raise UserError(
-            f"{path} cannot be run as a stage: it has {inputs} inputs and the outputs {in_one_line(repr(outputs))}, "
+            f"{path} cannot be run as a stage: it has {inputs} inputs and the outputs {in_one_line(repr(list(outputs)))}, "
             f"expected one input and {expected}"
         )
 
 
-def _failed(index: int, x: NDArray[Any], reason: str) -> UserError:
+def failed(index: int, x: NDArray[Any], reason: str) -> UserError:
+    """Why stage ``index`` gave nothing for ``x``."""
     return UserError(
         f"stage {index} fails on a batch of {len(x)}: {in_one_line(reason)}: copy the bundle again, or export it again"
     )
