@@ -12,12 +12,13 @@ from pydantic import ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from erde.common.model import Frozen
 from erde.serving import metrics
 from erde.serving.errors import Reason, RequestError, bad
+from erde.serving.page import PATH, STATUS_PATH, page, status
 from erde.serving.service import Answer, Asked, Exchange, Service, as_request_error, little_endian
 from erde.serving.tensors import OUTPUTS, Tensor
 
@@ -232,6 +233,14 @@ def http_app(service: Service) -> Starlette:
     async def prometheus(_: Request) -> Response:
         return PlainTextResponse(service.metrics_text(), media_type=metrics.CONTENT_TYPE)
 
+    content, headers = page()
+
+    async def for_people(_: Request) -> Response:
+        return HTMLResponse(content, headers=headers)
+
+    async def state(_: Request) -> Response:
+        return JSONResponse(status(service), headers={"Cache-Control": "no-store"})
+
     async def not_there(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = f"{error.detail}: {request.method} {request.url.path}"[:300]
@@ -242,6 +251,8 @@ def http_app(service: Service) -> Starlette:
         Route("/v2/health/ready", reply(ready)),
         Route("/v2", reply(server_metadata)),
         Route("/metrics", reply(prometheus)),
+        Route(PATH, reply(for_people)),
+        Route(STATUS_PATH, reply(state)),
     ]
     for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
         routes += [

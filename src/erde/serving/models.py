@@ -13,6 +13,7 @@ from erde.bundle.sealing import seal_of
 from erde.common.errors import UserError, in_one_line, listed
 from erde.common.progress import say
 from erde.policy.points import OperatingPoint
+from erde.runtime.monitor import Monitor
 from erde.runtime.session import Session
 from erde.serving.errors import Reason, RequestError, bad
 
@@ -25,10 +26,11 @@ Stamp = tuple[tuple[str, int, int, int], ...]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A bundle in memory: its session, and the start of its seal as the version."""
+    """A bundle in memory: its session, the start of its seal as the version, and a drift watch if it is calibrated."""
 
     session: Session
     version: str
+    monitor: Monitor | None
 
     @classmethod
     def open(cls, path: Path, threads: int | None) -> Loaded:
@@ -38,7 +40,11 @@ class Loaded:
         sample = session.manifest.reference_sample.decode(session.manifest.input_shape)
         session.predict(sample)
         session.predict(sample, thresholds=[None] * (len(session.manifest.stages) - 1))
-        return cls(session, seal_of(session.manifest)[:12])
+        try:
+            monitor = session.monitor()
+        except UserError:  # nothing to watch against
+            monitor = None
+        return cls(session, seal_of(session.manifest)[:12], monitor)
 
 
 class Model:

@@ -19,6 +19,7 @@ from erde.serving.control import Controller, ladder
 from erde.serving.errors import Reason, RequestError, bad
 from erde.serving.metrics import Metrics
 from erde.serving.models import Model
+from erde.serving.recent import Recent
 from erde.serving.tensors import INPUT, OUTPUTS, Tensor, outputs_of, read_images
 from erde.serving.workers import Workers
 
@@ -47,6 +48,7 @@ class Answer:
     id: str
     parameters: dict[str, str | bool]
     outputs: dict[str, NDArray[Any]]
+    exits: Sequence[int]  # images by the exit that answered
 
 
 @dataclass
@@ -119,6 +121,9 @@ class Service:
         self.models, self.workers, self.load = models, workers, load
         self.max_batch, self.max_body = max_batch, max_body
         self.metrics = Metrics()
+        self.started = time.perf_counter()
+        # Requests for which no model is known are kept under "".
+        self.recent = {name: Recent(self.started) for name in ("", *models)}
         self.ready = True
 
     def model(self, name: str, version: str = "") -> Model:
@@ -137,6 +142,7 @@ class Service:
         """
         started = time.perf_counter()
         outcome = "cancelled"
+        exits: Sequence[int] = ()
         try:
             if exchange.name:
                 exchange.model = self.model(exchange.name, exchange.version).name
@@ -146,10 +152,11 @@ class Service:
                 )
             with self.workers.place():
                 content = await body()
-                encoded, point, computing = await self.workers.run(lambda: self._work(exchange, content))
-            outcome = "answered"
+                encoded, answer, computing = await self.workers.run(lambda: self._work(exchange, content))
+            outcome, exits = "answered", answer.exits
             if self.load is not None:
                 ended = time.perf_counter()
+                point = str(answer.parameters["operating_point"])
                 self.load.answered(ended, point, ended - started, computing)
             return encoded
         except Exception as error:  # not where it was cancelled
@@ -159,17 +166,19 @@ class Service:
                 say(f"{exchange.model or 'a request'}: {refusal}")
             raise refusal from error
         finally:
-            self.metrics.request(exchange.model, outcome, time.perf_counter() - started)
+            ended = time.perf_counter()
+            self.metrics.request(exchange.model, outcome, ended - started)
+            self.recent[exchange.model].add(ended, outcome, ended - started, exits)
 
-    def _work(self, exchange: Exchange[Encoded], content: bytes) -> tuple[Encoded, str, float]:
-        """In a thread: the response, the operating point, and the seconds that it took."""
+    def _work(self, exchange: Exchange[Encoded], content: bytes) -> tuple[Encoded, Answer, float]:
+        """In a thread: the response as it is sent and as it was made, and the seconds that it took."""
         started = time.perf_counter()
         asked = exchange.decode(content)
         model = self.model(asked.model, asked.version)
         exchange.model = model.name
         answer = self.answer(model, asked)
         encoded = exchange.encode(asked, answer)
-        return encoded, str(answer.parameters["operating_point"]), time.perf_counter() - started
+        return encoded, answer, time.perf_counter() - started
 
     def answer(self, model: Model, asked: Asked) -> Answer:
         """Answer a request.
@@ -194,6 +203,8 @@ class Service:
         except UserError as error:  # no matter of the request any more
             raise RequestError(Reason.FAILED, str(error)) from error
         self.metrics.images(model.name, prediction)
+        if loaded.monitor is not None:
+            loaded.monitor.add(prediction)
         return Answer(
             model=model.name,
             version=loaded.version,
@@ -204,6 +215,7 @@ class Service:
                 "capped": prediction.capped,
             },
             outputs=outputs_of(prediction, asked.outputs or list(OUTPUTS)),
+            exits=np.bincount(prediction.exits, minlength=len(session.manifest.stages)).tolist(),
         )
 
     def server_metadata(self) -> dict[str, Any]:
