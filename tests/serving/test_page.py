@@ -66,7 +66,7 @@ def _form(value: Any) -> Any:
 
 def test_the_document_shows_the_state_as_it_is(server: Served) -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```json\n(.*?)^```$", text, re.M | re.S)
+    example, _ = re.findall(r"^```json\n(.*?)^```$", text, re.M | re.S)
     assert _form(json.loads(example)) == _form(server.request("GET", "/status").json)
     assert f"{MOST:,}" in text
 
