@@ -127,23 +127,26 @@ def test_clients_that_go_away_leave_their_place(bundle_a: Path) -> None:
 def test_metrics_count_what_happened(bundle_a: Path, session_a: Session) -> None:
     images = some_images(8)
     exits = session_a.predict(images).exits
+    early = int(exits.argmin())
+    assert exits[early] < exits.max()
     with serving([bundle_a]) as server:
         server.infer(as_json(images))
+        server.infer(as_json(images[early : early + 1]))
         server.infer(as_json(images, parameters={"operating_point": "no-exit"}))
         server.infer(b"")
         ask(server, images)
         server.infer(b"", model="b")
         samples = metrics(server)
-    counts = 2 * np.bincount(exits, minlength=3) + [0, 0, 8]
+    counts = np.bincount([*exits, *exits, exits[early], *[2] * 8], minlength=3)
     for index, count in enumerate(counts):
         assert samples.get(f'erde_exits_total{{model="a",exit="{index}"}}', 0) == count
-    assert samples['erde_operating_points_total{model="a",operating_point="risk-1"}'] == 16
+    assert samples['erde_operating_points_total{model="a",operating_point="risk-1"}'] == 17
     assert samples['erde_operating_points_total{model="a",operating_point="no-exit"}'] == 8
     assert samples['erde_default_operating_point{model="a",operating_point="risk-1"}'] == 1
-    assert samples['erde_requests_total{model="a",outcome="answered"}'] == 3
+    assert samples['erde_requests_total{model="a",outcome="answered"}'] == 4
     assert samples['erde_requests_total{model="a",outcome="refused"}'] == 1
     # The time of a request is that of the image which went furthest.
-    counted = {("risk-1", str(exits.max())): 2, ("no-exit", "2"): 1}
+    counted = {("risk-1", str(exits.max())): 2, ("risk-1", str(exits[early])): 1, ("no-exit", "2"): 1}
     for (point, exit), count in counted.items():
         labels = f'model="a",operating_point="{point}",exit="{exit}"'
         assert samples[f"erde_request_seconds_count{{{labels}}}"] == count
@@ -156,7 +159,7 @@ def test_metrics_count_what_happened(bundle_a: Path, session_a: Session) -> None
         assert buckets[-1] == (math.inf, count)
         assert samples[f"erde_request_seconds_sum{{{labels}}}"] > 0
     assert sum("seconds_count" in name for name in samples) == len(counted)
-    assert samples['erde_drift_images{model="a"}'] == 16
+    assert samples['erde_drift_images{model="a"}'] == 17
     assert samples['erde_drift_alarm{model="a"}'] == 0
     assert samples['erde_drift_p_value{model="a"}'] == 1
     assert not any(name.startswith("erde_latency_objective_seconds{") for name in samples)
