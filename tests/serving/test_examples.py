@@ -109,17 +109,19 @@ def test_the_model_of_triton(bundle_a: Path, session_a: Session, monkeypatch: py
     model.initialize(
         {"model_config": json.dumps({"parameters": {"bundle": {"string_value": str(bundle_a)}}})}
     )
-    images = some_images(5)
+    images = some_images(8)
+    full = session_a.predict(images, operating_point="no-exit")
+    assert full.exits.tolist() != session_a.predict(images).exits.tolist()
     first, second, wrong = model.execute(
         [
             _Request([_Tensor("images", images)], ""),
-            _Request([_Tensor("images", images[:2])], '{"operating_point": "no-exit"}'),
+            _Request([_Tensor("images", images)], '{"operating_point": "no-exit"}'),
             _Request([_Tensor("images", images[:2, :4])], "{}"),
         ]
     )
     for response, wanted in (
         (first, session_a.predict(images)),
-        (second, session_a.predict(images[:2], operating_point="no-exit")),
+        (second, full),
     ):
         values = {tensor.name: tensor.values for tensor in response.output_tensors}
         assert list(values) == [output.name for output in config.output]
