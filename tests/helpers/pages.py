@@ -222,7 +222,7 @@ def make_results(
     return Results(**(values | changes))
 
 
-VOID = {"br", "img", "input", "meta"}
+VOID = {"br", "img", "input", "link", "meta"}
 
 
 class Page(HTMLParser):

@@ -459,6 +459,21 @@ def test_scores_beyond_the_range_and_none_at_all() -> None:
     assert monitor.report().score_histogram == (4, *[0] * 18, 3)
 
 
+@pytest.mark.parametrize("span", [(0.0, 1.0), (-0.3, 0.7), (1 / 3, 1e6), (-2.3, -2.1), (0.4, 0.4)])
+def test_scores_are_counted_as_calibration_counted_them(span: tuple[float, float]) -> None:
+    edges = np.linspace(*span, 21)
+    scores = np.concatenate([edges, np.nextafter(edges, -np.inf), np.nextafter(edges, np.inf)])
+    exits = np.zeros(len(scores), dtype=np.int64)
+    known = calibration(scores, exits)
+    watched = known.model_copy(
+        update={"score_ranges": [span] * 3, "score_histograms": [[len(scores), *[0] * 19]] * 3}
+    )
+    monitor = Monitor(manifest(watched))
+    monitor.add(prediction(scores, exits))
+    expected = np.histogram(np.clip(scores, *span), 20, span)[0]
+    assert monitor.report().score_histogram == tuple(expected.tolist())
+
+
 def test_memory_is_bounded() -> None:
     monitor = watch(500, 0, images=51_200)
     assert len(monitor._waiting) == 10

@@ -335,5 +335,5 @@ def test_the_document_names_what_there_is() -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    metrics = set(re.findall(r"^# TYPE (\w+)", Metrics().text(0, {}), re.M))
+    metrics = set(re.findall(r"^# TYPE (\w+)", Metrics().text(0, {}, {}, {}), re.M))
     assert named == {"UINT8", "BYTES", *OUTPUTS, *PARAMETERS, *metrics}

@@ -19,7 +19,7 @@ import grpc
 import numpy as np
 import pytest
 
-from erde.bundle import read, seal_of
+from erde.bundle import read, seal, seal_of
 from erde.runtime import Session
 from erde.serving.messages import CLASSES, SERVICE
 from erde.serving.models import Model
@@ -127,30 +127,69 @@ def test_clients_that_go_away_leave_their_place(bundle_a: Path) -> None:
 def test_metrics_count_what_happened(bundle_a: Path, session_a: Session) -> None:
     images = some_images(8)
     exits = session_a.predict(images).exits
+    early = int(exits.argmin())
+    assert exits[early] < exits.max()
     with serving([bundle_a]) as server:
         server.infer(as_json(images))
+        server.infer(as_json(images[early : early + 1]))
         server.infer(as_json(images, parameters={"operating_point": "no-exit"}))
         server.infer(b"")
         ask(server, images)
         server.infer(b"", model="b")
         samples = metrics(server)
-    counts = 2 * np.bincount(exits, minlength=3) + [0, 0, 8]
+    counts = np.bincount([*exits, *exits, exits[early], *[2] * 8], minlength=3)
     for index, count in enumerate(counts):
         assert samples.get(f'erde_exits_total{{model="a",exit="{index}"}}', 0) == count
-    assert samples['erde_operating_points_total{model="a",operating_point="risk-1"}'] == 16
+    assert samples['erde_operating_points_total{model="a",operating_point="risk-1"}'] == 17
     assert samples['erde_operating_points_total{model="a",operating_point="no-exit"}'] == 8
     assert samples['erde_default_operating_point{model="a",operating_point="risk-1"}'] == 1
-    assert samples['erde_requests_total{model="a",outcome="answered"}'] == 3
+    assert samples['erde_requests_total{model="a",outcome="answered"}'] == 4
     assert samples['erde_requests_total{model="a",outcome="refused"}'] == 1
-    assert samples['erde_request_seconds_count{model="a"}'] == 3
-    buckets = [
-        (float(match[1]), value)
-        for name, value in samples.items()
-        if (match := re.fullmatch(r'erde_request_seconds_bucket\{model="a",le="([^"]+)"\}', name))
-    ]
-    assert buckets == sorted(buckets)
-    assert buckets[-1] == (math.inf, 3)
-    assert samples['erde_request_seconds_sum{model="a"}'] > 0
+    # The time of a request is that of the image which went furthest.
+    counted = {("risk-1", str(exits.max())): 2, ("risk-1", str(exits[early])): 1, ("no-exit", "2"): 1}
+    for (point, exit), count in counted.items():
+        labels = f'model="a",operating_point="{point}",exit="{exit}"'
+        assert samples[f"erde_request_seconds_count{{{labels}}}"] == count
+        buckets = [
+            (float(match[1]), value)
+            for name, value in samples.items()
+            if (match := re.fullmatch(rf'erde_request_seconds_bucket\{{{labels},le="([^"]+)"\}}', name))
+        ]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == (math.inf, count)
+        assert samples[f"erde_request_seconds_sum{{{labels}}}"] > 0
+    assert sum("seconds_count" in name for name in samples) == len(counted)
+    assert samples['erde_drift_images{model="a"}'] == 17
+    assert samples['erde_drift_alarm{model="a"}'] == 0
+    assert samples['erde_drift_p_value{model="a"}'] == 1
+    assert not any(name.startswith("erde_latency_objective_seconds{") for name in samples)
+
+
+def test_drift_is_counted_logged_once_and_ends_with_the_bundle(bundle_a: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle_a, tmp_path / "a"))
+    black = as_json(np.zeros((32, 8, 8, 3), dtype=np.uint8))
+    with serving([folder], "--slo-ms", "2000", "--floor", "risk-5") as server:
+        for _ in range(10):
+            server.infer(black)
+        server.infer({**black, "parameters": {"operating_point": "early"}})
+        time.sleep(0.5)  # some looks
+        samples = metrics(server)
+        assert samples['erde_drift_alarm{model="a"}'] == 1
+        assert samples['erde_drift_images{model="a"}'] == 320
+        assert samples['erde_drift_p_value{model="a"}'] <= 0.01
+        assert samples['erde_latency_objective_seconds{model="a"}'] == 2
+        assert any('operating_point="early"' in name for name in samples)
+        # A bundle without that point: what was counted of it is dropped, and the watch begins anew.
+        manifest = read(folder)
+        kept = [point for point in manifest.operating_points if point.name != "early"]
+        seal(folder, manifest.model_copy(update={"operating_points": kept}))
+        until(lambda: metrics(server)['erde_drift_alarm{model="a"}'] == 0)
+        until(lambda: not any('operating_point="early"' in name for name in metrics(server)))
+        assert any('operating_point="risk-1"' in name for name in metrics(server))
+        _, _, err = server.stop()
+    (alarm,) = [line for line in err.splitlines() if " drift " in line]
+    assert alarm.startswith("a: drift after ")
+    assert "erde calibrate" in alarm
 
 
 @pytest.mark.parametrize(("number", "over"), [(signal.SIGTERM, "http"), (signal.SIGINT, "grpc")])

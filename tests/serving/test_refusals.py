@@ -210,7 +210,8 @@ def test_bodies_that_are_too_large(server: Served, session_a: Session) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/page.html", 404),
+        ("POST", "/", 405),
         ("GET", "/v2/models", 404),
         ("GET", "/v2/models/b", 404),
         ("GET", "/v2/models/b/ready", 404),

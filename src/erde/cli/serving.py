@@ -44,6 +44,10 @@ def serve(
     floor: Annotated[
         str | None, typer.Option(help="With --slo-ms: the cheapest operating point that may answer.")
     ] = None,
+    log_json: Annotated[
+        bool,
+        typer.Option("--log-json", help="Log in JSON, one line for each event and each request, on stderr."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer requests by the Open Inference Protocol v2, over HTTP and gRPC, until stopped; no torch.
@@ -59,7 +63,7 @@ def serve(
 
     settings = Settings(
         host, http_port, grpc_port, threads, parallel, max_batch, max_queue, max_body * 2**20,
-        None if slo_ms is None else slo_ms / 1000, floor,
+        None if slo_ms is None else slo_ms / 1000, floor, log_json,
     )  # fmt: skip
     outcomes = serve_bundles(bundles, settings, when_ready)
     total = sum(outcomes.values())

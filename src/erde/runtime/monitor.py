@@ -220,9 +220,11 @@ class Monitor:
                 f"{images:,} certify images: erde calibrate BUNDLE --data FOLDER"
             )
         self._range = calibration.score_ranges[first]
+        self._edges = np.histogram_bin_edges([], len(self._scores), self._range)
         self._classes = len(manifest.classes)
         cost = manifest.cost()
-        self._macs = np.stack([cost.exit_macs, cost.macs_at([None] * (exits - 1))]).astype(np.int64)
+        macs = np.stack([cost.exit_macs, cost.macs_at([None] * (exits - 1))]).astype(np.int64)
+        self._known_macs, self._least_macs = frozenset(macs.ravel().tolist()), macs.min(axis=0)
         self._expected_rates = tuple(calibration.exit_rates)
         self.false_alarm = false_alarm
         self._lock = threading.Lock()
@@ -246,7 +248,7 @@ class Monitor:
         self._check(prediction)
         exits = prediction.exits
         # As calibration counted; beyond its range lies the outermost bin, and what is no number is not sure.
-        scores = np.clip(np.nan_to_num(prediction.first_scores, nan=self._range[0]), *self._range)
+        scores = np.fmin(np.fmax(prediction.first_scores, self._range[0]), self._range[1])
         with self._lock:
             if prediction.capped or prediction.operating_point != self._point.name:
                 self._ignored += len(exits)
@@ -296,9 +298,9 @@ class Monitor:
             )
         # An image that was carried along has the MACs of a later exit.
         if count and (
-            exits.max() >= self._macs.shape[1]
-            or not np.isin(prediction.macs, self._macs).all()
-            or (prediction.macs < self._macs.min(axis=0)[exits]).any()
+            exits.max() >= len(self._least_macs)
+            or not self._known_macs.issuperset(prediction.macs.tolist())
+            or (prediction.macs < self._least_macs[exits]).any()
         ):
             raise UserError(
                 "these answers are of another bundle (other exits or MACs): add answers of this monitor's session"
@@ -308,8 +310,10 @@ class Monitor:
         return np.zeros(len(self._scores) + len(self._exits), dtype=np.int64)
 
     def _count(self, scores: NDArray[np.float64], exits: NDArray[np.int64]) -> Counts:
-        histogram = np.histogram(scores, bins=len(self._scores), range=self._range)[0]
-        return np.concatenate([histogram, np.bincount(exits, minlength=len(self._exits))]).astype(np.int64)
+        # As np.histogram counts, in a tenth of its time: servers add image by image.
+        bins = len(self._scores)
+        places = np.minimum(np.searchsorted(self._edges, scores, side="right") - 1, bins - 1)
+        return np.bincount(np.concatenate([places, exits + bins]), minlength=bins + len(self._exits))
 
     def _split(self, counts: Counts) -> tuple[Counts, Counts]:
         return counts[: len(self._scores)], counts[len(self._scores) :]

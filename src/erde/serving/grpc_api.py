@@ -10,12 +10,15 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from erde.serving.errors import bad
+from erde.serving.log import request_id
 from erde.serving.messages import CLASSES, SERVICE
 from erde.serving.service import Answer, Asked, Exchange, Service, as_request_error, little_endian
 from erde.serving.tensors import OUTPUTS, Tensor
 
 # Beyond those that may wait: questions for health, and requests that are told at once that the queue is full.
 SPARE_CALLS = 200
+# The message as it came, and grpc's context.
+Method = Callable[[bytes, Any], Awaitable[bytes]]
 
 
 def _parsed(kind: str, content: bytes) -> Any:
@@ -76,11 +79,14 @@ def _encode(asked: Asked, answer: Answer) -> bytes:
 def grpc_server(service: Service, calls: int) -> grpc.aio.Server:
     """The server, without a port; ``calls`` may be under way at once."""
 
-    async def infer(content: bytes) -> bytes:
+    async def infer(content: bytes, context: Any) -> bytes:
+        known_as = request_id(dict(context.invocation_metadata() or ()).get("x-request-id"))
+        context.set_trailing_metadata((("x-request-id", known_as),))
+
         async def body() -> bytes:
             return content
 
-        return await service.infer(Exchange(_decode, _encode), body)
+        return await service.infer(Exchange(_decode, _encode, protocol="grpc", request_id=known_as), body)
 
     def model_metadata(request: Any) -> dict[str, Any]:
         metadata = service.model_metadata(service.model(request.name, request.version))
@@ -95,8 +101,8 @@ def grpc_server(service: Service, calls: int) -> grpc.aio.Server:
         service.model(request.name, request.version)
         return {"ready": service.ready}
 
-    def simple(kind: str, answer: Callable[[Any], dict[str, Any]]) -> Callable[[bytes], Awaitable[bytes]]:
-        async def respond(content: bytes) -> bytes:
+    def simple(kind: str, answer: Callable[[Any], dict[str, Any]]) -> Method:
+        async def respond(content: bytes, _: Any) -> bytes:
             response = CLASSES[f"{kind}Response"](**answer(_parsed(f"{kind}Request", content)))
             return bytes(response.SerializeToString())
 
@@ -119,10 +125,10 @@ def grpc_server(service: Service, calls: int) -> grpc.aio.Server:
     return server
 
 
-def _safe(method: Callable[[bytes], Awaitable[bytes]]) -> Callable[[bytes, Any], Awaitable[bytes]]:
+def _safe(method: Method) -> Method:
     async def handle(content: bytes, context: Any) -> bytes:
         try:
-            return await method(content)
+            return await method(content, context)
         except Exception as error:  # nothing but one line goes to the client
             refusal = as_request_error(error)
         await context.abort(getattr(grpc.StatusCode, refusal.reason.grpc_status), str(refusal))

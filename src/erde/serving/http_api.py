@@ -12,16 +12,19 @@ from pydantic import ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from erde.common.model import Frozen
 from erde.serving import metrics
 from erde.serving.errors import Reason, RequestError, bad
+from erde.serving.log import request_id
+from erde.serving.page import PATH, STATUS_PATH, page, status
 from erde.serving.service import Answer, Asked, Exchange, Service, as_request_error, little_endian
 from erde.serving.tensors import OUTPUTS, Tensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+REQUEST_ID = "X-Request-Id"
 # A client that is slower holds a place in the queue for nothing.
 BODY_SECONDS = 60.0
 RETRY_SECONDS = 1
@@ -55,8 +58,8 @@ class _Request(_Strict):
 class _Http(Exchange[Response]):
     """One request: its model from the URL, and which outputs it wants in binary."""
 
-    def __init__(self, model: str, version: str, header_length: str | None) -> None:
-        super().__init__(self._read, self._write, model, version)
+    def __init__(self, model: str, version: str, header_length: str | None, known_as: str) -> None:
+        super().__init__(self._read, self._write, model, version, "http", known_as)
         self._header_length = header_length
         self._binary: dict[str, bool] = {}
         self._all_binary = False
@@ -226,11 +229,25 @@ def http_app(service: Service) -> Starlette:
 
     async def infer(request: Request) -> Response:
         places = request.path_params
-        exchange = _Http(places["name"], places.get("version", ""), request.headers.get(HEADER_LENGTH))
-        return await service.infer(exchange, partial(_read_body, request, service.max_body))
+        headers, known_as = request.headers, request_id(request.headers.get(REQUEST_ID))
+        exchange = _Http(places["name"], places.get("version", ""), headers.get(HEADER_LENGTH), known_as)
+        try:
+            response = await service.infer(exchange, partial(_read_body, request, service.max_body))
+        except RequestError as error:
+            response = _refuse(error)
+        response.headers[REQUEST_ID] = known_as
+        return response
 
     async def prometheus(_: Request) -> Response:
         return PlainTextResponse(service.metrics_text(), media_type=metrics.CONTENT_TYPE)
+
+    content, headers = page()
+
+    async def for_people(_: Request) -> Response:
+        return HTMLResponse(content, headers=headers)
+
+    async def state(_: Request) -> Response:
+        return JSONResponse(status(service), headers={"Cache-Control": "no-store"})
 
     async def not_there(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -242,6 +259,8 @@ def http_app(service: Service) -> Starlette:
         Route("/v2/health/ready", reply(ready)),
         Route("/v2", reply(server_metadata)),
         Route("/metrics", reply(prometheus)),
+        Route(PATH, reply(for_people)),
+        Route(STATUS_PATH, reply(state)),
     ]
     for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
         routes += [

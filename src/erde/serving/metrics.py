@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 
+from erde.runtime.monitor import DriftReport
 from erde.runtime.prediction import Prediction
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,16 +26,21 @@ class Metrics:
         self.requests: Counter[Labels] = Counter()  # model, outcome
         self._exits: Counter[Labels] = Counter()  # model, exit
         self._points: Counter[Labels] = Counter()  # model, operating point
-        self._buckets: dict[str, list[int]] = defaultdict(lambda: [0] * (len(BUCKETS) + 1))
-        self._seconds: Counter[str] = Counter()
+        # model, operating point, last exit
+        self._buckets: dict[Labels, list[int]] = defaultdict(lambda: [0] * (len(BUCKETS) + 1))
+        self._seconds: Counter[Labels] = Counter()
 
-    def request(self, model: str, outcome: str, seconds: float) -> None:
-        """One request has ended; times are kept of those that were answered."""
+    def request(
+        self, model: str, outcome: str, seconds: float, point: str = "", exits: Sequence[int] = ()
+    ) -> None:
+        """One request has ended; ``exits`` (E,) are its images by exit. Times are kept of those that were answered."""
         with self._lock:
             self.requests[model, outcome] += 1
             if outcome == "answered":
-                self._buckets[model][bisect.bisect_left(BUCKETS, seconds)] += 1
-                self._seconds[model] += seconds  # type: ignore[assignment]
+                # Its time is that of the image which went furthest.
+                last = max((exit for exit, count in enumerate(exits) if count), default="")
+                self._buckets[model, point, str(last)][bisect.bisect_left(BUCKETS, seconds)] += 1
+                self._seconds[model, point, str(last)] += seconds  # type: ignore[assignment]
 
     def images(self, model: str, prediction: Prediction) -> None:
         """Images were answered: where they left, at which operating point."""
@@ -43,8 +49,22 @@ class Metrics:
                 self._exits[model, str(exit)] += count
             self._points[model, str(prediction.operating_point)] += len(prediction.exits)
 
-    def text(self, queue_length: int, defaults: Mapping[str, str]) -> str:
-        """All of it; ``defaults`` is each model's operating point for requests that name none."""
+    def keep_only(self, model: str, points: Set[str]) -> None:
+        """Drop what was counted of other operating points: bundles may be exchanged without end, memory has one."""
+        with self._lock:
+            for counts in (self._points, self._buckets, self._seconds):
+                for labels in [key for key in counts if key[0] == model and key[1] not in points]:
+                    del counts[labels]
+
+    def text(
+        self,
+        queue_length: int,
+        defaults: Mapping[str, str],
+        drift: Mapping[str, DriftReport],
+        objectives: Mapping[str, float],
+    ) -> str:
+        """All of it, by model: ``defaults`` are the operating points of requests that name none, ``objectives`` the
+        latencies to keep, in seconds."""
         with self._lock:
             lines = [
                 *_family("erde_requests_total", "counter", "Requests, by model and outcome.",
@@ -56,6 +76,14 @@ class Metrics:
                 *_family("erde_queue_length", "gauge", "Requests that wait for a thread.", (), [((), queue_length)]),
                 *_family("erde_default_operating_point", "gauge", "The point of requests that name none.",
                          ("model", "operating_point"), [(item, 1) for item in defaults.items()]),
+                *_family("erde_latency_objective_seconds", "gauge", "The latency that load control keeps.",
+                         ("model",), [((name,), seconds) for name, seconds in objectives.items()]),
+                *_family("erde_drift_alarm", "gauge", "1 where images have drifted from calibration.",
+                         ("model",), [((name,), int(report.drifted)) for name, report in drift.items()]),
+                *_family("erde_drift_p_value", "gauge", "Chance of so much drift if there is none, all looks together.",
+                         ("model",), [((name,), report.p_value) for name, report in drift.items()]),
+                *_family("erde_drift_images", "gauge", "Images that the drift watch has counted.",
+                         ("model",), [((name,), report.images) for name, report in drift.items()]),
                 *self._histogram(),
             ]  # fmt: skip
         return "\n".join(lines) + "\n"
@@ -63,13 +91,14 @@ class Metrics:
     def _histogram(self) -> list[str]:
         name = "erde_request_seconds"
         lines = _head(name, "histogram", "Time of answered requests, from their first byte on.")
-        for model, buckets in self._buckets.items():
+        names = ("model", "operating_point", "exit")
+        for labels, buckets in self._buckets.items():
             total = 0
             for bound, count in zip((*map(str, BUCKETS), "+Inf"), buckets, strict=True):
                 total += count
-                lines.append(f"{name}_bucket{_labels(('model', 'le'), (model, bound))} {total}")
-            lines.append(f"{name}_sum{_labels(('model',), (model,))} {self._seconds[model]:.6f}")
-            lines.append(f"{name}_count{_labels(('model',), (model,))} {total}")
+                lines.append(f"{name}_bucket{_labels((*names, 'le'), (*labels, bound))} {total}")
+            lines.append(f"{name}_sum{_labels(names, labels)} {self._seconds[labels]:.6f}")
+            lines.append(f"{name}_count{_labels(names, labels)} {total}")
         return lines
 
 
@@ -78,7 +107,7 @@ def _head(name: str, kind: str, meaning: str) -> list[str]:
 
 
 def _family(
-    name: str, kind: str, meaning: str, labels: Labels, values: Iterable[tuple[Labels, int]]
+    name: str, kind: str, meaning: str, labels: Labels, values: Iterable[tuple[Labels, float]]
 ) -> list[str]:
     return [
         *_head(name, kind, meaning),

@@ -11,10 +11,11 @@ from typing import Any
 
 from erde.bundle.sealing import seal_of
 from erde.common.errors import UserError, in_one_line, listed
-from erde.common.progress import say
 from erde.policy.points import OperatingPoint
+from erde.runtime.monitor import Monitor
 from erde.runtime.session import Session
 from erde.serving.errors import Reason, RequestError, bad
+from erde.serving.log import Log
 
 # As in a URL and a label of the metrics.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
@@ -25,10 +26,11 @@ Stamp = tuple[tuple[str, int, int, int], ...]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A bundle in memory: its session, and the start of its seal as the version."""
+    """A bundle in memory: its session, the start of its seal as the version, and a drift watch if it is calibrated."""
 
     session: Session
     version: str
+    monitor: Monitor | None
 
     @classmethod
     def open(cls, path: Path, threads: int | None) -> Loaded:
@@ -38,14 +40,20 @@ class Loaded:
         sample = session.manifest.reference_sample.decode(session.manifest.input_shape)
         session.predict(sample)
         session.predict(sample, thresholds=[None] * (len(session.manifest.stages) - 1))
-        return cls(session, seal_of(session.manifest)[:12])
+        try:
+            monitor = session.monitor()
+        except UserError:  # nothing to watch against
+            monitor = None
+        return cls(session, seal_of(session.manifest)[:12], monitor)
 
 
 class Model:
     """A bundle under a name. ``loaded`` is exchanged as a whole: a request takes it once and keeps it."""
 
-    def __init__(self, name: str, path: Path, threads: int | None) -> None:
+    def __init__(self, name: str, path: Path, threads: int | None, log: Log | None = None) -> None:
         self.name, self.path, self._threads = name, path, threads
+        self.log = log or Log()
+        self._alarmed: Loaded | None = None  # the bundle whose drift was logged
         self._stamp = _stamp(path)
         self.loaded = Loaded.open(path, threads)
         # Where load control will set a cheaper point; None for the bundle's own default.
@@ -105,13 +113,26 @@ class Model:
         try:
             loaded = Loaded.open(self.path, self._threads)
         except Exception as error:  # files may vanish while they are read
-            say(
-                f"{self.name}: the changed bundle is not taken, {self.loaded.version} stays: {in_one_line(str(error))}"
+            self.log.event(
+                "bundle_refused",
+                self.name,
+                f"the changed bundle is not taken, {self.loaded.version} stays: {in_one_line(str(error))}",
             )
             return False
-        say(f"{self.name}: bundle {loaded.version} in place of {self.loaded.version}")
+        self.log.event(
+            "bundle_exchanged", self.name, f"bundle {loaded.version} in place of {self.loaded.version}"
+        )
         self.loaded = loaded
         return True
+
+    def look_for_drift(self) -> None:
+        """Log an alarm of the drift watch, once for a bundle."""
+        loaded = self.loaded
+        if loaded.monitor is not None and loaded is not self._alarmed:
+            report = loaded.monitor.report()
+            if report.drifted:
+                self._alarmed = loaded
+                self.log.event("drift", self.name, report.message)
 
     def properties(self, loaded: Loaded) -> dict[str, Any]:
         """What a client may want to know beside shapes and types."""
@@ -144,7 +165,7 @@ def _stamp(path: Path) -> Stamp:
     return tuple(sorted((name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states))
 
 
-def open_models(bundles: Sequence[str], threads: int | None) -> dict[str, Model]:
+def open_models(bundles: Sequence[str], threads: int | None, log: Log) -> dict[str, Model]:
     """The models for ``PATH`` or ``NAME=PATH``; without a name it is the folder's.
 
     Raises:
@@ -168,4 +189,4 @@ def open_models(bundles: Sequence[str], threads: int | None) -> dict[str, Model]
                 f"two models are called '{name}' ({paths[name]} and {path}): give one as NAME={path}"
             )
         paths[name] = path
-    return {name: Model(name, path, threads) for name, path in paths.items()}
+    return {name: Model(name, path, threads, log) for name, path in paths.items()}

@@ -17,6 +17,7 @@ from erde.common.environment import available_cpus
 from erde.common.errors import UserError
 from erde.serving.grpc_api import SPARE_CALLS, grpc_server
 from erde.serving.http_api import http_app
+from erde.serving.log import Log
 from erde.serving.models import Model, open_models
 from erde.serving.service import Load, Service
 from erde.serving.workers import Workers
@@ -33,7 +34,7 @@ KEEP_ALIVE_SECONDS = 75
 class Settings:
     """How to serve. Port 0 is a free one; ``threads`` are ONNX Runtime's for a request, ``parallel`` requests are answered
     at once (None: as many as there are CPUs for), ``max_body`` is in bytes. With an ``objective``, in seconds, the
-    default operating point gives way under load, down to ``floor``."""
+    default operating point gives way under load, down to ``floor``. With ``log_json`` the log has every request."""
 
     host: str = "127.0.0.1"
     http_port: int = 8000
@@ -45,6 +46,7 @@ class Settings:
     max_body: int = 32 * 2**20
     objective: float | None = None
     floor: str | None = None
+    log_json: bool = False
 
 
 def serve(
@@ -73,8 +75,9 @@ def serve(
         pass  # free: grpc itself would print a line of its own besides
     with _bound(settings.host, settings.http_port) as port:
         # Before the port is listened on: who can connect is answered.
-        models = open_models(bundles, settings.threads)
-        return asyncio.run(_serve(models, settings, port, when_ready))
+        log = Log(settings.log_json)
+        models = open_models(bundles, settings.threads, log)
+        return asyncio.run(_serve(models, settings, port, when_ready, log))
 
 
 async def _serve(
@@ -82,6 +85,7 @@ async def _serve(
     settings: Settings,
     port: socket.socket,
     when_ready: Callable[[list[str], int, int], None],
+    log: Log,
 ) -> dict[str, int]:
     parallel = settings.parallel or max(1, available_cpus() // settings.threads)
     workers = Workers(parallel, settings.max_queue)
@@ -89,7 +93,7 @@ async def _serve(
     if settings.objective is not None and settings.floor is not None:
         (model,) = models.values()
         load = Load(model, settings.floor, settings.objective, parallel)
-    service = Service(models, workers, settings.max_batch, settings.max_body, load)
+    service = Service(models, workers, settings.max_batch, settings.max_body, load, log)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -147,8 +151,12 @@ async def _watch(service: Service) -> None:
     while True:
         await asyncio.sleep(POLL_SECONDS)
         for model in service.models.values():
-            if await asyncio.to_thread(model.refresh) and service.load is not None:
-                service.load.renew()
+            if await asyncio.to_thread(model.refresh):
+                points = model.loaded.session.manifest.operating_points
+                service.metrics.keep_only(model.name, {point.name for point in points})
+                if service.load is not None:
+                    service.load.renew()
+            model.look_for_drift()
 
 
 async def _control(load: Load, workers: Workers) -> None:

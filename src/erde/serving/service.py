@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from erde.bundle.manifest import Manifest
 from erde.common.environment import erde_version
 from erde.common.errors import UserError, in_one_line, nearest
-from erde.common.progress import say
 from erde.serving.control import Controller, ladder
 from erde.serving.errors import Reason, RequestError, bad
+from erde.serving.log import Log, request_id
 from erde.serving.metrics import Metrics
 from erde.serving.models import Model
+from erde.serving.recent import Recent
 from erde.serving.tensors import INPUT, OUTPUTS, Tensor, outputs_of, read_images
 from erde.serving.workers import Workers
 
@@ -47,6 +48,12 @@ class Answer:
     id: str
     parameters: dict[str, str | bool]
     outputs: dict[str, NDArray[Any]]
+    exits: list[int]  # images by the exit that answered
+
+    @property
+    def point(self) -> str:
+        """The operating point that decided."""
+        return str(self.parameters["operating_point"])
 
 
 @dataclass
@@ -57,6 +64,9 @@ class Exchange(Generic[Encoded]):
     encode: Callable[[Asked, Answer], Encoded]
     name: str = ""  # of the model and its version, where the protocol says them ahead of the request
     version: str = ""
+    protocol: str = ""
+    request_id: str = field(default_factory=lambda: request_id(None))
+    id: str = field(default="", init=False)  # the client's own, which the protocol sends back
     model: str = field(default="", init=False)  # the same once it is known to exist: a label of the metrics
 
 
@@ -76,7 +86,7 @@ class Load:
         try:
             rungs = ladder(self._manifest, self._floor)
         except UserError as error:
-            say(f"{self.model.name}: load: {error}; the default stays")
+            self.model.log.event("floor_missing", self.model.name, f"load: {error}; the default stays")
             rungs = ladder(self._manifest, self._manifest.default_operating_point)
         self.controller = Controller(rungs, self._objective, self._parallel)
         self.model.default_point = None
@@ -102,7 +112,8 @@ class Load:
         new, old = self.controller.rung.name, self.model.current_default(self.model.loaded)
         if new != old:
             self.model.default_point = new
-            say(f"{self.model.name}: load: {old} -> {new}, {waiting} requests wait")
+            message = f"load: {old} -> {new}, {waiting} requests wait"
+            self.model.log.event("operating_point", self.model.name, message)
 
 
 class Service:
@@ -115,10 +126,14 @@ class Service:
         max_batch: int,
         max_body: int,
         load: Load | None = None,
+        log: Log | None = None,
     ) -> None:
         self.models, self.workers, self.load = models, workers, load
         self.max_batch, self.max_body = max_batch, max_body
-        self.metrics = Metrics()
+        self.metrics, self._log = Metrics(), log or Log()
+        self.started = time.perf_counter()
+        # Requests for which no model is known are kept under "".
+        self.recent = {name: Recent(self.started) for name in ("", *models)}
         self.ready = True
 
     def model(self, name: str, version: str = "") -> Model:
@@ -136,7 +151,8 @@ class Service:
             RequestError: whatever the reason, in one line. Nothing else.
         """
         started = time.perf_counter()
-        outcome = "cancelled"
+        outcome, error_line = "cancelled", None
+        answer: Answer | None = None
         try:
             if exchange.name:
                 exchange.model = self.model(exchange.name, exchange.version).name
@@ -146,30 +162,43 @@ class Service:
                 )
             with self.workers.place():
                 content = await body()
-                encoded, point, computing = await self.workers.run(lambda: self._work(exchange, content))
-            outcome = "answered"
+                encoded, done, computing = await self.workers.run(lambda: self._work(exchange, content))
+            outcome, answer = "answered", done
             if self.load is not None:
                 ended = time.perf_counter()
-                self.load.answered(ended, point, ended - started, computing)
+                self.load.answered(ended, done.point, ended - started, computing)
             return encoded
         except Exception as error:  # not where it was cancelled
             refusal = as_request_error(error)
-            outcome = refusal.reason.outcome
-            if refusal.reason is Reason.FAILED:
-                say(f"{exchange.model or 'a request'}: {refusal}")
+            outcome, error_line = refusal.reason.outcome, str(refusal)
             raise refusal from error
         finally:
-            self.metrics.request(exchange.model, outcome, time.perf_counter() - started)
+            self._note(exchange, outcome, started, answer, error_line)
 
-    def _work(self, exchange: Exchange[Encoded], content: bytes) -> tuple[Encoded, str, float]:
-        """In a thread: the response, the operating point, and the seconds that it took."""
+    def _note(
+        self, exchange: Exchange[Any], outcome: str, started: float, answer: Answer | None, error: str | None
+    ) -> None:
+        """A request has ended: in the metrics, for the page, and in the log."""
+        ended = time.perf_counter()
+        point, exits = ("", []) if answer is None else (answer.point, answer.exits)
+        self.metrics.request(exchange.model, outcome, ended - started, point, exits)
+        self.recent[exchange.model].add(ended, outcome, ended - started, exits)
+        self._log.request(
+            exchange.model, outcome, error, request_id=exchange.request_id, id=exchange.id, protocol=exchange.protocol,
+            milliseconds=round(1000 * (ended - started), 3), operating_point=point,
+            certified=None if answer is None else answer.parameters["certified"], exits=exits or None,
+        )  # fmt: skip
+
+    def _work(self, exchange: Exchange[Encoded], content: bytes) -> tuple[Encoded, Answer, float]:
+        """In a thread: the response as it is sent and as it was made, and the seconds that it took."""
         started = time.perf_counter()
         asked = exchange.decode(content)
+        exchange.id = asked.id[:100]
         model = self.model(asked.model, asked.version)
         exchange.model = model.name
         answer = self.answer(model, asked)
         encoded = exchange.encode(asked, answer)
-        return encoded, str(answer.parameters["operating_point"]), time.perf_counter() - started
+        return encoded, answer, time.perf_counter() - started
 
     def answer(self, model: Model, asked: Asked) -> Answer:
         """Answer a request.
@@ -194,6 +223,8 @@ class Service:
         except UserError as error:  # no matter of the request any more
             raise RequestError(Reason.FAILED, str(error)) from error
         self.metrics.images(model.name, prediction)
+        if loaded.monitor is not None:
+            loaded.monitor.add(prediction)
         return Answer(
             model=model.name,
             version=loaded.version,
@@ -204,6 +235,7 @@ class Service:
                 "capped": prediction.capped,
             },
             outputs=outputs_of(prediction, asked.outputs or list(OUTPUTS)),
+            exits=np.bincount(prediction.exits, minlength=len(session.manifest.stages)).tolist(),
         )
 
     def server_metadata(self) -> dict[str, Any]:
@@ -230,7 +262,14 @@ class Service:
     def metrics_text(self) -> str:
         """All metrics, in the text format of Prometheus."""
         defaults = {name: model.current_default(model.loaded) for name, model in self.models.items()}
-        return self.metrics.text(self.workers.queue_length, defaults)
+        drift = {
+            name: model.loaded.monitor.report()
+            for name, model in self.models.items()
+            if model.loaded.monitor is not None
+        }
+        load = self.load
+        objectives = {} if load is None else {load.model.name: load.controller.objective}
+        return self.metrics.text(self.workers.queue_length, defaults, drift, objectives)
 
 
 def as_request_error(error: Exception) -> RequestError:

@@ -17,7 +17,7 @@ class Workers:
     """``parallel`` threads, and at most ``max_queue`` requests that wait for one. Belongs to one event loop."""
 
     def __init__(self, parallel: int, max_queue: int) -> None:
-        self._parallel, self._max_queue = parallel, max_queue
+        self._parallel, self.max_queue = parallel, max_queue
         self._inside = 0
         self._free = asyncio.Semaphore(parallel)
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="erde-serve")
@@ -30,7 +30,7 @@ class Workers:
     @contextmanager
     def place(self) -> Iterator[None]:
         """A place in the queue, for as long as the request takes; :class:`RequestError` at once if there is none."""
-        if self._inside >= self._parallel + self._max_queue:
+        if self._inside >= self._parallel + self.max_queue:
             raise RequestError(
                 Reason.BUSY, f"the server is busy: {self.queue_length} requests wait; try again later"
             )
