@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from erde import bundle
 from erde.bundle.profile import PROFILE, Profile
+from erde.bundle.shipped import bundle_folder, sample_images
 from erde.common.errors import UserError, in_one_line
 from erde.common.splits import ImageSource
 from erde.policy import rule as policy
@@ -79,6 +80,10 @@ class Session:
     def classes(self) -> list[str]:
         """Class names, by label."""
         return self.manifest.classes
+
+    def samples(self) -> list[Path]:
+        """Image files to try the bundle with, in the folder ``samples`` beside its stages; most bundles have none."""
+        return sample_images(self.folder)
 
     def all_logits(self, images: ImageSource) -> NDArray[np.float32]:
         """Raw logits (E, N, K) of every exit; for calibration, not for speed."""
@@ -519,3 +524,17 @@ class Session:
                 f"bundle {folder}: its stages do not give the logits of its reference sample on this machine: "
                 "export it again here, or report this with `erde bundle info`"
             )
+
+
+def load(
+    bundle: str | Path,
+    *,
+    threads: int | None = None,
+    providers: Providers | None = None,
+    spinning: bool = True,
+) -> Session:
+    """Open a bundle: a folder, or the name of one that comes with erde (``digits-demo``), where no folder has it.
+
+    The other arguments and the errors are those of :class:`Session`.
+    """
+    return Session(bundle_folder(bundle), threads=threads, providers=providers, spinning=spinning)
