@@ -103,7 +103,7 @@ def test_the_command_line_knows_the_name(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_attribution_of_somebody_else_is_text() -> None:
     manifest = erde.load("digits-demo", threads=1).manifest
-    for attribution, shown in (("a\nb\x1b", True), (["a"], False), (None, False)):
+    for attribution, shown in (("a\nb\x1b" + 999 * "c", True), (["a"], False), (None, False)):
         provenance = {**manifest.provenance, "attribution": attribution}
         card = model_card(manifest.model_copy(update={"provenance": provenance}))
         assert ("- Source of the images: " in card) == shown
