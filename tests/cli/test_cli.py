@@ -390,3 +390,38 @@ def test_bad_arguments_of_bundle_commands(
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- version, help, completion
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import erde
+
+    assert run(monkeypatch, capsys, "--version") == (0, f"erde {erde.__version__}\n", "")
+
+
+def test_h_is_help_everywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], ["predict"], ["bundle"], ["bundle", "info"]):
+        code, short, _ = run(monkeypatch, capsys, *command, "-h")
+        assert code == 0
+        assert "Usage:" in short
+        assert short == run(monkeypatch, capsys, *command, "--help")[1]
+
+
+def test_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # What the script of --show-completion asks at each press of the key.
+    for words, expected in (("erde bu", ["bundle"]), ("erde predict --max", ["--max-exit", "--max-macs"])):
+        with monkeypatch.context() as patch:
+            patch.setenv("_ERDE_COMPLETE", "complete_bash")
+            patch.setenv("COMP_WORDS", words)
+            patch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+            code, out, _ = run(monkeypatch, capsys)
+        assert (code, out.split()) == (0, expected)
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: "bash")
+    code, out, _ = run(monkeypatch, capsys, "--show-completion")
+    assert code == 0
+    assert "_ERDE_COMPLETE=complete_bash" in out
+    monkeypatch.setattr("typer.completion._get_shell_name", lambda: "csh")
+    code, _, error = run(monkeypatch, capsys, "--show-completion")
+    assert (code, error) == (2, "Shell csh not supported.\n")

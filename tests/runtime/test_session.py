@@ -586,22 +586,11 @@ def test_a_stream_says_which_image_is_wrong(
 # ---------------------------------------------------------------- images
 
 
-@pytest.mark.parametrize(
-    ("wrong", "got"),
-    [
-        (np.zeros((2, 8, 8, 1), np.float32), r"got float32 of shape \(2, 8, 8, 1\)"),
-        (np.zeros((2, 8, 8, 1), np.int64), "got int64"),
-        (np.zeros((8, 8, 1), np.uint8), r"got uint8 of shape \(8, 8, 1\)"),
-        (np.zeros((2, 8, 8), np.uint8), r"got uint8 of shape \(2, 8, 8\)"),
-        (np.zeros((2, 8, 8, 3), np.uint8), r"got uint8 of shape \(2, 8, 8, 3\)"),
-        (np.zeros((2, 1, 8, 8), np.uint8), r"got uint8 of shape \(2, 1, 8, 8\)"),
-        (np.zeros((0, 4, 8, 1), np.uint8), r"got uint8 of shape \(0, 4, 8, 1\)"),
-        ([], r"got float64 of shape \(0,\)"),
-    ],
-)
-def test_wrong_images(wrong: Any, got: str, session: Session) -> None:
-    with user_error(rf"expected uint8 images of shape \(N, 8, 8, 1\), {got}"):
-        session.predict(wrong)
+def test_a_profile_takes_images_as_the_network_does(session: Session) -> None:
+    with user_error(
+        r"expected uint8 images of shape \(N, 8, 8, 1\), got uint8 of shape \(2, 8, 8, 3\): decode"
+    ):
+        session.profile(images=np.zeros((2, 8, 8, 3), np.uint8))
 
 
 def test_images_in_any_order_in_memory(session: Session, images: NDArray[np.uint8]) -> None:

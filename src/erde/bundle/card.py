@@ -95,6 +95,9 @@ def _data_in_words(manifest: Manifest) -> list[str]:
         lines.append(
             f"- Data set `{in_one_line(name)}`; images: {sizes}. Recipe, versions and fingerprints: `manifest.json`."
         )
+    attribution = manifest.provenance.get("attribution")
+    if isinstance(attribution, str):
+        lines.append(f"- Source of the images: {in_one_line(attribution)}.")
     if manifest.precision == "int8":
         lines.append("- The full network that promises speak of is this one, in int8.")
     if manifest.calibration is not None:

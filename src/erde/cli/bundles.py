@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from erde.cli.options import Engine, Json, finish
+from erde.cli.options import Bundle, Engine, Json, finish
 from erde.cli.show import show_calibrated
 from erde.common.errors import UserError, printable
 
@@ -21,8 +21,13 @@ bundle_app = typer.Typer(no_args_is_help=True, help="Verify, describe and compar
 
 
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders that are searched for them.")],
+    bundle: Bundle,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Image files, or folders that are searched for them; the bundle's own samples without any."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A .csv or .jsonl file; without it JSON lines go to the terminal.")
     ] = None,
@@ -48,8 +53,12 @@ def predict(
 
     Images that cannot be read are skipped and listed at the end; the exit code is then 3.
     """
+    from erde.bundle.shipped import sample_images
     from erde.runtime.predict_files import predict_files
 
+    images = images or sample_images(bundle)
+    if not images:
+        raise UserError("no images: give image files, or folders that are searched for them")
     summary = predict_files(
         bundle,
         images,
@@ -273,7 +282,7 @@ def _whole_numbers(option: str, text: str, highest: int = 100_000) -> list[int]:
 
 
 @bundle_app.command("verify", epilog="Example: erde bundle verify runs/a/bundle")
-def bundle_verify(bundle: Path, as_json: Json = False) -> None:
+def bundle_verify(bundle: Bundle, as_json: Json = False) -> None:
     """Check the seal, every checksum, and that the stages give the logits of the reference sample."""
     from erde.bundle.sealing import seal_of
     from erde.runtime.session import Session
@@ -285,7 +294,7 @@ def bundle_verify(bundle: Path, as_json: Json = False) -> None:
 
 
 @bundle_app.command("info", epilog="Example: erde bundle info runs/a/bundle")
-def bundle_info(bundle: Path, as_json: Json = False) -> None:
+def bundle_info(bundle: Bundle, as_json: Json = False) -> None:
     """Describe a bundle: exits, costs, operating points, promises."""
     from rich.console import Console
     from rich.markdown import Markdown
@@ -302,7 +311,7 @@ def bundle_info(bundle: Path, as_json: Json = False) -> None:
     "onnx", epilog="Example: erde bundle onnx runs/a/bundle model.onnx --operating-point risk-2"
 )
 def bundle_onnx(
-    bundle: Path,
+    bundle: Bundle,
     out: Annotated[Path, typer.Argument(help="The .onnx file to write.")],
     operating_point: Annotated[
         str | None, typer.Option(help="By name; the bundle's default without it.")
@@ -347,7 +356,7 @@ def bundle_profile(
 
 
 @bundle_app.command("diff", epilog="Example: erde bundle diff runs/a/bundle runs/b/bundle")
-def bundle_diff(first: Path, second: Path, as_json: Json = False) -> None:
+def bundle_diff(first: Bundle, second: Bundle, as_json: Json = False) -> None:
     """List the fields in which two bundles differ."""
     from erde.bundle.sealing import differences, read
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -42,10 +42,27 @@ app = typer.Typer(
     cls=_Commands,
     help="Early-exit image classifiers: distilled exit by exit, certified, and run without torch.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from erde.common.environment import erde_version
+
+        print(f"erde {erde_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -95,7 +112,8 @@ def main() -> None:
         _fail(f"this command needs {error.name}, which is not installed: pip install 'erde[{extra}]'")
     if code == 130:  # typer turns an interrupt into this code, without a word
         _print_stopped()
-    sys.exit(code if isinstance(code, int) else 0)
+    # typer's own 1: a shell whose completion it does not know.
+    sys.exit(2 if code == 1 else code if isinstance(code, int) else 0)
 
 
 class TerminationError(BaseException):

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+
+def _bundle_folder(given: Path) -> Path:
+    from erde.bundle.shipped import bundle_folder
+
+    return bundle_folder(given)
+
+
+Bundle = Annotated[
+    Path,
+    typer.Argument(help="A bundle's folder, or digits-demo, which comes with erde.", callback=_bundle_folder),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable JSON object as the last line.")]
 
 Engine = Annotated[

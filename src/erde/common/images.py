@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,32 @@ def open_image(
         raise UnreadableError(
             f"{where} is larger than {MAX_BYTES // 2**20} MiB: make it smaller or remove it"
         )
-    try:
+    with _explained(where):
         image = Image.open(io.BytesIO(source), formats=FORMATS)
         _check_pixels(image, where)
         if prepare is not None:
             prepare(image)
-        image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        return image if turn is None else image.transpose(turn)
+        return _decoded(image)
+
+
+def opened_image(image: Image.Image, where: str) -> Image.Image:
+    """An image that somebody else opened with Pillow, as :func:`open_image` gives it; errors as there."""
+    with _explained(where):
+        _check_pixels(image, where)
+        return _decoded(image)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Whatever a decoder raises, as an :class:`UnreadableError` that names the image."""
+    try:
+        yield
     except UserError:
         raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -151,8 +170,12 @@ def read_file(path: Path, where: str | None = None) -> bytes:
                 f"{where} is larger than {MAX_BYTES // 2**20} MiB: make it smaller or remove it"
             )
         return path.read_bytes()
+    except UserError:
+        raise
     except OSError as error:
         raise UnreadableError(f"{where} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no file can have this name
+        raise UnreadableError(f"{in_one_line(where)} cannot be read: {error}") from error
 
 
 def load_image(path: Path, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

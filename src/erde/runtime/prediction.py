@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from erde.common.errors import UserError
 from erde.policy import rule as policy
+from erde.runtime import display
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """Answers for N images, in the order given.
 
@@ -29,6 +32,10 @@ class Prediction:
 
     ``first_scores`` (N,) are the scores of exit 0, wherever the image left (of the final exit, where a chain runs its last
     network only); ``operating_point`` is the one that decided, None where thresholds were given.
+
+    ``classes`` are the names of all K classes. Where the images were decoded by :meth:`Session.predict`, ``files`` has
+    their names ("" for what came from no file), and ``thumbnails`` the first few, uint8 (n, H, W, C), as the network
+    saw them. ``print(answer)`` shows a table, and so does a notebook, with these images.
     """
 
     labels: NDArray[np.int64]
@@ -41,8 +48,32 @@ class Prediction:
     first_scores: NDArray[np.float64]
     operating_point: str | None
     temperatures: NDArray[np.float64]  # (E,), of the bundle's exits
+    classes: Sequence[str] = ()
+    files: Sequence[str] = ()
+    thumbnails: NDArray[np.uint8] | None = None
 
     @cached_property
     def probabilities(self) -> NDArray[np.float64]:
         """The tempered softmax (N, K) of the exit that answered."""
         return policy.answer_probabilities(self.logits, self.exits, self.temperatures)
+
+    @property
+    def names(self) -> list[str]:
+        """The name of the class of each image."""
+        return [self.name_of(label) for label in self.labels]
+
+    def top(self, count: int = 5) -> list[list[tuple[str, float]]]:
+        """For each image its ``count`` likeliest classes (all, if there are fewer), as (name, probability)."""
+        if count < 1:
+            raise UserError(f"count is {count}, expected 1 or more")
+        return display.likeliest(self, count)
+
+    def name_of(self, label: int) -> str:
+        """The name of class ``label``; its number, where no names are known."""
+        return self.classes[label] if self.classes else str(label)
+
+    def __repr__(self) -> str:
+        return display.text(self)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)

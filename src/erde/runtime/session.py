@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erde import bundle
 from erde.bundle.profile import PROFILE, Profile
+from erde.bundle.shipped import bundle_folder, sample_images
 from erde.common.errors import UserError, in_one_line
 from erde.common.splits import ImageSource
 from erde.policy import rule as policy
 from erde.policy.cost import Cost, first_stage
+from erde.runtime.display import MOST_ROWS
 from erde.runtime.engines import check_engine, open_stages
+from erde.runtime.inputs import ImageLike, read_images
 from erde.runtime.monitor import Monitor
 from erde.runtime.prediction import Prediction
 from erde.runtime.stages import Providers
@@ -83,6 +87,10 @@ class Session:
     def classes(self) -> list[str]:
         """Class names, by label."""
         return self.manifest.classes
+
+    def samples(self) -> list[Path]:
+        """Image files to try the bundle with, in the folder ``samples`` beside its stages; most bundles have none."""
+        return sample_images(self.folder)
 
     def all_logits(self, images: ImageSource) -> NDArray[np.float32]:
         """Raw logits (E, N, K) of every exit; for calibration, not for speed."""
@@ -205,7 +213,7 @@ class Session:
 
     def predict(
         self,
-        images: NDArray[np.uint8],
+        images: ImageLike | Sequence[ImageLike],
         *,
         operating_point: str | None = None,
         thresholds: policy.Thresholds | None = None,
@@ -213,11 +221,14 @@ class Session:
         max_macs: float | None = None,
         deadline_ms: float | None = None,
     ) -> Prediction:
-        """Answer uint8 images (N, H, W, C), N = 0 included; a stage runs only for images still undecided.
+        """Answer N images, N = 0 included; a stage runs only for images still undecided.
 
         With several limits the tightest counts. See :class:`Prediction` for what ``capped`` says of them.
 
         Args:
+            images: uint8 (N, H, W, C) as the bundle takes them: the quick way. Or a path, the bytes of an image file,
+                an image of Pillow's, a uint8 array (H, W), (H, W, C) or (N, H, W, C) of another size, or a list of
+                these: decoded, turned upright, resized and cropped as ``erde predict`` does.
             operating_point: by name; the bundle's default without it.
             thresholds: E-1 numbers or None, instead of an operating point; not certified.
             max_exit: the last exit that may run; it answers whatever is left. Not certified.
@@ -227,12 +238,16 @@ class Session:
                 N images, or those of the largest one, scaled up. A plan, not a guard: no stage is interrupted.
 
         Raises:
-            UserError: images of a wrong shape or type, an unknown operating point, an impossible limit, a
-                deadline without a profile.
+            UserError: images of a wrong type, or that cannot be read; an unknown operating point, an impossible
+                limit, a deadline without a profile.
         """
-        images = self._check_images(images)
+        files: list[str] | None = None
+        if self._is_batch(images):
+            batch = np.ascontiguousarray(images)
+        else:
+            batch, files = read_images(images, self.manifest.input_shape)
         chosen, last = self.plan(
-            len(images),
+            len(batch),
             operating_point=operating_point,
             thresholds=thresholds,
             max_exit=max_exit,
@@ -241,7 +256,10 @@ class Session:
         )
         name = self.manifest.point(operating_point).name if thresholds is None else None
         limited = name is None or last < len(self._stages) - 1
-        return self._answer(images, chosen, last, limited or not self._certified, name)
+        answer = self._answer(batch, chosen, last, limited or not self._certified, name)
+        if files is None:
+            return answer
+        return dataclasses.replace(answer, files=files, thumbnails=batch[:MOST_ROWS].copy())
 
     def plan(
         self,
@@ -435,6 +453,7 @@ class Session:
             first_scores=first_scores,
             operating_point=operating_point,
             temperatures=self._temperatures,
+            classes=self.manifest.classes,
         )
 
     def _pays_to_gather(self, index: int, present: int, left: int) -> bool:
@@ -445,10 +464,19 @@ class Session:
         saved -= self._profile.stage_milliseconds(index + 1, left)
         return saved > left * self._profile.gather_milliseconds[index]
 
+    def _is_batch(self, images: object) -> TypeGuard[NDArray[np.uint8]]:
+        """True for uint8 (N, H, W, C) as the stages take it."""
+        return (
+            isinstance(images, np.ndarray)
+            and images.ndim == 4
+            and images.shape[1:] == self.manifest.input_shape
+            and images.dtype == np.uint8
+        )
+
     def _check_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         images = np.asarray(images)
         expected = self.manifest.input_shape
-        if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
+        if not self._is_batch(images):
             raise UserError(
                 f"expected uint8 images of shape (N, {', '.join(map(str, expected))}), got {images.dtype} of shape "
                 f"{images.shape}: decode and resize them first (erde predict does both)"
@@ -516,3 +544,20 @@ class Session:
                 f"bundle {folder}: its stages do not give the logits of its reference sample on this machine: "
                 "export it again here, or report this with `erde bundle info`"
             )
+
+
+def load(
+    bundle: str | Path,
+    *,
+    threads: int | None = None,
+    providers: Providers | None = None,
+    spinning: bool = True,
+    engine: str = "onnxruntime",
+) -> Session:
+    """Open a bundle: a folder, or the name of one that comes with erde (``digits-demo``), where no folder has it.
+
+    The other arguments and the errors are those of :class:`Session`.
+    """
+    return Session(
+        bundle_folder(bundle), threads=threads, providers=providers, spinning=spinning, engine=engine
+    )
