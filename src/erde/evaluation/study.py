@@ -159,7 +159,7 @@ def _known(values: Sequence[float | None]) -> list[float] | None:
 def measures(results: Results, name: str) -> dict[str, float | None]:
     """An arm's measures on test, shares of one; a certified saving is 0 where the promise could not be given."""
     arm = results.arms[name]
-    exits = {f"exit {number}": measured for number, measured in enumerate(arm.exits, 1)}
+    exits = {f"exit {number}": measured for number, measured in enumerate(arm.exits)}
     values: dict[str, float | None] = {
         f"accuracy of {exit}": measured.accuracy for exit, measured in exits.items()
     }

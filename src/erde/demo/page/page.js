@@ -92,7 +92,7 @@ async function show(pixels) {
   part("label").textContent = network.about.classes[answer.label];
   part("probability").textContent = `${(100 * answer.probabilities[answer.label]).toFixed(1)} %`;
   part("left").textContent =
-    answer.exit < count - 1 ? `It leaves at exit ${answer.exit + 1} of ${count}.` : `It goes on to the last of ${count} exits.`;
+    answer.exit < count - 1 ? `It leaves at exit ${answer.exit}.` : "It goes on to the final exit.";
   part("result").dataset.label = answer.label;
   part("result").dataset.exit = answer.exit;
   const rows = network.about.stages.map((stage, index) => {
@@ -104,7 +104,7 @@ async function show(pixels) {
     const threshold = exit === null || final ? "" : exit.threshold === null ? "off" : exit.threshold.toFixed(4);
     row.className = exit === null ? "unused" : exit.leaves ? "leaves" : "";
     row.append(
-      element("td", `${index + 1}  ${stage.exit_name}`),
+      element("td", `${index}  ${stage.exit_name}`),
       element("td", exit === null || exit.score === null ? "" : exit.score.toFixed(4)),
       element("td", threshold),
       element("td", verdict),
