@@ -133,7 +133,7 @@ def main() -> None:
     data = load_data("cifar10", tune_size=1000, certify_size=1000)
     images, labels = np.asarray(data.test.images[:]), data.test.labels
     assert images.shape[1:] == common_shape(networks)
-    names = class_names(networks, list(data.classes))
+    names = class_names(networks)
     with (
         tempfile.TemporaryDirectory() as folder,
         built_chain(networks, Path(folder) / "chain", images[:2], names) as chain,

@@ -289,7 +289,8 @@ def write_logits(run: Run, network: EarlyExitNetwork, path: Path) -> None:
             arrays[f"{split.name}_logits"] = np.concatenate(parts, axis=1)
             arrays[f"{split.name}_labels"] = split.labels
     tune = [(normalised(data.tune, 0), torch.from_numpy(data.tune.labels[:BATCH]))]
-    arrays["dead"] = np.array(measure_health(network, tune).dead_units)
+    early = len(network.stages) > 1
+    arrays["dead"] = np.array(measure_health(network, tune).dead_units if early else [])
     with replacing_file(path) as beside, beside.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
@@ -309,6 +310,8 @@ def measure(path: Path, cost: Cost) -> dict[str, Any]:
         row[f"{name}_accuracy"] = (
             (split.logits.argmax(axis=-1) == split.labels).mean(axis=1).round(4).tolist()
         )
+    if len(tune.logits) == 1:  # a front of one exit: only in a cascade
+        return row
     policy = calibrate_logits(tune, certify, cost, Settings(max_risks=RISKS))
     row["score"] = [policy.rule.score, policy.rule.sharpness, policy.rule.ensemble]
     for point in measures.measure_points(test, policy, cost, None):

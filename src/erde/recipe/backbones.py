@@ -71,6 +71,19 @@ BACKBONES: dict[str, BackboneEntry] = {
         depth=8,
         widths=(12, 12, 24, 48),
     ),
+    "resnet8-s2": _entry(
+        "ResNet of 8 layers whose stem halves the image: a quarter of resnet8's MACs",
+        "resnet.cifar_resnet",
+        depth=8,
+        stride=2,
+    ),
+    "resnet8x2-s2": _entry(
+        "ResNet of 8 layers whose stem halves the image, with twice the channels: resnet8's MACs in less time",
+        "resnet.cifar_resnet",
+        depth=8,
+        widths=(32, 32, 64, 128),
+        stride=2,
+    ),
     "resnet20x0.5": _entry(
         "CIFAR ResNet of 20 layers with half of the channels",
         "resnet.cifar_resnet",
