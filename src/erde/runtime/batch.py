@@ -71,7 +71,8 @@ class Predictor:
         self._limits: dict[str, Any] = {
             "operating_point": operating_point, "max_exit": max_exit, "max_macs": max_macs,
         }  # fmt: skip
-        self._batch_size, self._threads, self._engine = batch_size, threads, engine
+        self.threads = threads
+        self._batch_size, self._engine = batch_size, engine
         self._session: Session | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +87,7 @@ class Predictor:
             UserError: no bundle there, a damaged one, or an operating point or a limit that it does not have.
         """
         if self._session is None:
-            session = _session_at(self.bundle, self._threads, self._engine)
+            session = _session_at(self.bundle, self.threads, self._engine)
             session.plan(1, **self._limits)
             self._session = session
         return self._session
