@@ -270,6 +270,7 @@ def test_ray(cluster: Any, bundle: Path, tmp_path: Path) -> None:
 def test_ray_data_with_actors(cluster: Any, bundle: Path, tmp_path: Path) -> None:
     data = pytest.importorskip("ray.data")
     folder = write_shards(tmp_path / "shards", 4, 50)
+    # One actor: the other processor is for the tasks that read.
     table = pq.read_table(folder / "3.parquet").to_pylist()
     table[7]["image"]["bytes"] = b"no image"
     pq.write_table(pa.Table.from_pylist(table), folder / "3.parquet")
@@ -277,7 +278,7 @@ def test_ray_data_with_actors(cluster: Any, bundle: Path, tmp_path: Path) -> Non
         erde.Predictor,
         fn_constructor_kwargs={"bundle": str(bundle), "keep": ["id"]},
         batch_size=16,
-        compute=data.ActorPoolStrategy(min_size=1, max_size=2),
+        compute=data.ActorPoolStrategy(size=1),
     )
     answers.write_parquet(str(tmp_path / "answers"))
     rows = sorted(pq.read_table(tmp_path / "answers").to_pylist(), key=lambda row: row["id"])

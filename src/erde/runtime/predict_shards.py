@@ -94,8 +94,9 @@ def predict_shards(
         batch_size=batch_size, threads=threads, engine=engine, keep=keep,
     )  # fmt: skip
     manifest = predictor.session.manifest
+    seal = seal_of(manifest)
     settings = {
-        "seal": seal_of(manifest), "operating_point": manifest.point(operating_point).name, "max_exit": max_exit,
+        "seal": seal, "operating_point": manifest.point(operating_point).name, "max_exit": max_exit,
         "max_macs": max_macs, "engine": engine, "column": column, "keep": list(keep),
     }  # fmt: skip
     tasks = [
@@ -118,7 +119,7 @@ def predict_shards(
                 tally.add(answered)
         with (
             progress.task("predict", sum(shard.rows for shard in tasks), tally.rows) as task,
-            closing(submit(predictor, settings["seal"], waiting, workers)) as parts,
+            closing(submit(predictor, seal, waiting, workers)) as parts,
         ):
             for part in parts:
                 tally.add(part)
@@ -364,7 +365,8 @@ def _through_ray(predictor: Predictor, seal: str, shards: Sequence[Shard], worke
         ray.init(log_to_driver=False)
     try:
         answer = ray.remote(num_cpus=predictor.threads or 1)(_answer_or_refuse)
-        waiting, running = list(reversed(shards)), []
+        waiting = list(reversed(shards))
+        running: list[Any] = []
         while waiting or running:
             while waiting and len(running) < workers:
                 running.append(answer.remote(predictor, seal, waiting.pop()))
