@@ -256,6 +256,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_ray(cluster: Any, bundle: Path, tmp_path: Path) -> None:
     folder, out = write_shards(tmp_path / "shards", 5, 40), tmp_path / "answers"
     summary = predict_shards(bundle, [folder], out, keep=["id"], workers=2, ray=True)
@@ -267,10 +268,10 @@ def test_ray(cluster: Any, bundle: Path, tmp_path: Path) -> None:
         predict_shards(bundle, [folder], out, keep=["id"], workers=2, ray=True)
 
 
+@pytest.mark.slow
 def test_ray_data_with_actors(cluster: Any, bundle: Path, tmp_path: Path) -> None:
     data = pytest.importorskip("ray.data")
     folder = write_shards(tmp_path / "shards", 4, 50)
-    # One actor: the other processor is for the tasks that read.
     table = pq.read_table(folder / "3.parquet").to_pylist()
     table[7]["image"]["bytes"] = b"no image"
     pq.write_table(pa.Table.from_pylist(table), folder / "3.parquet")
@@ -278,7 +279,7 @@ def test_ray_data_with_actors(cluster: Any, bundle: Path, tmp_path: Path) -> Non
         erde.Predictor,
         fn_constructor_kwargs={"bundle": str(bundle), "keep": ["id"]},
         batch_size=16,
-        compute=data.ActorPoolStrategy(size=1),
+        compute=data.ActorPoolStrategy(size=1),  # the other processor is for the tasks that read
     )
     answers.write_parquet(str(tmp_path / "answers"))
     rows = sorted(pq.read_table(tmp_path / "answers").to_pylist(), key=lambda row: row["id"])
