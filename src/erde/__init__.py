@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from erde.networks.network import keep_exits as keep_exits
     from erde.recipe.load import load_config as load_config
     from erde.runs.chain import run as run
+    from erde.runtime.batch import Predictor as Predictor
     from erde.runtime.session import load as load
     from erde.training.api import distill as distill
     from erde.training.api import train as train
@@ -56,6 +57,7 @@ _HOMES = {
     "load_config": "erde.recipe.load",
     "load_data": "erde.data.load",
     "load_teacher_weights": "erde.networks.foreign_weights",
+    "Predictor": "erde.runtime.batch",
     "Preprocessing": "erde.chains.preprocessing",
     "recalibrate_with_labels": "erde.calibration.recalibration",
     "run": "erde.runs.chain",

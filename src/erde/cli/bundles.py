@@ -25,11 +25,15 @@ def predict(
     images: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Image files, or folders that are searched for them; the bundle's own samples without any."
+            help="Image files, or folders that are searched for them; the bundle's own samples without any. Or shards: "
+            "Parquet files, or with --workers folders of them."
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A .csv or .jsonl file; without it JSON lines go to the terminal.")
+        Path | None,
+        typer.Option(
+            help="A .csv or .jsonl file; without it JSON lines go to the terminal. For shards a folder."
+        ),
     ] = None,
     operating_point: Annotated[
         str | None, typer.Option(help="By name; the bundle's default without it.")
@@ -41,42 +45,63 @@ def predict(
         typer.Option(help="The same, as milliseconds per batch, by the profile.json in the bundle's folder."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads; 1 per worker for shards.")
+    ] = None,
     engine: Engine = "onnxruntime",
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="Shards at a time, each in a process.")
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Shards: let Ray's processes do it (the extra ray).")
+    ] = False,
+    image_column: Annotated[str, typer.Option(help="Shards: the column of images.")] = "image",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Shards: a column to copy to the answers; may be repeated.")
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue what was stopped; without this, begun output is refused."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Classify image files with a bundle; needs the base install only.
+    """Classify image files, or the rows of Parquet shards, with a bundle.
 
-    Images that cannot be read are skipped and listed at the end; the exit code is then 3.
+    Images that cannot be read are skipped and listed at the end, or rows with a reason in shards; the exit code is
+    then 3.
     """
     from erde.bundle.shipped import sample_images
-    from erde.runtime.predict_files import predict_files
 
     images = images or sample_images(bundle)
     if not images:
         raise UserError("no images: give image files, or folders that are searched for them")
-    summary = predict_files(
-        bundle,
-        images,
-        out,
-        operating_point=operating_point,
-        max_exit=max_exit,
-        max_macs=max_macs,
-        deadline_ms=deadline_ms,
-        batch_size=batch_size,
-        threads=threads,
-        engine=engine,
-        resume=resume,
-    )
+    limits: dict[str, Any] = {
+        "operating_point": operating_point, "max_exit": max_exit, "max_macs": max_macs,
+        "batch_size": batch_size, "engine": engine, "resume": resume,
+    }  # fmt: skip
+    if workers is not None or ray or any(path.suffix == ".parquet" for path in images):
+        from erde.runtime.predict_shards import predict_shards
+
+        if out is None or out.suffix in (".csv", ".jsonl"):
+            raise UserError(
+                f"--out is {out or 'not given'}, expected a folder for the answers to Parquet shards"
+            )
+        if deadline_ms is not None:
+            raise UserError("--deadline-ms is not for Parquet shards: give --max-macs or --max-exit")
+        summary = predict_shards(
+            bundle, images, out, column=image_column, keep=keep or (), threads=threads or 1, workers=workers or 1,
+            ray=ray, **limits,
+        )  # fmt: skip
+        skipped, word = summary["failed"], "failed"
+    else:
+        from erde.runtime.predict_files import predict_files
+
+        summary = predict_files(bundle, images, out, deadline_ms=deadline_ms, threads=threads, **limits)
+        skipped, word = summary["skipped"], "skipped"
     if out is not None:
-        skipped = f" ({summary['skipped']:,} skipped)" if summary["skipped"] else ""
-        print(f"{summary['images']:,} images{skipped}: {out}")
+        print(f"{summary['images']:,} images{f' ({skipped:,} {word})' if skipped else ''}: {out}")
     finish(as_json, summary)
-    if summary["skipped"]:
+    if skipped:
         raise typer.Exit(3)
 
 

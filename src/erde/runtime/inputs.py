@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,42 @@ def read_images(
         parts.append(part)
         names += [str(item) if isinstance(item, str | os.PathLike) else ""] * len(part)
     return np.concatenate(parts), names
+
+
+def read_rows(items: Any, shape: tuple[int, int, int]) -> tuple[NDArray[np.uint8], list[str]]:
+    """Those of N images that can be read, uint8 (n, H, W, C), and for each of the N why it cannot; "" if it can.
+
+    Each is one image as :func:`read_images` takes it, or a mapping with ``bytes`` or else ``path``, as Hugging Face's
+    data sets have it.
+    """
+    if isinstance(items, np.ndarray) and items.dtype == np.uint8 and items.shape[1:] == shape:
+        return np.ascontiguousarray(items), [""] * len(items)
+    parts: list[NDArray[np.uint8]] = [np.empty((0, *shape), dtype=np.uint8)]
+    reasons = []
+    for item in items:
+        reason = ""
+        try:
+            parts.append(_read_row(item, shape))
+        except UserError as error:
+            reason = in_one_line(str(error))
+        except Exception as error:  # a decoder may raise anything; a bad image must not end hours of work
+            reason = in_one_line(f"the image cannot be decoded: {type(error).__name__}: {error}")
+        reasons.append(reason)
+    return np.concatenate(parts), reasons
+
+
+def _read_row(item: Any, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    where = "the image"
+    if isinstance(item, Mapping):
+        content, path = item.get("bytes"), item.get("path")
+        item = path if content is None else content
+        where = path or where
+    if item is None or (isinstance(item, float) and item != item):  # pandas has NaN for nothing
+        raise UserError("there is no image: the row is empty")
+    image = _read(item, shape, where)
+    if len(image) != 1:
+        raise UserError(f"{where} holds {len(image)} images, expected 1 per row")
+    return image
 
 
 def _read(item: Any, shape: tuple[int, int, int], where: str) -> NDArray[np.uint8]:

@@ -135,7 +135,9 @@ def _check_out(out: Path | None, resume: bool) -> None:
             raise UserError("--resume goes with --out: rows on the terminal are not kept")
         return
     if out.suffix not in (".csv", ".jsonl"):
-        raise UserError(f"--out is {out}: expected a name ending in .csv or .jsonl")
+        raise UserError(
+            f"--out is {out}: expected a name ending in .csv or .jsonl; with --workers, a folder for Parquet shards"
+        )
     if out.is_dir():
         raise UserError(f"--out is {out}, which is a folder: expected the name of a file")
 

@@ -1,0 +1,391 @@
+"""``erde predict`` on Parquet: shards through a bundle by worker processes of this machine or by Ray.
+
+Each shard's answers appear in one step as a file of the same name. ``--resume`` skips the shards that have theirs, so
+that no row is answered twice in the output, and none is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from erde.bundle.sealing import seal_of
+from erde.common import progress
+from erde.common.errors import UserError, in_one_line, nearest
+from erde.common.files import Lock, check_folder, make_folder, replacing_file, sweep_leftovers, write_json
+from erde.runtime.batch import ANSWERS, Predictor
+
+SUFFIX = ".parquet"
+# In the output's folder: what its answers were made with.
+SETTINGS = "settings.json"
+# The key of a shard's tally in the metadata of its answers.
+TALLY = b"erde"
+# Arrow's types of ``ANSWERS``.
+TYPES = ("int64", "string", "float64", "int64", "string", "int64", "string")
+
+
+@dataclass
+class Tally:
+    """Counts of one shard or several: rows, those without an answer, answers per exit, MACs."""
+
+    rows: int
+    failed: int
+    exits: list[int]
+    macs: int
+
+    def add(self, other: Tally) -> None:
+        """Count another shard's rows too."""
+        self.rows += other.rows
+        self.failed += other.failed
+        self.exits = [here + there for here, there in zip(self.exits, other.exits, strict=True)]
+        self.macs += other.macs
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to answer, and where its answers go."""
+
+    source: Path
+    target: Path
+    rows: int
+
+
+def predict_shards(
+    bundle: Path,
+    shards: Sequence[Path],
+    out: Path,
+    *,
+    column: str = "image",
+    keep: Sequence[str] = (),
+    operating_point: str | None = None,
+    max_exit: int | None = None,
+    max_macs: float | None = None,
+    batch_size: int = 64,
+    threads: int = 1,
+    engine: str = "onnxruntime",
+    workers: int = 1,
+    ray: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Answer every row of Parquet files, each in a file of the same name below the folder ``out``.
+
+    An image that cannot be answered is a row with a reason. A shard is one task; ``workers`` of them run at a time, in
+    processes of their own, or in ``ray``'s. ``resume`` goes on where an earlier call was stopped.
+
+    Returns a summary: images answered, images failed, exit rates, mean MACs, shards.
+
+    Raises:
+        UserError: no pyarrow or Ray, no shards, a shard without the column, an output that was begun with other
+            settings or from other shards, and what :class:`Predictor` raises.
+    """
+    _import_parquet()
+    predictor = Predictor(
+        bundle.absolute(), column=column, operating_point=operating_point, max_exit=max_exit, max_macs=max_macs,
+        batch_size=batch_size, threads=threads, engine=engine, keep=keep,
+    )  # fmt: skip
+    manifest = predictor.session.manifest
+    seal = seal_of(manifest)
+    settings = {
+        "seal": seal, "operating_point": manifest.point(operating_point).name, "max_exit": max_exit,
+        "max_macs": max_macs, "engine": engine, "column": column, "keep": list(keep),
+    }  # fmt: skip
+    tasks = [
+        Shard(source, target, _rows_of(source, column, keep)) for source, target in _find_shards(shards, out)
+    ]
+    submit = _through_ray if ray else _through_processes if workers > 1 else _here
+    if ray:
+        _import_ray()
+    tally = Tally(0, 0, [0] * len(manifest.stages), 0)
+    check_folder(out)
+    make_folder(out.parent)
+    with Lock(out.with_name(f"{out.name}.lock"), str(out)):
+        _begin(out, settings, resume)
+        waiting = []
+        for shard in tasks:
+            answered = _answers_of(shard)
+            if answered is None:
+                waiting.append(shard)
+            else:
+                tally.add(answered)
+        with (
+            progress.task("predict", sum(shard.rows for shard in tasks), tally.rows) as task,
+            closing(submit(predictor, seal, waiting, workers)) as parts,
+        ):
+            for part in parts:
+                tally.add(part)
+                if task.due():
+                    task.update(tally.rows)
+    answers = tally.rows - tally.failed
+    return {
+        "images": answers,
+        "failed": tally.failed,
+        "exit_rates": [exits / max(1, answers) for exits in tally.exits],
+        "mean_macs": tally.macs / max(1, answers),
+        "shards": len(tasks),
+        "out": str(out),
+    }
+
+
+# ---------------------------------------------------------------- before the work
+
+
+def _import_parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("Parquet shards need pyarrow: pip install 'erde[batch]'") from error
+    return pyarrow.parquet
+
+
+def _import_ray() -> Any:
+    # Else Ray reports its use to its makers over the network; whoever sets it to 1 is asked.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            "--ray needs Ray, which is not installed: pip install 'erde[ray]', or leave --ray out"
+        ) from error
+    return ray
+
+
+def _find_shards(paths: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
+    """Files as given and those below folders, sorted, each with the place of its answers."""
+    pairs: list[tuple[Path, Path]] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.rglob(f"*{SUFFIX}"))
+            if not inside:
+                raise UserError(f"no shard below the folder {path}: expected files ending in {SUFFIX}")
+            pairs += [(file.absolute(), out.absolute() / file.relative_to(path)) for file in inside]
+        elif path.is_file():
+            pairs.append((path.absolute(), (out.absolute() / path.name).with_suffix(SUFFIX)))
+        else:
+            raise UserError(f"no shard at {path}: expected a Parquet file or a folder of them")
+    sources: dict[Path, Path] = {}
+    for source, target in pairs:
+        other = sources.setdefault(target, source)
+        if other is not source:
+            raise UserError(
+                f"{other} and {source} would both be answered in {target}: give each once, or the folder above them"
+            )
+        if target.resolve() == source.resolve():
+            raise UserError(f"--out is {out}, where {source} itself is: choose another folder")
+    return pairs
+
+
+def _rows_of(path: Path, column: str, keep: Sequence[str]) -> int:
+    """The number of rows, if the file is Parquet and has the columns."""
+    parquet = _import_parquet()
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+    except Exception as error:
+        raise UserError(f"{path} is not a readable Parquet file: copy or write it again") from error
+    for name, option in [(column, "--image-column"), *((name, "--keep") for name in keep)]:
+        if schema.names.count(name) != 1:
+            raise UserError(
+                f"{path} has no column '{name}'{nearest(name, schema.names)}: name it with {option}"
+            )
+    kind = schema.field(column).type
+    text = ("string", "large_string", "binary", "large_binary", "string_view", "binary_view")
+    struct = str(kind).startswith("struct<") and {"bytes", "path"} & {
+        kind[i].name for i in range(kind.num_fields)
+    }
+    if str(kind) not in text and not struct:
+        raise UserError(
+            f"column '{column}' of {path} holds {in_one_line(str(kind))}, expected encoded images (binary), paths (string) "
+            "or a struct of bytes and path: name it with --image-column"
+        )
+    return int(rows)
+
+
+def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Make the folder, or check that what it holds was begun alike."""
+    if not out.is_dir() or not any(out.iterdir()):
+        make_folder(out)
+        write_json(out / SETTINGS, settings)
+        return
+    try:
+        before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out is {out}, which has other files: choose a new or an empty folder") from error
+    if not resume:
+        raise UserError(
+            f"{out} has answers of an earlier command: continue it with --resume, or choose another folder"
+        )
+    if before != settings:
+        other = [
+            key for key, value in settings.items() if not isinstance(before, dict) or before.get(key) != value
+        ]
+        names = ", ".join("bundle" if key == "seal" else key for key in other)
+        raise UserError(
+            f"{out} was begun with another {names or 'erde'}: give what was given then, or choose another folder"
+        )
+    sweep_leftovers(out)
+
+
+def _answers_of(shard: Shard) -> Tally | None:
+    """What an earlier call counted, where the shard has its answers."""
+    if not shard.target.exists():
+        return None
+    try:
+        metadata = _import_parquet().read_metadata(shard.target)
+        tally = Tally(**json.loads(metadata.metadata[TALLY]))
+    except Exception as error:
+        raise UserError(
+            f"{shard.target} has no answers of erde: remove it, then repeat the command"
+        ) from error
+    if not metadata.num_rows == tally.rows == shard.rows:
+        raise UserError(
+            f"{shard.target} has answers to {metadata.num_rows:,} rows, {shard.source} has {shard.rows:,}: it has changed; "
+            "remove the answers, then repeat the command"
+        )
+    return tally
+
+
+# ---------------------------------------------------------------- one shard
+
+
+def _answer_shard(predictor: Predictor, seal: str, shard: Shard) -> Tally:
+    """Answer a shard, a row group in memory at a time; its file appears when it is whole."""
+    import pyarrow as pa
+
+    parquet = _import_parquet()
+    manifest = predictor.session.manifest
+    if seal_of(manifest) != seal:
+        raise UserError(
+            f"the bundle {predictor.bundle} of a worker is not the one that the command began with: copy it there, then "
+            "repeat the command with --resume"
+        )
+    tally = Tally(0, 0, [0] * len(manifest.stages), 0)
+    make_folder(shard.target.parent)
+    with parquet.ParquetFile(shard.source) as file, replacing_file(shard.target) as beside:
+        kept = [file.schema_arrow.field(name) for name in predictor.keep]
+        answers = [pa.field(name, pa.type_for_alias(kind)) for name, kind in zip(ANSWERS, TYPES, strict=True)]
+        schema = pa.schema([*kept, *answers])
+        names = [predictor.column, *predictor.keep]
+        with parquet.ParquetWriter(beside, schema) as writer:
+            for group in range(file.num_row_groups):
+                parts = [
+                    _answer_batch(predictor, batch, schema, tally)
+                    for batch in file.iter_batches(1024, row_groups=[group], columns=names)
+                ]
+                writer.write_table(pa.Table.from_batches(parts, schema))
+            writer.add_key_value_metadata({TALLY.decode(): json.dumps(asdict(tally))})
+    return tally
+
+
+def _answer_batch(predictor: Predictor, batch: Any, schema: Any, tally: Tally) -> Any:
+    import numpy as np
+    import pyarrow as pa
+
+    # What is kept stays in Arrow, with its type: the predictor sees its names only.
+    kept = [batch.column(name) for name in predictor.keep]
+    images = batch.column(predictor.column).to_pylist()
+    answers = predictor({predictor.column: images, **dict.fromkeys(predictor.keep, ())})
+    good = answers["error"] == ""
+    tally.rows += len(good)
+    tally.failed += int(np.count_nonzero(~good))
+    exits = np.bincount(answers["exit"][good], minlength=len(tally.exits))
+    tally.exits = [int(count) + before for count, before in zip(exits, tally.exits, strict=True)]
+    tally.macs += int(answers["macs"].sum())
+    return pa.record_batch([*kept, *(pa.array(answers[name]) for name in ANSWERS)], schema=schema)
+
+
+# ---------------------------------------------------------------- who does it
+
+Tallies = Generator[Tally, None, None]
+
+
+def _here(predictor: Predictor, seal: str, shards: Sequence[Shard], workers: int) -> Tallies:
+    return (_answer_shard(predictor, seal, shard) for shard in shards)
+
+
+def _through_processes(predictor: Predictor, seal: str, shards: Sequence[Shard], workers: int) -> Tallies:
+    with _processes(min(workers, max(1, len(shards)))) as pool:
+        try:
+            for done in as_completed(
+                [pool.submit(_answer_shard, predictor, seal, shard) for shard in shards]
+            ):
+                yield done.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory: repeat the command with --resume, and fewer "
+                "workers or a smaller batch size"
+            ) from error
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, and at once where the block fails."""
+    others = set(multiprocessing.active_children())
+    # Forked processes would have copies of ONNX Runtime's locks, and not its threads.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _end_with_parent() -> None:
+    """Workers of a killed command would wait for tasks for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _through_ray(predictor: Predictor, seal: str, shards: Sequence[Shard], workers: int) -> Tallies:
+    """The same tasks in the cluster of ``RAY_ADDRESS``, or else of this machine."""
+    ray = _import_ray()
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False)
+    try:
+        answer = ray.remote(num_cpus=predictor.threads or 1)(_answer_or_refuse)
+        waiting = list(reversed(shards))
+        running: list[Any] = []
+        while waiting or running:
+            while waiting and len(running) < workers:
+                running.append(answer.remote(predictor, seal, waiting.pop()))
+            ready, running = ray.wait(running)
+            result = ray.get(ready[0])
+            if isinstance(result, str):
+                raise UserError(result)
+            yield result
+    except ray.exceptions.RayError as error:
+        reason = in_one_line(str(error).strip().splitlines()[-1])
+        raise UserError(f"Ray lost a task ({reason}): repeat the command with --resume") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _answer_or_refuse(predictor: Predictor, seal: str, shard: Shard) -> Tally | str:
+    """Ray would make many lines of an error."""
+    try:
+        return _answer_shard(predictor, seal, shard)
+    except UserError as error:
+        return str(error)
