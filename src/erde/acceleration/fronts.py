@@ -32,7 +32,7 @@ from erde.training.job import Job, Outcome
 from erde.training.loop import choose_device, train_network
 
 # (backbone, factor by which its images are reduced), the costliest first; by the longest side of the images.
-SMALL_IMAGES = [("resnet8", 1), ("resnet8x0.5", 1), ("resnet8x0.25", 1)]
+SMALL_IMAGES = [("resnet8", 1), ("resnet8x2-s2", 1), ("resnet8-s2", 1), ("resnet8x0.25", 1)]
 LARGE_IMAGES = [("timm/mobilenetv3_small_100", 2), ("timm/mobilenetv3_small_050", 2)]
 SMALL_SIDE = 64
 EXITS = 3
