@@ -60,8 +60,11 @@ def by_formula(name: str, classes: int, channels: int = 3) -> int:
     if name.endswith("-a"):  # the same without the projections, at 16 to 32 and 32 to 64 channels
         projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
         return by_formula(name.removesuffix("-a"), classes, channels) - projections
+    if name.endswith("-s2"):  # the stem's kernel has 4 x 4 weights and not 3 x 3
+        stem = {"resnet8-s2": 16, "resnet8x2-s2": 32}[name]
+        return by_formula(name.removesuffix("-s2"), classes, channels) + (16 - 9) * channels * stem
     depth, _, factor = name.removeprefix("resnet").partition("x")
-    base = {"": 16, "0.25": 4, "0.5": 8, "0.75": 12, "4": 64}[factor]
+    base = {"": 16, "0.25": 4, "0.5": 8, "0.75": 12, "2": 32, "4": 64}[factor]
     stem = {"4": 32}.get(factor, base)
     return resnet_parameters(int(depth), (stem, base, 2 * base, 4 * base), classes, channels)
 
