@@ -42,7 +42,7 @@ def test_the_wheel_is_the_package_and_small(archives: Path) -> None:
         assert f"{information}licenses/LICENSE" in archive.namelist()
     assert names == package_files()
     assert {"erde/py.typed", "erde/bundle/demos/digits-demo/manifest.json"} <= names
-    suffixes = {".py", ".typed", ".yaml", ".json", ".j2", ".css", ".js", ".onnx", ".md", ".png"}
+    suffixes = {".py", ".typed", ".yaml", ".json", ".j2", ".html", ".css", ".js", ".onnx", ".md", ".png"}
     assert {Path(name).suffix for name in names} <= suffixes
     assert wheel.stat().st_size < MOST
     assert "erde = erde.__main__:main" in entry_points

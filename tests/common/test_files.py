@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -271,6 +272,21 @@ def test_sweep_leftovers(tmp_path: Path) -> None:
     assert entries(inside) == [
         "kd.partial", "last.safetensors", "partial", "some.partial.txt", "x.12-12345678.aside",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_killed_process_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read() == b""
+    state = Path(f"/proc/{process.pid}/stat")
+    while state.read_text().rsplit(") ", 1)[1][0] != "Z":
+        time.sleep(0.01)
+    os.kill(process.pid, 0)  # still listed
+    (tmp_path / f".some.{process.pid}-12345678.partial").write_text("half")
+    sweep_leftovers(tmp_path)
+    assert entries(tmp_path) == []
+    process.wait()
 
 
 def dead_process() -> int:

@@ -63,7 +63,7 @@ def test_text_shows_means_and_differences() -> None:
     p = stats.ttest_rel(rows["erde"], rows["kd"]).pvalue
     assert f"| erde | +0.9 ± 1.3, p {p:.2g} |" in text
     assert "| teacher | 90.0 ± 0.0 |" in text
-    one = study.model_copy(
+    single = study.model_copy(
         update={"seeds": [0], "measures": {"risk at risk-1": _compared({"kd": [0.01]}, "kd", ["kd"])}}
     )
-    assert "| kd | 1.0 |" in study_text(one)
+    assert "| kd | 1.0 |" in study_text(single)

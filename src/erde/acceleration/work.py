@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from erde.acceleration.fronts import (
-    EXITS,
     VIEWS,
     Front,
     Training,
@@ -105,7 +104,7 @@ def accelerate(
     seed: int = 0,
     resume: bool = False,
 ) -> Accelerated:
-    """Train an early-exit front for the classifier ``model``, chain both, certify, measure, and report in ``out``.
+    """Train a front for the classifier ``model``, chain both, certify, measure, and report in ``out``.
 
     No label is needed: the model's own answers teach the front, and the promise is about answers that differ.
 
@@ -248,7 +247,7 @@ class _Work:
             write_json(plan, {**choice, "mirrored": mirrored, "views": views})
         chosen = _read(plan)
         front = Front(chosen["backbone"], chosen["reduction"])
-        progress.say(f"front: {front.name}, {EXITS} exits, {chosen['epochs']} epochs")
+        progress.say(f"front: {front.name}, {chosen['epochs']} epochs")
         built = front.build(data, self.seed)
         training = self._training(data, chosen.get("mirrored", True), chosen.get("views", VIEWS))
         training.train(built, front.name, self.out / "training", chosen["epochs"], None)

@@ -165,7 +165,11 @@ def _is_alive(pid: int) -> bool:
         return False
     except PermissionError:  # another user's
         return True
-    return True
+    try:
+        # A process that was killed stays listed until its parent asks, which in a container may be never.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(") ", 1)[1][0] != "Z"
+    except (OSError, IndexError):  # no Linux, or gone meanwhile
+        return True
 
 
 @contextlib.contextmanager

@@ -72,13 +72,13 @@ BACKBONES: dict[str, BackboneEntry] = {
         widths=(12, 12, 24, 48),
     ),
     "resnet8-s2": _entry(
-        "ResNet of 8 layers whose stem halves the image: a quarter of resnet8's MACs",
+        "ResNet of 8 layers whose stem halves the image",
         "resnet.cifar_resnet",
         depth=8,
         stride=2,
     ),
     "resnet8x2-s2": _entry(
-        "ResNet of 8 layers whose stem halves the image, with twice the channels: resnet8's MACs in less time",
+        "ResNet of 8 layers whose stem halves the image, with twice the channels",
         "resnet.cifar_resnet",
         depth=8,
         widths=(32, 32, 64, 128),
