@@ -23,7 +23,6 @@ from erde.networks.attach import attach_exits
 from erde.networks.backbones import build_backbone
 from erde.networks.cost import network_cost
 from erde.networks.network import EarlyExitNetwork
-from erde.policy.cost import Cost
 from erde.recipe.losses import LossConfig
 from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig
 from erde.runtime.stages import StageRunner
@@ -205,14 +204,10 @@ def saving(
 
     By time and not by MACs: those of a network with few channels take longer.
     """
-    times, front = measure_exits(network, data.mean, data.std, data.tune, threads=1, rounds=ROUNDS)
+    times, front = measure_exits(network, data.mean, data.std, data.tune, threads=1)
     logits = np.concatenate([front.logits, final_logits[None]])
     labels: Labels = data.tune.labels if (data.tune.labels >= 0).all() else final_logits.argmax(axis=-1)
-    exits = times.exit_milliseconds(tuple(range(len(times) - 1)))
-    ends = (*exits, exits[-1] + times.decision + milliseconds)
-    # In whole nanoseconds in place of MACs.
-    nanoseconds = tuple(round(1e6 * end) for end in ends)
-    cost = Cost(nanoseconds, round(1e6 * milliseconds), networks=(0, len(exits)))
+    cost = times.cost_in_front(tuple(range(len(times) - 1)), milliseconds)
     return choose_score(TuneLogits(logits, labels), cost, Settings(max_risks=(TRIAL_RISK,)))[0].macs_saved
 
 

@@ -237,8 +237,8 @@ class _Work:
             mirrored = answers_alike_mirrored(self.stage, tune_images, tune)
             training = self._training(data, mirrored, views)
             fronts = candidates(data, 0 if self.network.uncounted else self.network.macs, self.seed)
-            quick = milliseconds_of(self.stage, tune_images[:256])
-            front, per_image = trial(fronts, training, self.out / "trial", tune, quick, minutes)
+            alone = milliseconds_of(self.stage, tune_images[:256])
+            front, per_image = trial(fronts, training, self.out / "trial", tune, alone, minutes)
             left = seconds - (time.monotonic() - started) - views * len(data.train) * per_answer
             left *= TRAINING_SHARE
             epochs = int(left / max(1e-9, per_image * len(data.train)))

@@ -56,8 +56,19 @@ class ExitTimes:
 
     def cost(self, kept: Subset) -> Cost:
         """The same for the search for thresholds, in whole nanoseconds in place of MACs."""
-        exits = tuple(round(_NANOSECONDS * time) for time in self.exit_milliseconds(kept))
-        return Cost(exits, round(_NANOSECONDS * self.no_exit))
+        return _cost(self.exit_milliseconds(kept), self.no_exit)
+
+    def cost_in_front(self, kept: Subset, milliseconds: float) -> Cost:
+        """The same for a chain: this network with a decision at its final exit, then one of so many ``milliseconds``."""
+        exits = self.exit_milliseconds(kept)
+        return _cost(
+            (*exits, exits[-1] + self.decision + milliseconds), milliseconds, networks=(0, len(exits))
+        )
+
+
+def _cost(exits: Sequence[float], no_exit: float, networks: tuple[int, ...] = (0,)) -> Cost:
+    nanoseconds = tuple(round(_NANOSECONDS * milliseconds) for milliseconds in exits)
+    return Cost(nanoseconds, round(_NANOSECONDS * no_exit), networks=networks)
 
 
 class ExitCandidate(Frozen):

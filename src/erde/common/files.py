@@ -167,7 +167,7 @@ def _is_alive(pid: int) -> bool:
         return True
     try:
         # A process that was killed stays listed until its parent asks, which in a container may be never.
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(") ", 1)[1][0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b") ", 1)[1][:1] != b"Z"
     except (OSError, IndexError):  # no Linux, or gone meanwhile
         return True
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from scipy.stats import t as student_t
-
 from erde.common.files import write_text
 from erde.evaluation.results import Arm, Comparison, Curve, Results
 from erde.evaluation.run_folder import FREE_TO_CHANGE
+from erde.evaluation.study import estimate
 from erde.policy.points import OperatingPoint
 from erde.report.numbers import NONE, flat, rounded
 from erde.report.rendering import page, promised_on
@@ -211,9 +210,9 @@ def seed_differences(runs: Runs, group: SeedGroup) -> dict[str, Any]:
 
 def mean_gap(gaps: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Mean and 95 % t-interval of differences."""
-    centre = mean(gaps)
-    half = float(student_t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
-    return centre, (centre - half, centre + half)
+    measured = estimate(gaps)
+    assert measured.interval is not None, "a single gap has no interval"
+    return measured.mean, measured.interval
 
 
 # ---------------------------------------------------------------- recipes

@@ -18,8 +18,11 @@ from erde.common.errors import UserError, in_one_line, nearest
 from erde.runtime.inputs import read_rows
 from erde.runtime.session import Session
 
-# Columns of the answers. Where ``error`` is not "", the others have the values of ``UNANSWERED``.
-ANSWERS = ("label", "class", "probability", "exit", "operating_point", "macs", "error")
+# Columns of the answers and their types. Where ``error`` is not "", the others have the values of ``UNANSWERED``.
+ANSWERS: dict[str, type] = {
+    "label": np.int64, "class": str, "probability": np.float64, "exit": np.int64, "operating_point": str,
+    "macs": np.int64, "error": str,
+}  # fmt: skip
 UNANSWERED: tuple[Any, ...] = (-1, "", float("nan"), -1, "", 0)
 
 # The sessions of this process: (process, bundle, threads, engine) -> (state of the manifest, session). A forked worker
@@ -122,11 +125,10 @@ class Predictor:
         rows: list[tuple[Any, ...]] = []
         for start in range(0, len(images), self._batch_size):
             rows += self._answer(images[start : start + self._batch_size])
-        kinds: tuple[Any, ...] = (np.int64, str, np.float64, np.int64, str, np.int64, str)
         # Text keeps its type where there is none: an empty column of objects has no type in Arrow.
         answers: dict[str, NDArray[Any]] = {
             name: np.array([row[place] for row in rows], dtype=kind)
-            for place, (name, kind) in enumerate(zip(ANSWERS, kinds, strict=True))
+            for place, (name, kind) in enumerate(ANSWERS.items())
         }
         return {name: np.asarray(columns[name]) for name in self.keep} | answers
 

@@ -30,8 +30,6 @@ SUFFIX = ".parquet"
 SETTINGS = "settings.json"
 # The key of a shard's tally in the metadata of its answers.
 TALLY = b"erde"
-# Arrow's types of ``ANSWERS``.
-TYPES = ("int64", "string", "float64", "int64", "string", "int64", "string")
 
 
 @dataclass
@@ -272,7 +270,10 @@ def _answer_shard(predictor: Predictor, seal: str, shard: Shard) -> Tally:
     make_folder(shard.target.parent)
     with parquet.ParquetFile(shard.source) as file, replacing_file(shard.target) as beside:
         kept = [file.schema_arrow.field(name) for name in predictor.keep]
-        answers = [pa.field(name, pa.type_for_alias(kind)) for name, kind in zip(ANSWERS, TYPES, strict=True)]
+        answers = [
+            pa.field(name, pa.string() if kind is str else pa.from_numpy_dtype(kind))
+            for name, kind in ANSWERS.items()
+        ]
         schema = pa.schema([*kept, *answers])
         names = [predictor.column, *predictor.keep]
         with parquet.ParquetWriter(beside, schema) as writer:
