@@ -90,12 +90,21 @@ def test_python_of_the_tutorials_runs(after_python: tuple[Path, str]) -> None:
     assert float(accuracy[1]) > 0.5
 
 
+def tutorial_commands() -> list[str]:
+    return [line for path in TUTORIALS for line in commands(path)]
+
+
+def test_the_tutorials_have_their_commands() -> None:
+    # Here and not in the slow test that runs them: whoever adds a command sees it at once.
+    lines = tutorial_commands()
+    assert len(lines) == 18
+    assert all(line.startswith("erde ") for line in lines)
+
+
 @pytest.mark.slow
 def test_commands_of_the_tutorials_run(after_python: tuple[Path, str]) -> None:
     folder, _ = after_python
-    lines = [line for path in TUTORIALS for line in commands(path)]
-    assert lines
-    assert all(line.startswith("erde ") for line in lines)
+    lines = tutorial_commands()
     output = {line: execute(line, folder) for line in lines}
     assert {"results.json", "report.html", "bundle"} <= {
         path.name for path in (folder / "runs/first").iterdir()
