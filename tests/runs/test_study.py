@@ -84,6 +84,13 @@ def test_a_missing_file_and_a_full_folder_are_refused(tmp_path: Path) -> None:
         run_study(TINY, tmp_path)
 
 
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        run_study(TINY, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_time_limit_ends_work_and_leaves_no_alarm() -> None:
     with pytest.raises(TimeIsUpError), time_limit(0.05 / 60):
         time.sleep(10)
