@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import tarfile
 import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ from erde.demo.writing import write_demo
 from erde.policy import rule as policy
 from erde.policy.rule import ExitRule
 from erde.runtime.session import Session
+from tests.helpers.browser import browsing
 from tests.helpers.checks import entries, user_error
 from tests.helpers.command import run_command
 from tests.helpers.hand_made_bundle import convolution_bundle, pixel_bundle, some_harm
-from tests.helpers.pages import CHROMIUM, needs_browser
+from tests.helpers.pages import needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +153,13 @@ def test_a_damaged_bundle_makes_no_page(bundle: Path, package: Path, tmp_path: P
 def served(bundle: Path, package: Path, tmp_path: Path) -> str:
     write_demo(bundle, tmp_path / "demo", package)
     (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
+    return serve(tmp_path / "demo")
+
+
+def serve(folder: Path) -> str:
+    """Serve a folder until the tests end; host and port."""
     ready: queue.Queue[str] = queue.Queue()
-    arguments = (tmp_path / "demo", 0, ready.put)
-    threading.Thread(target=server.serve_folder, args=arguments, daemon=True).start()
+    threading.Thread(target=server.serve_folder, args=(folder, 0, ready.put), daemon=True).start()
     return ready.get(timeout=30).removeprefix("http://").rstrip("/")
 
 
@@ -208,43 +212,6 @@ RULES = {
 }
 
 
-class Browser:
-    """A page served with ``check.js`` beside it, opened once; what it reports."""
-
-    def __init__(self, folder: Path, profile: Path) -> None:
-        reports: queue.Queue[dict[str, Any]] = queue.Queue()
-
-        class Handler(server._Handler):
-            def do_POST(self) -> None:  # noqa: N802
-                reports.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.send_response(204)
-                self.end_headers()
-
-            def __init__(self, *arguments: Any) -> None:
-                super().__init__(*arguments, directory=str(folder))
-
-        page = folder / "index.html"
-        text = page.read_text("utf-8")
-        page.write_text(
-            text.replace("</body>", '<script type="module" src="check.js"></script></body>'), "utf-8"
-        )
-        shutil.copy(Path(__file__).with_name("check.js"), folder)
-        with ThreadingHTTPServer((server.HOST, 0), Handler) as listening:
-            threading.Thread(target=listening.serve_forever, daemon=True).start()
-            command = [
-                str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-                "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                f"--user-data-dir={profile}", "--remote-debugging-port=0", f"http://{server.HOST}:{listening.server_address[1]}/",
-            ]  # fmt: skip
-            browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            try:
-                self.report = reports.get(timeout=240)
-            finally:
-                browser.terminate()
-                browser.wait(30)
-                listening.shutdown()
-
-
 def networks(folder: Path, bundle: Path) -> dict[str, tuple[Path, NDArray[np.uint8]]]:
     generator = np.random.default_rng(1)
     pixels = generator.integers(0, 256, (40, EXITS, 5, 1), dtype=np.uint8)
@@ -272,7 +239,14 @@ def test_the_page_answers_as_the_session_does(bundle: Path, tmp_path: Path) -> N
         Image.fromarray(image).save(demo / f"{number}.png")
         files.append(f"{number}.png")
     (demo / "asked.json").write_text(json.dumps({"files": files, "folders": list(cases)}))
-    report = Browser(demo, tmp_path / "profile").report
+    page = demo / "index.html"
+    script = '<script type="module" src="check.js"></script></body>'
+    page.write_text(page.read_text("utf-8").replace("</body>", script), "utf-8")
+    shutil.copy(Path(__file__).with_name("check.js"), demo)
+    with browsing(tmp_path) as browser:
+        browser.open(f"http://{serve(demo)}/")
+        browser.until("'report' in window", 240)
+        report = browser.read("window.report")
     assert report["failed"] == []
     assert report["isolated"]
     for name, (path, images) in cases.items():
