@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from erde import UserError
-from erde.common.images import open_image, to_array
 from erde.runtime import Session
 
 
@@ -33,13 +32,11 @@ class EarlyExit:
 
     def answer(self, file: bytes, point: str | None) -> dict:
         """What ``Session.predict`` says of the image."""
-        manifest = self.session.manifest
-        image = to_array(open_image(file, "the body"), *manifest.input_shape)
-        prediction = self.session.predict(image[None], operating_point=point)
+        prediction = self.session.predict(file, operating_point=point)
         label = int(prediction.labels[0])
         return {
             "label": label,
-            "class": manifest.classes[label],
+            "class": prediction.names[0],
             "probability": float(prediction.probabilities[0, label]),
             "exit": int(prediction.exits[0]),
             "macs": int(prediction.macs[0]),
