@@ -23,7 +23,7 @@ def assert_same_run(first: Path, second: Path) -> None:
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         for folder in (first, second)
     ]
-    assert names[0] == names[1]
+    assert names[0] == names[1], sorted(set(names[0]) ^ set(names[1]))
     for name in names[0]:
         path = Path(name)
         if path.name in TIMES or name == "results.json":

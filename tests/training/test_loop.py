@@ -369,6 +369,26 @@ def test_finished_training_is_not_repeated(
     assert (tmp_path / FINAL).read_bytes() == content
 
 
+def test_killed_just_after_the_final_file_was_written(
+    digits: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def kill(path: Path, missing_ok: bool = False) -> None:
+        if path.name == LAST:
+            raise KilledError
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kill)
+        with pytest.raises(KilledError):
+            train_network(make_job(digits), tmp_path)
+    assert (tmp_path / FINAL).exists()
+    assert (tmp_path / LAST).exists()
+    train_network(make_job(digits), tmp_path)
+    assert entries(tmp_path) == [FINAL]
+
+
 def test_checkpoints_are_as_far_apart_as_asked_for(
     digits: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

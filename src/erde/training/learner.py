@@ -370,9 +370,12 @@ class Learner:
         """Continue from the folder's checkpoint, if there is one; True where training had ended."""
         if self.folder is None:
             return False
+        finished = (self.folder / FINAL).exists()
         if parallel.is_first():
             make_folder(self.folder)
-        finished = (self.folder / FINAL).exists()
+            if finished:
+                # A kill just after the final file was written left it.
+                (self.folder / LAST).unlink(missing_ok=True)
         path = self.folder / (FINAL if finished else LAST)
         if not path.exists():
             return False
