@@ -183,6 +183,7 @@ def test_arms_saw_the_same_students_and_shared_settings(tiny_run: tuple[Path, st
     assert rates["erde"] == rates["kd"] == rates["ce"] == rates["fixed-small"] == rates["fixed-tiny"]
 
 
+@pytest.mark.slow
 def test_steps_one_by_one_give_what_run_gives(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "steps"
     erde("train", *TINY, "--out", str(folder))
