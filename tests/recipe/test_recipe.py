@@ -363,6 +363,11 @@ def test_the_only_arm_with_early_exits_is_exported(text: str, arm: str, tmp_path
     assert own_recipe(tmp_path, text).export.arm == arm
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_an_arm_of_its_own_in_a_shipped_recipe(name: str) -> None:
+    assert load_config(name, ["arms={kd: {loss: kd}}"]).export.arm == "kd"
+
+
 @pytest.mark.parametrize(
     "text", ["arms: {kd: {loss: kd}, ce: {loss: ce}}", "arms: {kd: {loss: kd}}\nexport: {arm: erde}"]
 )
