@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,9 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     page = (out / "report.html").read_text()
     assert "Certified." in page
     assert "Accuracy" not in page
+    # The page has the same milliseconds in its headline and in its table.
+    for milliseconds in re.match(r"(\S+) ms -> (\S+) ms", gain).groups():
+        assert re.search(rf">{milliseconds}<", page)
     assert not (out / "trial").exists()
     # Once more changes nothing but the clock's part.
     before = (out / "bundle" / "manifest.json").read_bytes()

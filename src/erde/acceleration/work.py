@@ -28,7 +28,7 @@ from erde.acceleration.fronts import (
 from erde.acceleration.images import UNKNOWN, Material, load_material, read_pool
 from erde.acceleration.teacher import onnx_teacher
 from erde.acceleration.torch_model import as_onnx_file
-from erde.bench.race import Bench, bench
+from erde.bench.race import Bench, Measurement, bench
 from erde.bundle.sealing import file_hash, read
 from erde.calibration.logits import answers_as_labels
 from erde.calibration.settings import Settings
@@ -47,6 +47,7 @@ from erde.exporting.api import export
 from erde.policy.points import Agreement, Measured, OperatingPoint
 from erde.recipe.losses import ERDEConfig, resolve_loss
 from erde.report.chain_page import ClockRow, chain_page
+from erde.report.numbers import significant
 from erde.runtime.session import Session
 
 SETTINGS, PLAN, ANSWERS, BENCH, REPORT = (
@@ -54,7 +55,7 @@ SETTINGS, PLAN, ANSWERS, BENCH, REPORT = (
 )  # fmt: skip
 # Of the time that is asked for, what training may take; the rest goes to answers, the trial and the measurement.
 TRAINING_SHARE = 0.8
-FEWEST_EPOCHS, MOST_EPOCHS = 4, 80
+FEWEST_EPOCHS, MOST_EPOCHS = 4, 300
 BENCH_ROUNDS = 15
 NO_GAIN = (
     "Nothing is gained here: the front is too seldom sure at this risk. More images, more minutes or a larger --max-risk "
@@ -83,8 +84,8 @@ class Accelerated:
         certificate = self.point.certificate
         times = self.before_ms / self.after_ms
         gain = (
-            f"{self.before_ms:.2f} ms -> {self.after_ms:.2f} ms an image in the mean ({times:.1f} times as fast; the median "
-            f"image {self.median_times:.1f} times), {100 * self.test.macs_saved:.0f} % of the MACs saved."
+            f"{significant(self.before_ms)} ms -> {significant(self.after_ms)} ms an image in the mean ({times:.1f} times "
+            f"as fast; the median image {self.median_times:.1f} times), {100 * self.test.macs_saved:.0f} % of the MACs saved."
         )
         lines = [gain, "Nothing is promised." if certificate is None else certificate.sentence()]
         return lines if self.gains else [*lines, NO_GAIN]
@@ -305,24 +306,29 @@ class _Work:
 def _result(bundle: Path, point: OperatingPoint, measured: Measured | Agreement, raced: Bench) -> Accelerated:
     by_name = {row.contender: row for row in raced.measurements}
     before, after = by_name["no-exit"], by_name[point.name]
-    # Of one call each of one image: images per second are the mean.
     return Accelerated(
         bundle=bundle,
         point=point,
         test=measured,
-        before_ms=1e3 / before.images_per_second,
-        # By the ratio within a round, which a busy moment hardly moves.
-        after_ms=1e3 / before.images_per_second * after.time_share,
+        before_ms=_mean(before, before),
+        after_ms=_mean(after, before),
         median_times=before.p50 / after.p50,
     )
 
 
+def _mean(row: Measurement, alone: Measurement) -> float:
+    """Milliseconds an image, by the ratio within a round, which a busy moment hardly moves."""
+    # Of calls of one image each: images per second are the mean.
+    return 1e3 / alone.images_per_second * row.time_share
+
+
 def _clock(raced: Bench) -> list[ClockRow]:
     names = {"no-exit": "the last network alone"}
+    (alone,) = [row for row in raced.measurements if row.contender == "no-exit"]
     return [
         ClockRow(
             names.get(row.contender, row.contender),
-            1e3 / row.images_per_second,
+            _mean(row, alone),
             row.p50,
             row.p95,
             row.time_share,
