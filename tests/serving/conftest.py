@@ -25,8 +25,22 @@ def session_a(bundle_a: Path) -> Session:
 
 
 @pytest.fixture(scope="session")
-def server(bundle_a: Path, session_a: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Models ``a`` and ``gray``, at most 8 images and 1 MiB a request."""
-    other = pixel_bundle(tmp_path_factory.mktemp("served") / "other")
-    with serving([bundle_a, f"gray={other}"], "--max-batch", "8", "--max-body", "1") as served:
+def two_bundles(
+    bundle_a: Path, session_a: Session, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path | str]:
+    """Models ``a``, which knows its times, and ``gray``."""
+    return [bundle_a, f"gray={pixel_bundle(tmp_path_factory.mktemp('served') / 'other')}"]
+
+
+@pytest.fixture(scope="session")
+def server(two_bundles: list[Path | str]) -> Iterator[Served]:
+    """At most 8 images and 1 MiB a request."""
+    with serving(two_bundles, "--max-batch", "8", "--max-body", "1") as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def server_of_processes(two_bundles: list[Path | str]) -> Iterator[Served]:
+    """The same, where processes answer."""
+    with serving(two_bundles, "--max-batch", "8", "--max-body", "1", "--processes") as served:
         yield served

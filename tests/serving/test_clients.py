@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from erde.runtime import Prediction, Session
+from erde.serving.answering import PARAMETERS
 from erde.serving.metrics import Metrics
-from erde.serving.service import PARAMETERS
 from erde.serving.tensors import OUTPUTS
 from tests.helpers.served import Served, as_json, some_images
 
@@ -61,9 +61,10 @@ class Client:
         return self.call("infer", model, [given], outputs=wanted, **settings)
 
 
-@pytest.fixture(params=["http", "http-aio", "grpc", "grpc-aio"])
-def client(request: pytest.FixtureRequest, server: Served) -> Client:
-    return Client(server, request.param)
+@pytest.fixture(params=["http", "http-aio", "grpc", "grpc-aio", "http to processes", "grpc to processes"])
+def client(request: pytest.FixtureRequest) -> Client:
+    kind, _, processes = request.param.partition(" to ")
+    return Client(request.getfixturevalue("server_of_processes" if processes else "server"), kind)
 
 
 def answers(result: Any, names: Any = OUTPUTS) -> Answers:

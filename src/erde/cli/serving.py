@@ -44,6 +44,12 @@ def serve(
     floor: Annotated[
         str | None, typer.Option(help="With --slo-ms: the cheapest operating point that may answer.")
     ] = None,
+    processes: Annotated[
+        bool,
+        typer.Option(
+            "--processes", help="Answer in processes, not threads: a crash of one is no crash of the server."
+        ),
+    ] = False,
     log_json: Annotated[
         bool,
         typer.Option("--log-json", help="Log in JSON, one line for each event and each request, on stderr."),
@@ -63,7 +69,7 @@ def serve(
 
     settings = Settings(
         host, http_port, grpc_port, threads, parallel, max_batch, max_queue, max_body * 2**20,
-        None if slo_ms is None else slo_ms / 1000, floor, log_json,
+        None if slo_ms is None else slo_ms / 1000, floor, log_json, processes,
     )  # fmt: skip
     outcomes = serve_bundles(bundles, settings, when_ready)
     total = sum(outcomes.values())

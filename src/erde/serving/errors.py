@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from erde.common.errors import in_one_line
+from erde.common.errors import UserError, in_one_line
 
 
 class Reason(enum.Enum):
@@ -40,7 +40,22 @@ class RequestError(Exception):
         super().__init__(in_one_line(message))
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[RequestError], tuple[Reason, str]]:
+        # It may come from another process.
+        return RequestError, (self.reason, str(self))
+
 
 def bad(message: str) -> RequestError:
     """A request that says something wrong."""
     return RequestError(Reason.BAD, message)
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """``error`` as the client may see it: without a traceback, and a bug as what it is."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, UserError):
+        return bad(str(error))
+    return RequestError(
+        Reason.FAILED, f"an error of the server: {type(error).__name__}: {in_one_line(str(error))}"
+    )

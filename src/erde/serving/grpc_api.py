@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from erde.serving.errors import bad
+from erde.serving.answering import Answer, Asked, Exchange, little_endian
+from erde.serving.errors import as_request_error, bad
 from erde.serving.log import request_id
 from erde.serving.messages import CLASSES, SERVICE
-from erde.serving.service import Answer, Asked, Exchange, Service, as_request_error, little_endian
+from erde.serving.service import Service
 from erde.serving.tensors import OUTPUTS, Tensor
 
 # Beyond those that may wait: questions for health, and requests that are told at once that the queue is full.
@@ -76,6 +77,11 @@ def _encode(asked: Asked, answer: Answer) -> bytes:
     return bytes(response.SerializeToString())
 
 
+def exchange_of(known_as: str) -> Exchange[bytes]:
+    """A request over gRPC, by the id under which it is logged; its model is in the message."""
+    return Exchange(_decode, _encode, protocol="grpc", request_id=known_as)
+
+
 def grpc_server(service: Service, calls: int) -> grpc.aio.Server:
     """The server, without a port; ``calls`` may be under way at once."""
 
@@ -86,7 +92,7 @@ def grpc_server(service: Service, calls: int) -> grpc.aio.Server:
         async def body() -> bytes:
             return content
 
-        return await service.infer(Exchange(_decode, _encode, protocol="grpc", request_id=known_as), body)
+        return await service.infer(exchange_of(known_as), body)
 
     def model_metadata(request: Any) -> dict[str, Any]:
         metadata = service.model_metadata(service.model(request.name, request.version))

@@ -17,10 +17,11 @@ from starlette.routing import Route
 
 from erde.common.model import Frozen
 from erde.serving import metrics
-from erde.serving.errors import Reason, RequestError, bad
+from erde.serving.answering import Answer, Asked, Exchange, little_endian
+from erde.serving.errors import Reason, RequestError, as_request_error, bad
 from erde.serving.log import request_id
 from erde.serving.page import PATH, STATUS_PATH, page, status
-from erde.serving.service import Answer, Asked, Exchange, Service, as_request_error, little_endian
+from erde.serving.service import Service
 from erde.serving.tensors import OUTPUTS, Tensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"

@@ -19,6 +19,7 @@ from erde.serving.grpc_api import SPARE_CALLS, grpc_server
 from erde.serving.http_api import http_app
 from erde.serving.log import Log
 from erde.serving.models import Model, open_models
+from erde.serving.processes import Processes
 from erde.serving.service import Load, Service
 from erde.serving.workers import Workers
 
@@ -34,7 +35,8 @@ KEEP_ALIVE_SECONDS = 75
 class Settings:
     """How to serve. Port 0 is a free one; ``threads`` are ONNX Runtime's for a request, ``parallel`` requests are answered
     at once (None: as many as there are CPUs for), ``max_body`` is in bytes. With an ``objective``, in seconds, the
-    default operating point gives way under load, down to ``floor``. With ``log_json`` the log has every request."""
+    default operating point gives way under load, down to ``floor``. With ``log_json`` the log has every request. With
+    ``processes`` requests are answered in ``parallel`` processes instead of threads."""
 
     host: str = "127.0.0.1"
     http_port: int = 8000
@@ -47,6 +49,12 @@ class Settings:
     objective: float | None = None
     floor: str | None = None
     log_json: bool = False
+    processes: bool = False
+
+    @property
+    def at_once(self) -> int:
+        """Requests that are answered at once."""
+        return self.parallel or max(1, available_cpus() // self.threads)
 
 
 def serve(
@@ -77,7 +85,20 @@ def serve(
         # Before the port is listened on: who can connect is answered.
         log = Log(settings.log_json)
         models = open_models(bundles, settings.threads, log)
-        return asyncio.run(_serve(models, settings, port, when_ready, log))
+        with _processes(bundles, settings, log) as processes:
+            return asyncio.run(_serve(models, settings, port, when_ready, log, processes))
+
+
+@contextlib.contextmanager
+def _processes(bundles: Sequence[str], settings: Settings, log: Log) -> Iterator[Processes | None]:
+    if not settings.processes:
+        yield None
+        return
+    started = Processes(bundles, settings.threads, settings.max_batch, settings.at_once, POLL_SECONDS, log)
+    try:
+        yield started
+    finally:
+        started.close()
 
 
 async def _serve(
@@ -86,14 +107,15 @@ async def _serve(
     port: socket.socket,
     when_ready: Callable[[list[str], int, int], None],
     log: Log,
+    processes: Processes | None,
 ) -> dict[str, int]:
-    parallel = settings.parallel or max(1, available_cpus() // settings.threads)
+    parallel = settings.at_once
     workers = Workers(parallel, settings.max_queue)
     load = None
     if settings.objective is not None and settings.floor is not None:
         (model,) = models.values()
         load = Load(model, settings.floor, settings.objective, parallel)
-    service = Service(models, workers, settings.max_batch, settings.max_body, load, log)
+    service = Service(models, workers, settings.max_batch, settings.max_body, load, log, processes)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,73 +1,24 @@
-"""What a request means, whatever protocol it came by: model, images, parameters, outputs."""
+"""The server's state, whatever protocol a request came by: load, counts, log, and who answers."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from erde.bundle.manifest import Manifest
 from erde.common.environment import erde_version
-from erde.common.errors import UserError, in_one_line, nearest
+from erde.common.errors import UserError
+from erde.serving.answering import Answer, Answering, Encoded, Exchange
 from erde.serving.control import Controller, ladder
-from erde.serving.errors import Reason, RequestError, bad
-from erde.serving.log import Log, request_id
+from erde.serving.errors import Reason, RequestError, as_request_error
+from erde.serving.log import Log
 from erde.serving.metrics import Metrics
 from erde.serving.models import Model
+from erde.serving.processes import Processes
 from erde.serving.recent import Recent
-from erde.serving.tensors import INPUT, OUTPUTS, Tensor, outputs_of, read_images
+from erde.serving.tensors import INPUT, OUTPUTS
 from erde.serving.workers import Workers
-
-PARAMETERS = ("operating_point", "max_risk", "max_macs", "deadline_ms", "max_exit")
-Encoded = TypeVar("Encoded")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request, its tensors not looked at yet; no ``outputs`` means all."""
-
-    model: str
-    version: str
-    id: str
-    parameters: Mapping[str, Any]
-    inputs: Sequence[Tensor]
-    outputs: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A response: outputs by name, and what is said of them."""
-
-    model: str
-    version: str
-    id: str
-    parameters: dict[str, str | bool]
-    outputs: dict[str, NDArray[Any]]
-    exits: list[int]  # images by the exit that answered
-
-    @property
-    def point(self) -> str:
-        """The operating point that decided."""
-        return str(self.parameters["operating_point"])
-
-
-@dataclass
-class Exchange(Generic[Encoded]):
-    """How a protocol reads and writes: bytes to a request, and an answer to what is sent."""
-
-    decode: Callable[[bytes], Asked]
-    encode: Callable[[Asked, Answer], Encoded]
-    name: str = ""  # of the model and its version, where the protocol says them ahead of the request
-    version: str = ""
-    protocol: str = ""
-    request_id: str = field(default_factory=lambda: request_id(None))
-    id: str = field(default="", init=False)  # the client's own, which the protocol sends back
-    model: str = field(default="", init=False)  # the same once it is known to exist: a label of the metrics
 
 
 class Load:
@@ -117,7 +68,7 @@ class Load:
 
 
 class Service:
-    """The models, the threads that run them, and the counts; the same for both protocols."""
+    """The models, the threads that run them or wait for ``processes`` to do so, and the counts; the same for both protocols."""
 
     def __init__(
         self,
@@ -127,9 +78,11 @@ class Service:
         max_body: int,
         load: Load | None = None,
         log: Log | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.models, self.workers, self.load = models, workers, load
-        self.max_batch, self.max_body = max_batch, max_body
+        self.answering, self.processes = Answering(models, max_batch), processes
+        self.max_body = max_body
         self.metrics, self._log = Metrics(), log or Log()
         self.started = time.perf_counter()
         # Requests for which no model is known are kept under "".
@@ -137,12 +90,8 @@ class Service:
         self.ready = True
 
     def model(self, name: str, version: str = "") -> Model:
-        """The model of this name and version; :class:`RequestError` without one."""
-        if name not in self.models:
-            raise RequestError(Reason.UNKNOWN, f"no model '{name}'{nearest(name[:100], self.models)}")
-        model = self.models[name]
-        model.check_version(version)
-        return model
+        """See :meth:`Answering.model`."""
+        return self.answering.model(name, version)
 
     async def infer(self, exchange: Exchange[Encoded], body: Callable[[], Awaitable[bytes]]) -> Encoded:
         """Read, answer and count one request.
@@ -162,7 +111,8 @@ class Service:
                 )
             with self.workers.place():
                 content = await body()
-                encoded, done, computing = await self.workers.run(lambda: self._work(exchange, content))
+                encoded, done, computing = await self.workers.run(lambda: self._respond(exchange, content))
+            self._count(done)
             outcome, answer = "answered", done
             if self.load is not None:
                 ended = time.perf_counter()
@@ -189,54 +139,20 @@ class Service:
             certified=None if answer is None else answer.parameters["certified"], exits=exits or None,
         )  # fmt: skip
 
-    def _work(self, exchange: Exchange[Encoded], content: bytes) -> tuple[Encoded, Answer, float]:
-        """In a thread: the response as it is sent and as it was made, and the seconds that it took."""
-        started = time.perf_counter()
-        asked = exchange.decode(content)
-        exchange.id = asked.id[:100]
-        model = self.model(asked.model, asked.version)
-        exchange.model = model.name
-        answer = self.answer(model, asked)
-        encoded = exchange.encode(asked, answer)
-        return encoded, answer, time.perf_counter() - started
+    def _respond(self, exchange: Exchange[Encoded], content: bytes) -> tuple[Encoded, Answer, float]:
+        """In a thread: :meth:`Answering.respond`, here or in another process."""
+        if self.processes is None:
+            return self.answering.respond(exchange, content)
+        points = {name: model.default_point for name, model in self.models.items()}
+        return self.processes.respond(exchange, content, points)
 
-    def answer(self, model: Model, asked: Asked) -> Answer:
-        """Answer a request.
-
-        Raises:
-            RequestError: what is wrong with it.
-            UserError: the same, in the words of the runtime.
-        """
-        loaded = model.loaded  # once: it may be exchanged meanwhile
-        session = loaded.session
-        for name in asked.outputs:
-            if name not in OUTPUTS:
-                raise bad(f"there is no output '{name}'{nearest(name[:100], OUTPUTS)}")
-        limits = _limits(asked.parameters)
-        point = model.point_for(loaded, limits.pop("operating_point", None), limits.pop("max_risk", None))
-        if len(asked.inputs) != 1:
-            raise bad(f"the request has {len(asked.inputs)} inputs, expected one, '{INPUT}'")
-        images = read_images(asked.inputs[0], session.manifest.input_shape, self.max_batch)
-        session.plan(len(images), operating_point=point.name, **limits)
-        try:
-            prediction = session.predict(images, operating_point=point.name, **limits)
-        except UserError as error:  # no matter of the request any more
-            raise RequestError(Reason.FAILED, str(error)) from error
-        self.metrics.images(model.name, prediction)
-        if loaded.monitor is not None:
-            loaded.monitor.add(prediction)
-        return Answer(
-            model=model.name,
-            version=loaded.version,
-            id=asked.id,
-            parameters={
-                "operating_point": point.name,
-                "certified": point.certificate is not None and not prediction.capped,
-                "capped": prediction.capped,
-            },
-            outputs=outputs_of(prediction, asked.outputs or list(OUTPUTS)),
-            exits=np.bincount(prediction.exits, minlength=len(session.manifest.stages)).tolist(),
-        )
+    def _count(self, answer: Answer) -> None:
+        """Images were answered: in the metrics, and for the drift watch."""
+        self.metrics.images(answer.model, answer.prediction)
+        loaded = self.models[answer.model].loaded
+        # The bundle may have been exchanged meanwhile.
+        if loaded.monitor is not None and loaded.version == answer.version:
+            loaded.monitor.add(answer.prediction)
 
     def server_metadata(self) -> dict[str, Any]:
         """Name, version and extensions of the server."""
@@ -270,49 +186,3 @@ class Service:
         load = self.load
         objectives = {} if load is None else {load.model.name: load.controller.objective}
         return self.metrics.text(self.workers.queue_length, defaults, drift, objectives)
-
-
-def as_request_error(error: Exception) -> RequestError:
-    """``error`` as the client may see it: without a traceback, and a bug as what it is."""
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, UserError):
-        return bad(str(error))
-    return RequestError(
-        Reason.FAILED, f"an error of the server: {type(error).__name__}: {in_one_line(str(error))}"
-    )
-
-
-def _limits(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a request, checked for their type."""
-    limits: dict[str, Any] = {}
-    for name, value in parameters.items():
-        if name == "operating_point":
-            if not isinstance(value, str):
-                raise bad("the parameter operating_point is not a text")
-            limits[name] = value
-        elif name == "max_exit":
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise bad("the parameter max_exit is not a whole number")
-            limits[name] = value
-        elif name in PARAMETERS:
-            limits[name] = _number(name, value)
-        else:
-            raise bad(f"unknown parameter '{name[:100]}'{nearest(name[:100], PARAMETERS)}")
-    return limits
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, bool) and isinstance(value, int | float):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number):
-            return number
-    raise bad(f"the parameter {name} is not a finite number")
-
-
-def little_endian(output: NDArray[Any]) -> bytes:
-    """The raw content of an output."""
-    return np.ascontiguousarray(output).tobytes()

@@ -1,0 +1,178 @@
+"""Requests that processes answer: one that dies takes its own request along, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from erde.bundle import read, seal_of
+from erde.serving.answering import Asked, Exchange
+from erde.serving.errors import Reason, RequestError
+from erde.serving.grpc_api import exchange_of
+from erde.serving.log import Log
+from erde.serving.messages import CLASSES
+from erde.serving.processes import Processes
+from tests.helpers.checks import user_error
+from tests.helpers.served import Served, as_json, certified_bundle, serving, some_images, until
+
+IMAGES = some_images(2)
+
+
+def processes_of(pid: int) -> set[int]:
+    """The ids of a server's processes that answer."""
+    ids = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = folder.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid and b"spawn_main" in folder.joinpath("cmdline").read_bytes():
+                ids.add(int(folder.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return ids
+
+
+def is_answered(server: Served) -> bool:
+    return server.infer(as_json(IMAGES)).status == 200
+
+
+def test_a_process_that_is_killed_costs_no_request(bundle_a: Path) -> None:
+    with serving([bundle_a], "--processes", "--parallel", "2") as server, ThreadPoolExecutor(8) as pool:
+        victim, other = processes_of(server.process.pid)
+        for process in (victim, other):
+            os.kill(process, signal.SIGSTOP)
+        requests = [pool.submit(server.infer, as_json(IMAGES)) for _ in range(6)]
+        time.sleep(0.5)  # two are with the processes now, four wait
+        os.kill(victim, signal.SIGKILL)
+        os.kill(other, signal.SIGCONT)
+        assert [request.result().status for request in requests] == [200] * 6
+        until(lambda: len(processes_of(server.process.pid)) == 2)
+        assert other in processes_of(server.process.pid)
+        code, out, err = server.stop()
+        assert code == 0
+        assert "stopped after 6 requests (6 answered)" in out
+        assert err.count("the server: a process that answers died: another one starts") == 1
+
+
+def test_a_stop_of_the_whole_group_waits_for_requests_under_way(bundle_a: Path) -> None:
+    with serving([bundle_a], "--processes", "--parallel", "1") as server, ThreadPoolExecutor(1) as pool:
+        (process,) = processes_of(server.process.pid)
+        os.kill(process, signal.SIGSTOP)
+        request = pool.submit(server.infer, as_json(IMAGES))
+        time.sleep(0.5)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(process, number)
+            server.process.send_signal(number)
+        os.kill(process, signal.SIGCONT)
+        assert request.result().status == 200
+        code, _, err = server.stop()
+        assert code == 0
+        assert "died" not in err
+        assert not Path(f"/proc/{process}").exists()
+
+
+def test_processes_end_with_a_server_that_is_killed(bundle_a: Path) -> None:
+    with serving([bundle_a], "--processes", "--parallel", "2") as server:
+        processes = processes_of(server.process.pid)
+        server.process.kill()
+        server.process.wait()
+        until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
+
+
+def test_processes_take_a_changed_bundle(tmp_path: Path) -> None:
+    old, new = certified_bundle(tmp_path / "a"), certified_bundle(tmp_path / "new", seed=1)
+    with serving([old], "--processes", "--parallel", "2") as server:
+        assert is_answered(server)
+        shutil.move(old, tmp_path / "old")
+        shutil.move(new, old)
+        version = seal_of(read(old))[:12]
+
+        def are_new() -> bool:
+            versions = {server.infer(as_json(IMAGES)).json["model_version"] for _ in range(6)}
+            return versions == {version}
+
+        until(are_new)
+        # Each exchanges its own, but it is said once.
+        err = server.stop()[2]
+        assert err.count("in place of") == 1
+
+
+def test_what_crashed_is_counted_and_the_drift_watch_sees_all_answers(bundle_a: Path) -> None:
+    with serving([bundle_a], "--processes", "--parallel", "2") as server:
+        for _ in range(4):
+            assert is_answered(server)
+        text = server.request("GET", "/metrics").body.decode()
+        assert 'erde_operating_points_total{model="a",operating_point="risk-1"} 8' in text
+        assert 'erde_requests_total{model="a",outcome="answered"} 4' in text
+
+
+@pytest.fixture
+def processes(bundle_a: Path) -> Iterator[Processes]:
+    started = Processes([str(bundle_a)], threads=1, max_batch=4, count=1, poll=60.0, log=Log())
+    yield started
+    started.close()
+
+
+def request_bytes() -> bytes:
+    message = CLASSES["ModelInferRequest"](
+        model_name="a",
+        inputs=[{"name": "images", "datatype": "UINT8", "shape": IMAGES.shape}],
+        raw_input_contents=[IMAGES.tobytes()],
+    )
+    return bytes(message.SerializeToString())
+
+
+@pytest.mark.parametrize("point", ["risk-5", None])
+def test_the_point_that_load_control_has_set(processes: Processes, point: str | None) -> None:
+    _, answer, seconds = processes.respond(exchange_of("r"), request_bytes(), {"a": point})
+    assert answer.point == (point or "risk-1")
+    assert answer.outputs == {}
+    assert seconds > 0
+
+
+def test_a_refusal_comes_with_its_reason_and_its_model(processes: Processes) -> None:
+    exchange = exchange_of("r")
+    with pytest.raises(RequestError, match="no ModelInferRequest") as caught:
+        processes.respond(exchange, b"\xff", {})
+    assert (caught.value.reason, exchange.model) == (Reason.BAD, "")
+    request = CLASSES["ModelInferRequest"](model_name="a", id="mine")
+    with pytest.raises(RequestError, match="the request has 0 inputs"):
+        processes.respond(exchange, request.SerializeToString(), {})
+    assert (exchange.model, exchange.id) == ("a", "mine")
+
+
+def test_processes_that_died_while_they_had_nothing_to_do(processes: Processes) -> None:
+    for dead in (1, 2):
+        (process,) = processes_of(os.getpid())
+        os.kill(process, signal.SIGKILL)
+        # The dead ones stay in line until somebody asks.
+        until(lambda dead=dead: processes._idle.qsize() == dead + 1)  # type: ignore[misc]
+    assert processes.respond(exchange_of("r"), request_bytes(), {})[1].point == "risk-1"
+
+
+def _unreached(*_: Any) -> bytes:
+    raise AssertionError
+
+
+def die(_: bytes) -> Asked:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_request_that_kills_fails_at_the_second_process(processes: Processes) -> None:
+    with pytest.raises(RequestError, match="two processes died while they answered this request") as caught:
+        processes.respond(Exchange(die, _unreached), b"", {})
+    assert caught.value.reason is Reason.FAILED
+    assert processes.respond(exchange_of("r"), request_bytes(), {})[1].point == "risk-1"
+
+
+def test_a_process_that_does_not_start(tmp_path: Path) -> None:
+    with user_error("a process of the server did not start: it ended"):
+        Processes([str(tmp_path / "nothing")], threads=1, max_batch=4, count=2, poll=60.0, log=Log())
