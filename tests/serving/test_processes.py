@@ -153,7 +153,7 @@ def test_processes_that_died_while_they_had_nothing_to_do(processes: Processes) 
         (process,) = processes_of(os.getpid())
         os.kill(process, signal.SIGKILL)
         # The dead ones stay in line until somebody asks.
-        until(lambda dead=dead: processes._idle.qsize() == dead + 1)  # type: ignore[misc]
+        until(lambda dead=dead: processes._idle.qsize() == dead + 1)
     assert processes.respond(exchange_of("r"), request_bytes(), {})[1].point == "risk-1"
 
 
