@@ -86,13 +86,12 @@ def _time(arm: Arm, measured: Measured) -> str:
 def _promise(arm: Arm, doubtful: bool) -> str:
     proof = arm.default_point().certificate
     if proof is None:
-        needed = next((missing.images_needed for missing in arm.left_out if missing.images_needed), None)
-        why = (
-            f": proving what was asked for takes at least {needed:,} images set aside for it"
-            if needed
-            else ""
-        )
-        return f"Nothing is promised about wrong answers{why}."
+        # Where one of them failed for another reason, more images might not have helped.
+        needed = [missing.images_needed for missing in arm.left_out if missing.images_needed is not None]
+        why = ""
+        if needed and len(needed) == len(arm.left_out):
+            why = f": proving what was asked for takes at least {min(needed):,} images set aside for it"
+        return f"At this setting nothing is promised about wrong answers{why}."
     fails = (
         "that holds on average over many such checks"
         if proof.confidence is None
