@@ -72,7 +72,8 @@ def test_without_certificate_nothing_is_promised_and_nothing_is_saved() -> None:
         "At the default setting no image is answered early, so nothing is saved; 71.6 of 100 answers are right."
     )
     assert told[2] == (
-        "At this setting nothing is promised about wrong answers: proving what was asked for takes at least 4,605 images set aside for it."
+        "At this setting nothing is promised about wrong answers: "
+        "proving what was asked for takes at least 4,605 images set aside for it."
     )
     assert told[3].startswith("All this was measured on the 2,500 test images of cifar10")
 
