@@ -92,7 +92,7 @@ def test_rows_agree_with_a_count_over_the_images_of_each_class() -> None:
             1 - own[exits[mine]].mean() / results.arms["erde"].no_exit_macs
         )
         wrong = np.bincount(answers[mine & (answers != labels)], minlength=5)
-        assert row.mistake == (wrong.argmax(), wrong.max())
+        assert row.mistake == (int(wrong.argmax()), int(wrong.max()))
     assert [row.measures.drop for row in rows] == sorted((row.measures.drop for row in rows), reverse=True)
 
 
