@@ -43,6 +43,8 @@ def test_run_leaves_exactly_the_documented_files(tiny_run: tuple[Path, str]) -> 
         files += ["stages/stages.json", *(f"stages/stage_{index}.onnx" for index in range(exits))]
         expected |= {f"arms/{arm}/{name}" for name in files}
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == expected
+    # Small enough for a mail, with all that it needs inside.
+    assert (folder / "report.html").stat().st_size < 3_000_000
 
 
 def test_output_ends_with_a_table_and_one_json_line(tiny_run: tuple[Path, str]) -> None:

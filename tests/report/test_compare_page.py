@@ -198,7 +198,7 @@ def test_many_runs_stay_small(tmp_path: Path) -> None:
     }
     many = {f"run-{seed}": results.model_copy(update={"arms": arms, "seed": seed}) for seed in range(60)}
     write_comparison(many, tmp_path / "comparison.html")
-    assert (tmp_path / "comparison.html").stat().st_size < 6_000_000
+    assert (tmp_path / "comparison.html").stat().st_size < 3_000_000
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.html"]
 
 

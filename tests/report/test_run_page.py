@@ -68,23 +68,26 @@ def page(results: Results) -> Page:
     return Page(render(results))
 
 
-def test_verdict_and_certificate_come_first(results: Results, page: Page) -> None:
+def test_summary_and_certificate_come_first(results: Results, page: Page) -> None:
     point = results.arms["erde"].operating_points[1]
     assert point.test is not None
     assert point.certificate is not None
-    verdict, promise = page.part(class_="verdict"), page.part(data_certified="yes", data_point="risk-1")
-    assert f"{100 * point.test.accuracy:.1f} %" in verdict
-    assert f"{100 - 100 * point.test.macs_saved:.0f} % of the MACs" in verdict
-    assert "71.6 %" in verdict  # of the final exit
+    summary, promise = page.part(class_="summary"), page.part(data_certified="yes", data_point="risk-1")
+    (tiles,) = page.parts(class_="tiles")
+    assert f"{100 * point.test.accuracy:.1f} %" in tiles
+    assert f"{100 - 100 * point.test.macs_saved:.1f} %" in tiles
+    assert "71.6 %" in tiles  # of the final exit
     assert point.certificate.sentence() in promise
     assert point.certificate.assumptions[1:] in promise
-    assert page.text.index(verdict) < page.text.index(promise) < page.text.index(page.part(id="tradeoff"))
+    places = [page.text.index(text) for text in (summary, promise, tiles, page.part(id="tradeoff"))]
+    assert places == sorted(places)
 
 
-def test_verdict_names_the_same_network_without_exits_where_it_was_trained() -> None:
+def test_a_tile_names_the_same_network_without_exits_where_it_was_trained() -> None:
     plain = make_arm("fixed-full", 1, certified=True, quality=0.722)
     arms = make_results().arms | {"fixed-full": plain}
-    assert "fixed-full, gets 72.2 %" in Page(render(make_results(arms=arms))).part(class_="verdict")
+    tiles = Page(render(make_results(arms=arms))).part(class_="tiles")
+    assert "trained without exits (fixed-full): 72.2 %" in tiles
 
 
 def test_without_certificate_it_says_so_and_why() -> None:
@@ -261,7 +264,7 @@ def test_size_with_long_histories_and_many_exits(tmp_path: Path) -> None:
     results = make_results(exits=8)
     arms = {name: arm.model_copy(update={"history": arm.history * 20}) for name, arm in results.arms.items()}
     write_report(results.model_copy(update={"arms": arms}), tmp_path / "report.html")
-    assert (tmp_path / "report.html").stat().st_size < 6_000_000
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -270,7 +273,7 @@ def test_size_with_evidence_of_ten_thousand_images_and_five_arms(tmp_path: Path)
     evidence = collect(arms, "arm-0", pictures(10_000, side=96))
     assert len(evidence.arms["arm-4"].reference_right) == 10_000
     write_report(make_results(names=tuple(arms)), tmp_path / "report.html", evidence)
-    assert (tmp_path / "report.html").stat().st_size < 6_000_000
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
 @pytest.mark.parametrize("exits", [2, 5, 8])
@@ -296,7 +299,7 @@ def test_unmeasured_points_are_dashes() -> None:
     arms = {"kd": arm.model_copy(update={"operating_points": bare, "score_candidates": [], "history": []})}
     page = Page(render(make_results(exported_arm="kd", arms=arms)))
     assert page.parts(class_="tiles") == []
-    assert re.search(r"[\d.]+ %", page.part(class_="verdict")) is None
+    assert re.search(r"[\d.]+ % of|of 100 answers", page.part(class_="summary")) is None
     assert page.part(data_arm="kd", data_point="no-exit").endswith("– – – – –")
 
 
@@ -574,6 +577,78 @@ def test_a_link_to_a_setting_shows_the_numbers_of_python(
     expected = expected_at("kd", 37)
     assert same(slider(dom), expected), (slider(dom), expected)
     check_ring(dom, expected)
+
+
+def current_rows(dom: str) -> list[tuple[str, str]]:
+    """Arm and operating point of the rows that the slider stands at."""
+    rows = re.findall(r"<tr data-arm=[^>]*data-point=[^>]*>", dom)
+    return [
+        (values["data-arm"], values["data-point"])
+        for row in rows
+        if (values := dict(re.findall(r'([\w-]+)="([^"]*)"', row))).get("aria-current") == "true"
+    ]
+
+
+NAMED = """
+const root = document.documentElement, copy = document.querySelector("button[aria-label^='Copy a link']");
+[...document.querySelectorAll('.jumps button')].find((jump) => jump.textContent === 'no-exit').click();
+root.dataset.shown = location.hash;
+root.dataset.copied = copy.dataset.text;
+const range = document.getElementById('explore-range');
+range.value = String(Number(range.max) - 37);
+range.dispatchEvent(new Event('input'));
+root.dataset.between = copy.dataset.text;
+"""
+
+
+@needs_browser
+def test_a_link_names_the_operating_point_and_opens_it(
+    tmp_path: Path, results: Results, evidence: Evidence
+) -> None:
+    page = render(results, evidence)
+    root = root_of(browse(tmp_path, page, then=NAMED))
+    assert 'data-shown="#point=no-exit"' in root
+    copied = re.search(r'data-copied="file:[^"]*page.html(#[^"]*)"', root)
+    assert copied is not None
+    assert re.search(r'data-between="[^"]*#point=37"', root)
+    opened = browse(tmp_path, page, fragment=copied[1])
+    expected = expected_at("erde", 0)
+    expected["spoken"] += "; operating point no-exit, not certified"
+    assert same(slider(opened), expected), (slider(opened), expected)
+    assert current_rows(opened) == [("erde", "no-exit")]
+
+
+@needs_browser
+def test_a_link_to_no_operating_point_says_so(tmp_path: Path, results: Results, evidence: Evidence) -> None:
+    dom = browse(tmp_path, render(results, evidence), fragment="#point=risk-%3Cb%3E7")
+    assert slider(dom)["point"] == str(DEFAULT)
+    assert '<p class="warn-text">erde has no operating point “risk-&lt;b&gt;7” on its path' in dom
+
+
+PRINTED = """
+const root = document.documentElement, place = document.getElementById('plot-tradeoff');
+const seen = () => Math.round(place.querySelector('svg').getBoundingClientRect().width) + ' ' + place.layout.font.color;
+const before = seen();
+window.dispatchEvent(new Event('beforeprint'));
+until(() => seen() !== before, () => {
+  root.dataset.paper = seen();
+  window.dispatchEvent(new Event('afterprint'));
+  until(() => seen() === before, () => { root.dataset.screen = before + '/' + seen(); });
+});
+"""
+
+
+@needs_browser
+def test_on_paper_figures_are_as_wide_as_the_sheet_and_dark_on_white(
+    tmp_path: Path, results: Results
+) -> None:
+    dom = browse(tmp_path, render(results), "--blink-settings=preferredColorScheme=0", then=PRINTED)
+    root = root_of(dom)
+    assert 'data-paper="690 #1c2430"' in root
+    screen = re.search(r'data-screen="([^"]*)/([^"]*)"', root)
+    assert screen is not None
+    assert screen[1] == screen[2]
+    assert screen[1].endswith(" #e6eaf0")
 
 
 @needs_browser

@@ -18,6 +18,7 @@ from PIL import Image
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath
 from erde.common.splits import ImageSource, TestLogits
+from erde.evaluation.confusion import Confusion
 from erde.policy import rule as policy
 from erde.policy.cost import Cost
 
@@ -109,12 +110,13 @@ class Evidence:
     test_images: int
     arms: dict[str, ArmEvidence]
     galleries: tuple[Gallery, ...]
+    confusion: Confusion  # of the exported arm, over all test images
 
 
 def collect(
     arms: Mapping[str, ArmInput], exported: str, images: ImageSource | None = None, seed: int = 0
 ) -> Evidence:
-    """Gather the evidence of a run: every arm's images along its path, and galleries of the exported arm.
+    """Gather the evidence of a run: every arm's images along its path; galleries and mistakes of the exported arm.
 
     ``images`` is the test split's, in the order of the logits; without it there are no galleries. More than
     MAX_IMAGES test images, or more than fit the page, are sampled by ``seed``, the same ones for every arm.
@@ -126,7 +128,10 @@ def collect(
     if images is not None and exported in several:
         galleries = _galleries(several[exported], images)
     return Evidence(
-        total, {name: _arm_evidence(inputs, chosen) for name, inputs in several.items()}, galleries
+        total,
+        {name: _arm_evidence(inputs, chosen) for name, inputs in several.items()},
+        galleries,
+        Confusion.of(arms[exported].test, arms[exported].policy),
     )
 
 

@@ -48,11 +48,15 @@ class Certificate(Frozen):
     method: str
     assumptions: str
 
-    def sentence(self, precision: Precision = "fp32") -> str:
-        """The promise in words; of an int8 bundle the full network is the one in int8."""
-        who, share = _REFERENCE_IN_WORDS[self.reference], f"{self.max_risk * 100:g} %"
+    def reference_in_words(self, precision: Precision = "fp32") -> str:
+        """What the promise is held against; of an int8 bundle the full network is the one in int8."""
         if precision == "int8" and self.reference == "final_exit":
-            who = "the full network in int8"
+            return "the full network in int8"
+        return _REFERENCE_IN_WORDS[self.reference]
+
+    def sentence(self, precision: Precision = "fp32") -> str:
+        """The promise in words."""
+        who, share = self.reference_in_words(precision), f"{self.max_risk * 100:g} %"
         sure = "In expectation" if self.confidence is None else f"With {self.confidence * 100:g} % confidence"
         seen = f"{self.lost:,} of {self.images:,} certify images"
         if self.guarantee == "net_drop":

@@ -18,14 +18,18 @@ import numpy as np
 from erde.calibration.checks import poor_network
 from erde.common.files import write_text
 from erde.evaluation.evidence import Evidence
-from erde.evaluation.results import Arm, ClassMeasures, Results, ScoreOutcome
+from erde.evaluation.results import Arm, Results, ScoreOutcome
 from erde.policy.points import ScoreCandidate
+from erde.report.classes import class_rows, worst_class
 from erde.report.numbers import flat, rounded
 from erde.report.rendering import page, rule_in_words
+from erde.report.summary import sentences
 
-SCRIPTS = ("common.js", "explore.js", "report.js")
+SCRIPTS = ("common.js", "sort.js", "explore.js", "report.js")
 # Of more classes than these, a table and a figure show those with the largest drop, which are those to look for.
 ALL_CLASSES, CLASSES_IN_TABLE, CLASSES_IN_FIGURE = 100, 20, 30
+# Of more classes than these, the mistakes are a list of so many pairs instead of a matrix.
+CLASSES_IN_MATRIX, PAIRS = 20, 25
 
 
 def write_report(results: Results, path: Path, evidence: Evidence | None = None) -> None:
@@ -38,6 +42,8 @@ def render(results: Results, evidence: Evidence | None = None) -> str:
     exported = results.arms[results.exported_arm]
     listed = [(index, name, arm) for index, (name, arm) in enumerate(results.arms.items())]
     several = [row for row in listed if len(row[2].exits) > 1]
+    doubtful = doubt(results)
+    confusion = evidence.confusion if evidence else None
     return page(
         "report.html.j2",
         SCRIPTS,
@@ -50,7 +56,8 @@ def render(results: Results, evidence: Evidence | None = None) -> str:
         several=sorted(several, key=lambda row: row[1] != results.exported_arm),
         most_exits=max(len(arm.exits) for arm in results.arms.values()),
         twin=twin(results),
-        doubt=doubt(results),
+        doubt=doubtful,
+        summary=sentences(results, doubtful is not None),
         is_rule=is_rule,
         exit_columns=exit_columns,
         evidence=evidence,
@@ -62,7 +69,11 @@ def render(results: Results, evidence: Evidence | None = None) -> str:
             if pair.at == "default" and results.exported_arm in (pair.first, pair.second)
         ],
         worst_class=worst_class(exported),
-        classes_by_drop=classes_by_drop,
+        class_rows=class_rows,
+        confusion=confusion,
+        mistakes=confusion.mistakes() if confusion else [],
+        with_matrix=len(results.data.classes) <= CLASSES_IN_MATRIX,
+        most_pairs=PAIRS,
         shown_classes=CLASSES_IN_TABLE if len(results.data.classes) > ALL_CLASSES else ALL_CLASSES,
         mean_entropies=mean_entropies,
         losses={name: losses for name, arm in results.arms.items() if (losses := losses_of(arm))},
@@ -148,17 +159,7 @@ def smaller_networks(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-# ---------------------------------------------------------------- classes, entropies, training
-
-
-def classes_by_drop(arm: Arm) -> list[tuple[int, ClassMeasures]]:
-    """The classes with their indices, the largest drop first."""
-    return sorted(enumerate(arm.classes), key=lambda row: -row[1].drop)
-
-
-def worst_class(arm: Arm) -> tuple[int, ClassMeasures] | None:
-    """The class that loses most by leaving early; None where nothing can leave early."""
-    return classes_by_drop(arm)[0] if len(arm.exits) > 1 and arm.classes else None
+# ---------------------------------------------------------------- entropies, training
 
 
 def mean_entropies(arm: Arm) -> list[tuple[float | None, float | None]]:
@@ -202,10 +203,10 @@ def figure_data(results: Results, evidence: Evidence | None) -> dict[str, Any]:
         value["rule"] = rule_in_words(arm)
         value["classes"] = [
             {
-                "name": results.data.classes[index],
-                **measures.model_dump(include={"drop", "exit_rates", "images"}),
+                "name": results.data.classes[row.index],
+                **row.measures.model_dump(include={"drop", "exit_rates", "images"}),
             }
-            for index, measures in classes_by_drop(arm)[:CLASSES_IN_FIGURE]
+            for row in class_rows(arm)[:CLASSES_IN_FIGURE]
         ]
         arms[name] = rounded(value) | {"losses": losses_of(arm)}
     return {

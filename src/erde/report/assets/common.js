@@ -1,14 +1,16 @@
 // What erde's pages share: their data, numbers, colours, plotly's layout, figures, tables that can be copied.
 const erde = (function () {
   "use strict";
+  const root = document.documentElement;
   const report = JSON.parse(document.getElementById("report-data").textContent);
   const DASHES = ["dash", "dot", "dashdot", "longdashdot", "longdash"];
   const SYMBOLS = ["circle", "square", "triangle-up", "diamond", "pentagon", "hexagon", "star", "cross"];
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
   // Plotly reads a little HTML in every text: data must arrive escaped.
   const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  const colour = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
   const armColour = (index) => colour("arm-" + (index % 8));
   const percent = (share, digits) => {
     const text = (100 * share).toFixed(digits === undefined ? 1 : digits);
@@ -85,6 +87,21 @@ const erde = (function () {
   // ---------------------------------------------------------------- figures
 
   const figures = {};
+
+  // It is two thirds of the page even when packed, and needs no more than a moment to unpack.
+  async function unpackPlotly() {
+    const packed = bytes(document.getElementById("plotly-packed").textContent), script = document.createElement("script");
+    const unpacked = new Response(packed).body.pipeThrough(new DecompressionStream("deflate"));
+    script.textContent = await new Response(unpacked).text();
+    document.head.append(script);
+    script.remove();
+  }
+  const plotly = unpackPlotly().catch(() => {
+    const note = "This browser is too old to unpack the figures (it has no DecompressionStream); the numbers are in the tables too.";
+    document.querySelectorAll(".plot").forEach((place) => { place.textContent = note; place.style.height = "auto"; });
+    throw new Error(note);
+  });
+
   // Plotly offers to send the data to its own servers; these pages never do.
   const config = {
     displaylogo: false, displayModeBar: window.innerWidth < 600 ? false : "hover", showSendToCloud: false, plotlyServerURL: "",
@@ -98,13 +115,19 @@ const erde = (function () {
     const figure = place && figures[name](place);
     if (place) place.closest("figure").hidden = !figure;
     if (!figure) return Promise.resolve();
-    return Plotly.react(place, figure.data, figure.layout, config).then(() => sizes.observe(place));
+    const paper = printing() ? { width: place.clientWidth, height: place.clientHeight } : {};
+    return plotly.then(() => Plotly.react(place, figure.data, Object.assign(figure.layout, paper), config)).then(() => sizes.observe(place));
   }
 
   function drawAll() {
-    return Promise.all(Object.keys(figures).map(draw)).then(() => { document.documentElement.dataset.drawn = "yes"; });
+    return Promise.all(Object.keys(figures).map(draw)).then(() => { root.dataset.drawn = "yes"; });
   }
   dark.addEventListener("change", drawAll);
+
+  // On paper the figures have its width, and are dark on white whatever the screen is.
+  const printing = () => root.dataset.printing !== undefined;
+  window.addEventListener("beforeprint", () => { root.dataset.printing = "yes"; drawAll(); });
+  window.addEventListener("afterprint", () => { delete root.dataset.printing; drawAll(); });
 
   // Chromium opens a folded part for a link into it and knows its width before; other browsers need both done for them.
   document.querySelectorAll("details.section").forEach((part) => part.addEventListener("toggle", () => {
@@ -181,7 +204,7 @@ const erde = (function () {
   }
 
   return {
-    report, DASHES, SYMBOLS, escaped, colour, armColour, exitColour, percent, millions, interval, errors, logTicks, axis, layout,
+    report, bytes, DASHES, SYMBOLS, escaped, colour, armColour, exitColour, percent, millions, interval, errors, logTicks, axis, layout,
     panels, figures, draw, drawAll, announce, offerCopies,
   };
 })();

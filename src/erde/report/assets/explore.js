@@ -2,10 +2,11 @@
 // images anew, from the ranks of their scores among the path's thresholds.
 erde.explore = (function () {
   "use strict";
-  const { report, percent, millions, announce } = erde;
+  const { report, bytes, percent, millions, announce } = erde;
   const several = report.order.filter((name) => report.arms[name].exits.length > 1);
   const listed = several.length ? several : report.order;
-  const state = { arm: listed.includes(report.exported) ? report.exported : listed[0], marker: null };
+  const first = listed.includes(report.exported) ? report.exported : listed[0];
+  const state = { arm: first, marker: null };
   const changes = [];
   const place = document.getElementById("explore");
   const decoded = {};
@@ -14,7 +15,6 @@ erde.explore = (function () {
 
   // ---------------------------------------------------------------- counting
 
-  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const numbers = (text, width) => {
     const raw = bytes(text);
     return width === 1 ? raw : Uint16Array.from({ length: raw.length / 2 }, (_, i) => raw[2 * i] + 256 * raw[2 * i + 1]);
@@ -73,23 +73,34 @@ erde.explore = (function () {
     parts.rates = element("small", { class: "soft" });
     parts.thresholds = element("code", {});
     parts.copy = element("button", { type: "button", class: "copy inline", "aria-label": "Copy thresholds" }, "Copy");
+    parts.link = element("button", { type: "button", class: "copy inline", "aria-label": "Copy a link to this setting" }, "Copy link");
+    parts.unknown = element("p", { class: "warn-text", hidden: "" });
     place.prepend(
+      parts.unknown,
       element("div", { class: "slide" },
         element("label", { for: "explore-range" }, "Move the operating point"), parts.range,
         element("div", { class: "ends soft small", "aria-hidden": "true" }, element("span", {}, "all leave at the first exit"), element("span", {}, "no early exit")),
         parts.jumps),
       parts.tiles, element("div", { class: "live-rates" }, parts.bar, parts.rates),
-      element("p", { class: "soft small" }, "Thresholds here: ", parts.thresholds, " ", parts.copy),
+      element("p", { class: "soft small" }, "Thresholds here: ", parts.thresholds, " ", parts.copy, " ", parts.link),
     );
     parts.range.addEventListener("input", () => show(evidence(state.arm).points - 1 - Number(parts.range.value), true));
     parts.range.addEventListener("change", remember);
   }
 
-  // A link to what is shown; the browser may forbid it for a page from a file.
+  const namesHere = (arm) => Object.keys(arm.named).filter((name) => arm.named[name] === point);
+
+  // What a link to the setting ends in: the operating point's name, or the place on the path where it has none.
+  function fragment() {
+    const [name] = namesHere(evidence(state.arm));
+    return "#point=" + encodeURIComponent(name === undefined ? point : name) + (state.arm === first ? "" : "&arm=" + encodeURIComponent(state.arm));
+  }
+
+  // The address shows the setting; the browser may forbid it for a page from a file.
   function remember() {
     try {
-      window.history.replaceState(null, "", "#point=" + point + "&arm=" + encodeURIComponent(state.arm));
-    } catch (error) { /* then there is no link */ }
+      window.history.replaceState(null, "", fragment());
+    } catch (error) { /* then the button still copies the link */ }
   }
 
   // Another arm: its range, and its named operating points as buttons.
@@ -117,13 +128,18 @@ erde.explore = (function () {
     const arm = evidence(state.arm);
     point = Math.max(0, Math.min(arm.points - 1, at));
     const counted = count(arm, point);
-    const here = Object.keys(arm.named).filter((name) => arm.named[name] === point);
+    const here = namesHere(arm);
+    parts.unknown.hidden = true;
     parts.range.value = String(arm.points - 1 - point);
     const named = here.length ? "; operating point " + here.map((name) => name + ", " + certified(name)).join(", ") : "";
     const words = `accuracy ${percent(counted.accuracy)}, ${percent(1 - counted.saved)} of the MACs, risk ${percent(counted.risk, 2)}${named}`;
     parts.range.setAttribute("aria-valuetext", words);
     [...parts.jumps.children].forEach((button) => button.setAttribute("aria-pressed", String(here.includes(button.textContent))));
     showNumbers(arm, counted);
+    parts.link.dataset.text = window.location.href.split("#")[0] + fragment();
+    document.querySelectorAll("tr[data-point]").forEach((row) => {
+      row.setAttribute("aria-current", String(row.dataset.arm === state.arm && here.includes(row.dataset.point)));
+    });
     Object.assign(place.dataset, { point, leaving: counted.leaving.join(" "), right: counted.right, lost: counted.lost, won: counted.won, macs: counted.macs });
     mark(counted);
     if (tell) announce(words + "; leaving at " + counted.leaving.map((many, i) => `exit ${i} ${percent(many / counted.images)}`).join(", "));
@@ -182,7 +198,12 @@ erde.explore = (function () {
     const asked = new URLSearchParams(window.location.hash.slice(1));
     if (!place || !asked.has("point")) return false;
     if (asked.has("arm") && asked.get("arm") !== state.arm) chooseArm(asked.get("arm"));
-    if (evidence(state.arm)) show(Number.parseInt(asked.get("point"), 10) || 0, false);
+    const arm = evidence(state.arm), wanted = asked.get("point");
+    if (!arm) return true;
+    const isNamed = Object.keys(arm.named).includes(wanted), isPlace = /^\d+$/.test(wanted);
+    show(isNamed ? arm.named[wanted] : isPlace ? Number(wanted) : arm.start, false);
+    parts.unknown.hidden = isNamed || isPlace;
+    parts.unknown.textContent = `${state.arm} has no operating point “${wanted}” on its path; this is its default one.`;
     return true;
   }
 
