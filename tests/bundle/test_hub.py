@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,7 +15,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import constants
@@ -180,7 +185,9 @@ def test_names_on_the_hub_are_bundles_everywhere(hub: Hub, shared: Repository, c
     assert "the bundles are the same" in command("bundle", "diff", f"hf://{NAME}", "digits-demo")
 
 
-def test_the_newest_is_opened_unless_a_revision_is_named(hub: Hub, shared: Repository, tmp_path: Path) -> None:
+def test_the_newest_is_opened_unless_a_revision_is_named(
+    hub: Hub, shared: Repository, tmp_path: Path
+) -> None:
     first = shared.branches["main"]
     Session(f"hf://{NAME}", threads=1)
     changed = Path(shutil.copytree(DEMO, tmp_path / "changed"))
@@ -234,7 +241,9 @@ def test_the_page_is_free_and_the_rest_is_sealed(
     assert entries(tmp_path) == ["copy", "home"]
 
 
-def test_only_the_seal_that_was_asked_for(hub: Hub, shared: Repository, command: Command, tmp_path: Path) -> None:
+def test_only_the_seal_that_was_asked_for(
+    hub: Hub, shared: Repository, command: Command, tmp_path: Path
+) -> None:
     other = "0" * 64
     line = command.refusal("pull", NAME, "--out", "copy", "--seal", other)
     assert line == f"hf://me/digits has the seal {SEAL}, expected {other}: it is another bundle"
@@ -306,7 +315,9 @@ def test_the_real_command_takes_its_settings_from_the_environment(hub: Hub, tmp_
     assert outputs[1] == outputs[2]
 
 
-@pytest.mark.parametrize("name", ["digits", "me/", "a/b/c", "me/digits@", "me/digits@a/../b", "me/di gits", "hf://"])
+@pytest.mark.parametrize(
+    "name", ["digits", "me/", "a/b/c", "me/digits@", "me/digits@a/../b", "me/di gits", "hf://"]
+)
 def test_bad_names(hub: Hub, command: Command, name: str) -> None:
     assert "names no bundle on the hub: expected OWNER/NAME" in command.refusal("pull", name, "--out", "copy")
     with user_error("names no bundle on the hub|no bundle at"):
@@ -382,17 +393,28 @@ def test_a_hub_that_is_out_of_order(hub: Hub, command: Command, monkeypatch: pyt
 def test_a_missing_package_is_named(hub: Hub, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
         monkeypatch.setitem(sys.modules, name, None)
-    for arguments in (("pull", NAME, "--out", "c"), ("push", "digits-demo", NAME), ("predict", f"hf://{NAME}")):
+    for arguments in (
+        ("pull", NAME, "--out", "c"),
+        ("push", "digits-demo", NAME),
+        ("predict", f"hf://{NAME}"),
+    ):
         line = command.refusal(*arguments)
         assert line == "hf://me/digits needs huggingface_hub, which is not installed: pip install 'erde[hub]'"
 
 
-def test_a_full_disk_is_not_the_hubs_fault(hub: Hub, shared: Repository, command: Command) -> None:
-    Path("locked").mkdir(mode=0o500)
-    if os.access("locked", os.W_OK):
-        pytest.skip("this user may write everywhere")
-    line = command.refusal("pull", NAME, "--out", "locked/copy")
-    assert "Permission denied" in line
+def test_a_full_disk_is_not_the_hubs_fault(
+    hub: Hub, shared: Repository, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    download = huggingface_hub.hf_hub_download
+
+    def on_full_disk(repository: str, name: str, **settings: Any) -> str:
+        if name == "stage_0.onnx":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        return download(repository, name, **settings)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", on_full_disk)
+    assert "no space left on the disk while writing copy" in command.refusal("pull", NAME, "--out", "copy")
+    assert entries(tmp_path) == ["home"]
 
 
 def test_a_shell_that_completes_a_line_downloads_nothing(hub: Hub) -> None:
@@ -406,3 +428,14 @@ def test_places() -> None:
     assert Place.named("hf://me/digits@v1/x") == Place.named(Path("hf://me/digits@v1/x"))
     assert str(Place.named("me/digits@v1/x")) == "hf://me/digits@v1/x"
     assert str(Place.named("me/digits")) == "hf://me/digits"
+
+
+def test_the_commands_of_the_document_work(hub: Hub, command: Command) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```console\n(.*?)^```$", document, re.M | re.S)
+    shutil.copyfile(DEMO / "samples" / "8.png", "my-digit.png")
+    lines = [shlex.split(line)[2:] for line in block.splitlines()]
+    answers = [command(*arguments) for arguments in lines]
+    assert [arguments[0] for arguments in lines] == ["push", "predict", "pull", "bundle"]
+    assert json.loads(answers[1])["class"] == "8"
+    assert "intact" in answers[3]

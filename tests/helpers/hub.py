@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._handle()
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
@@ -92,7 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create(body)
         if path == "/api/validate-yaml":
             good = body["content"].startswith("---\n") and "license: none-such" not in body["content"]
-            return self._answer(200 if good else 400, {"errors": [] if good else [{"message": "no metadata"}]})
+            return self._answer(
+                200 if good else 400, {"errors": [] if good else [{"message": "no metadata"}]}
+            )
         for pattern, answer in (
             (r"/api/models/([^/]+/[^/]+)", self._about),
             (r"/api/models/([^/]+/[^/]+)/branch/(.+)", self._branch),
@@ -131,7 +133,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _about(self, repository: Repository, _: Any, name: str) -> None:
         self._answer(
-            200, {"id": name, "private": repository.private, "sha": repository.branches["main"], "tags": [], "downloads": 0, "likes": 0, "siblings": []}
+            200,
+            {
+                "id": name,
+                "private": repository.private,
+                "sha": repository.branches["main"],
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [],
+            },
         )
 
     def _branch(self, repository: Repository, _: Any, __: str, branch: str) -> None:
@@ -172,7 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
             )
         commit = repository.commit(branch, changes, body[0]["value"]["summary"])
         return self._answer(
-            200, {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.address}/{name}/commit/{commit}"}
+            200,
+            {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.address}/{name}/commit/{commit}"},
         )
 
     def _file(self, repository: Repository, _: Any, __: str, revision: str, path: str) -> None:

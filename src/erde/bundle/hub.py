@@ -7,6 +7,7 @@ the right may edit, so that the sealed one travels as ``CARD_THERE``. Needs hugg
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -131,10 +132,10 @@ def push(
             raise UserError(f"{place} is public: give another name, or make it private on its page first")
         if place.revision is not None:
             hub.create_branch(place.repository, branch=place.revision, exist_ok=True)
-        files = [(_name_there(name), folder / name) for name in (MANIFEST, *manifest.files)]
+        files = [CommitOperationAdd(_name_there(name), folder / name) for name in (MANIFEST, *manifest.files)]
         commit = hub.create_commit(
             place.repository,
-            [CommitOperationAdd(name, content) for name, content in (*files, (CARD, page.encode()))],
+            [*files, CommitOperationAdd(CARD, page.encode())],
             commit_message=message or f"{in_one_line(manifest.name)}, seal {seal_of(manifest)[:12]}",
             revision=place.revision,
         )
@@ -170,7 +171,9 @@ def _fetch(place: Place, manifest_file: Path, folder: Path, seal: str | None = N
         try:
             manifest = read_manifest(partial)
             if seal is not None and seal_of(manifest) != seal:
-                raise UserError(f"{place} has the seal {seal_of(manifest)}, expected {seal}: it is another bundle")
+                raise UserError(
+                    f"{place} has the seal {seal_of(manifest)}, expected {seal}: it is another bundle"
+                )
             for name in manifest.files:
                 os.replace(_download(commit, _name_there(name), partial), partial / name)
             # What huggingface_hub notes beside its downloads.
@@ -189,20 +192,23 @@ def _download(place: Place, name: str, folder: Path | None = None) -> Path:
         try:
             return Path(hf_hub_download(place.repository, name, revision=place.revision, local_dir=folder))
         except RemoteEntryNotFoundError as error:
-            raise UserError(f"no bundle at {place}: it has no {name} (erde push sends what is needed)") from error
+            raise UserError(
+                f"no bundle at {place}: it has no {name} (erde push sends what is needed)"
+            ) from error
 
 
 @contextlib.contextmanager
 def _hub(place: Place, writes: bool = False) -> Iterator[None]:
     """Whatever huggingface_hub says in the block, in one line of our own: its texts may hold addresses and keys."""
     try:
-        from huggingface_hub.utils import disable_progress_bars, logging
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ModuleNotFoundError as error:
         raise UserError(
             f"{place} needs huggingface_hub, which is not installed: pip install 'erde[hub]'"
         ) from error
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of each attempt
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of each attempt
     try:
         # Some of its bars would fill a log file.
         with contextlib.nullcontext() if sys.stderr.isatty() else disable_progress_bars():
@@ -214,7 +220,7 @@ def _hub(place: Place, writes: bool = False) -> Iterator[None]:
             raise
         raise UserError(f"{place}: {_reason(error, writes)}") from error
     finally:
-        logging.set_verbosity(verbosity)
+        log.setLevel(level)
 
 
 def _reason(error: BaseException, writes: bool) -> str:
@@ -227,7 +233,9 @@ def _reason(error: BaseException, writes: bool) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the hub is needed, and HF_HUB_OFFLINE is set: unset it"
     if isinstance(error, errors.HFValidationError):
-        return "the hub knows no such names: expected letters, digits, '-', '_' and '.', neither '--' nor '..'"
+        return (
+            "the hub knows no such names: expected letters, digits, '-', '_' and '.', neither '--' nor '..'"
+        )
     if writes and status in (401, 403, 404):
         return f"the hub takes nothing there without a token that may write: {LOG_IN}"
     if isinstance(error, errors.GatedRepoError):

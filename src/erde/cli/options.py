@@ -18,7 +18,10 @@ def _bundle_folder(context: typer.Context, given: Path) -> Path:
 
 Bundle = Annotated[
     Path,
-    typer.Argument(help="A bundle's folder, digits-demo, which comes with erde, or hf://OWNER/NAME.", callback=_bundle_folder),
+    typer.Argument(
+        help="A bundle's folder, digits-demo, which comes with erde, or hf://OWNER/NAME.",
+        callback=_bundle_folder,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable JSON object as the last line.")]
 

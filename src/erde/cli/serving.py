@@ -15,7 +15,8 @@ def serve(
     bundles: Annotated[
         list[str],
         typer.Argument(
-            metavar="BUNDLE...", help="Bundles, digits-demo or hf://OWNER/NAME too; NAME=BUNDLE gives a model another name."
+            metavar="BUNDLE...",
+            help="Bundles, digits-demo or hf://OWNER/NAME too; NAME=BUNDLE gives a model another name.",
         ),
     ],
     host: Annotated[

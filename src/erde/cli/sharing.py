@@ -39,9 +39,7 @@ def push(
     from erde.bundle.sealing import seal_of
 
     place = _place(repository, branch, "--branch")
-    address, manifest = hub.push(
-        bundle, place, private=private, message=message, license_name=license_name
-    )
+    address, manifest = hub.push(bundle, place, private=private, message=message, license_name=license_name)
     print(f"{place}: {address}\nseal: {seal_of(manifest)}")
     finish(as_json, {"bundle": str(place), "url": address, "seal": seal_of(manifest)})
 
