@@ -59,7 +59,13 @@ class Hub:
     def environment(self) -> dict[str, str]:
         """For a process that is to take this for the hub."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        return {**clean, "HF_ENDPOINT": self.address, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        return {
+            **clean,
+            "NO_PROXY": "127.0.0.1",
+            "HF_ENDPOINT": self.address,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+        }
 
     def posts(self, kind: str) -> list[Any]:
         """The bodies that were sent to ``/api/models/OWNER/NAME/<kind>/...``."""
@@ -153,7 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository.branches[branch] = repository.branches["main"]
         return self._answer(200, {})
 
-    def _modes(self, repository: Repository, body: Any, *_: str) -> None:
+    def _modes(self, repository: Repository, body: Any, _: str, branch: str) -> None:
+        if branch not in repository.branches:
+            return self._answer(404, {"error": "Invalid rev id"}, "RevisionNotFound")
         files = [
             {
                 "path": file["path"],
@@ -162,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for file in body["files"]
         ]
-        self._answer(200, {"files": files})
+        return self._answer(200, {"files": files})
 
     def _large(self, _: Repository, body: Any, __: str) -> None:
         objects = [
