@@ -146,6 +146,7 @@ def test_a_branch_a_private_repository_and_no_licence(
     assert "manifest.json" not in repository.commits[repository.branches["main"]]
     commit = repository.branches["tests/v1"]
     assert b"license" not in repository.commits[commit]["README.md"].split(b"---\n")[1]
+    assert b"erde pull hf://me/digits@tests/v1 --out" in repository.commits[commit]["README.md"]
     assert SEAL[:12] in repository.messages[commit]
     command("pull", NAME, "--revision", "tests/v1", "--out", "by-name")
     command("pull", f"hf://{NAME}@{commit}", "--out", "by-commit")

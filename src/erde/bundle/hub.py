@@ -122,7 +122,7 @@ def push(
         UserError: as :func:`cached_folder`; a public repository that is to be private.
     """
     manifest = read(folder)
-    page = hub_page(manifest, place.repository, license_name)
+    page = hub_page(manifest, place, license_name)
     with _hub(place, writes=True):
         from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -142,7 +142,7 @@ def push(
     return commit.commit_url, manifest
 
 
-def hub_page(manifest: Manifest, repository: str, license_name: str | None) -> str:
+def hub_page(manifest: Manifest, place: Place, license_name: str | None) -> str:
     """README.md for the hub: what it wants to know as YAML, the card, and how to get the bundle from there."""
     import yaml
 
@@ -154,8 +154,8 @@ def hub_page(manifest: Manifest, repository: str, license_name: str | None) -> s
     }
     return (
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n{model_card(manifest)}\n## From the hub\n\n"
-        f"```text\n$ pip install 'erde[hub]'\n$ erde predict hf://{repository} image.png\n"
-        f"$ erde pull {repository} --out FOLDER\n```\n\nSeal: `{seal_of(manifest)}`\n"
+        f"```text\n$ pip install 'erde[hub]'\n$ erde predict {place} image.png\n"
+        f"$ erde pull {place} --out FOLDER\n```\n\nSeal: `{seal_of(manifest)}`\n"
     )
 
 
