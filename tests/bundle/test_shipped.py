@@ -18,11 +18,14 @@ from erde.bundle.card import model_card
 from erde.bundle.sealing import CARD, seal_of
 from erde.bundle.shipped import FOLDER, bundle_folder, sample_images, shipped_bundles
 from erde.common.errors import in_one_line
-from erde.data.load import load_splits
+from erde.data.load import DataSplits, load_splits
 from erde.recipe.schema import Config
 from erde.recipe.validation import validate
+from erde.serving.log import Log
+from erde.serving.models import open_models
 from tests.e2e.conftest import erde as command
-from tests.helpers.checks import user_error
+from tests.helpers.checks import entries, save_by_class, user_error
+from tests.helpers.command import run_command
 
 
 def test_digits_demo_is_as_its_card_says() -> None:
@@ -99,6 +102,26 @@ def test_the_command_line_knows_the_name(tmp_path: Path, monkeypatch: pytest.Mon
     shutil.copytree(session.folder, "bare", ignore=shutil.ignore_patterns("samples"))
     _, refused = command("predict", "bare", code=2)
     assert refused == "error: no images: give image files, or folders that are searched for them\n"
+
+
+def test_the_other_commands_know_it_too(
+    digits: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = open_models(["digits-demo", "mine=digits-demo"], 1, Log())
+    assert {name: model.path for name, model in models.items()} == dict.fromkeys(
+        ("digits-demo", "mine"), FOLDER / "digits-demo"
+    )
+    # The bundle is read before the runtime of the page is looked for.
+    assert run_command(monkeypatch, "demo", "digits-demo", "--out", "page", "--runtime", "none") == 2
+    assert "onnxruntime-web" in capsys.readouterr().err
+    samples = str(FOLDER / "digits-demo" / "samples")
+    timing = ("--batch-sizes", "1", "--threads", "1", "--rounds", "2")
+    assert run_command(monkeypatch, "bench", "digits-demo", "--data", samples, *timing) == 0
+    # What is made of it lies here, and not in the package.
+    save_by_class(digits.test, tmp_path / "photos")
+    assert run_command(monkeypatch, "calibrate", "digits-demo", "--data", "photos", "--max-risk", "20%") == 0
+    assert entries(tmp_path) == ["digits-demo-recalibrated", "photos"]
 
 
 def test_an_attribution_of_somebody_else_is_text() -> None:

@@ -1,4 +1,4 @@
-"""The bundle, erde's deployable folder: manifest, card, seal, and the check of its graphs. May import: policy, common."""
+"""The bundle, erde's deployable folder: manifest, card, seal, check of graphs, the hub. May import: policy, common."""
 
 from __future__ import annotations
 

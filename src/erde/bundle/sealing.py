@@ -70,6 +70,26 @@ def read(folder: Path) -> Manifest:
     Raises:
         UserError: whatever is wrong with the bundle, in one line.
     """
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        _check_file(folder, name)
+    for name, expected in manifest.files.items():
+        if file_hash(folder / name) != expected:
+            raise UserError(
+                f"bundle {folder}: {name} does not match its checksum: it was changed or damaged; "
+                "copy the bundle again"
+            )
+    for stage in manifest.stages:
+        check_graph_file(folder / stage.file)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle, of which format, seal and names of files were verified; no other file is looked at.
+
+    Raises:
+        UserError: whatever is wrong with the manifest, in one line.
+    """
     if not folder.is_dir():
         raise UserError(f"no bundle at {folder}: expected a folder with {MANIFEST} and ONNX stages")
     value = _read_json(folder)
@@ -94,19 +114,14 @@ def read(folder: Path) -> Manifest:
         problem = in_one_line(first["msg"])
         raise UserError(f"bundle {folder}: {MANIFEST} is not valid at {where}: {problem}") from error
     for name in manifest.files:
-        _check_file(folder, name)
+        # Plain names only: no separators, no "..", so that a manifest cannot point outside its folder.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+            name = in_one_line(repr(name))
+            raise UserError(f"bundle {folder}: the file name {name} is not allowed in a bundle")
     for stage in manifest.stages:
         # ONNX Runtime tells formats by the name too, and graph_check.py looks at ONNX only.
         if not stage.file.endswith(".onnx"):
             raise UserError(f"bundle {folder}: the stage {stage.file} is not an .onnx file")
-    for name, expected in manifest.files.items():
-        if file_hash(folder / name) != expected:
-            raise UserError(
-                f"bundle {folder}: {name} does not match its checksum: it was changed or damaged; "
-                "copy the bundle again"
-            )
-    for stage in manifest.stages:
-        check_graph_file(folder / stage.file)
     return manifest
 
 
@@ -153,11 +168,7 @@ def _exact_float(text: str) -> float:
 
 
 def _check_file(folder: Path, name: str) -> None:
-    """Name, kind and size of a file, before the first one is hashed."""
-    # Plain names only: no separators, no "..", so that a manifest cannot point outside its folder.
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
-        name = in_one_line(repr(name))
-        raise UserError(f"bundle {folder}: the file name {name} is not allowed in a bundle")
+    """Kind and size of a file, before the first one is hashed."""
     path = folder / name
     if path.is_symlink() or not path.is_file():
         raise UserError(f"bundle {folder}: {name} is missing: copy the bundle again")

@@ -1,9 +1,10 @@
-"""Bundles that come with erde, by name, to try it at once; and the sample images that a bundle may have beside it."""
+"""Where a bundle is: a folder, a name that comes with erde, or one on the hub; and the samples that may lie beside it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from erde.bundle.hub import cached_folder, on_hub
 from erde.common.images import SUFFIXES
 
 FOLDER = Path(__file__).parent / "demos"
@@ -17,7 +18,12 @@ def shipped_bundles() -> list[str]:
 
 
 def bundle_folder(bundle: str | Path) -> Path:
-    """The folder ``bundle`` if it is there, or else that of the shipped bundle with this name, if there is one."""
+    """The folder ``bundle`` if it is there, or else that of the shipped bundle with this name, if there is one.
+
+    ``hf://OWNER/NAME[@REVISION]`` is a bundle on the Hugging Face hub: see :func:`erde.bundle.hub.cached_folder`.
+    """
+    if on_hub(bundle):
+        return cached_folder(bundle)
     path = Path(bundle)
     return FOLDER / path if not path.exists() and str(path) in shipped_bundles() else path
 

@@ -43,13 +43,13 @@ def write_single_file(
         UserError: no such point; stages of different opsets that cannot be joined; a file that answers otherwise than
             the bundle does.
     """
-    folder, path = Path(bundle_folder), Path(path)
+    path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"{path} is no name of an ONNX file: expected one that ends in .onnx")
-    session = Session(folder, threads=1)
+    session = Session(bundle_folder, threads=1)
     manifest = session.manifest
     point = manifest.point(operating_point)
-    stages = [import_onnx().load(str(folder / stage.file)) for stage in manifest.stages]
+    stages = [import_onnx().load(str(session.folder / stage.file)) for stage in manifest.stages]
     model = _Single(manifest, point, _at_one_opset(stages)).model()
     content = serialised(model, path)
     with replacing_file(path) as partial:

@@ -106,7 +106,7 @@ def predict(
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    bundle: Bundle,
     data: Annotated[
         str | None,
         typer.Option(
@@ -140,6 +140,7 @@ def bench(
     from erde.bench import race as benches
     from erde.bench.real_images import load_images
     from erde.bench.show import show, write_figure
+    from erde.bundle.shipped import bundle_folder
     from erde.common.files import make_folder
 
     if out is not None and out.suffix != ".json":
@@ -148,6 +149,7 @@ def bench(
         raise UserError(f"{out} cannot be written: choose a folder that you may write to")
     sizes = _whole_numbers("--batch-sizes", batch_sizes)
     counts = _whole_numbers("--threads", threads, MAX_THREADS)
+    against = [bundle_folder(path) for path in against] if against else None
     pool, source = load_images(bundle, data, images, seed)
     result = benches.bench(
         bundle, pool, data=source, against=against, points=point,
@@ -205,6 +207,7 @@ def cascade(
     Without labels the promise is about answers that differ from those of the last network.
     """
     from erde.bundle.sealing import read
+    from erde.bundle.shipped import bundle_folder
     from erde.calibration.recalibration import parse_share, settings_of
     from erde.chains.cascading import cascade as build
     from erde.chains.cascading import read_class_names
@@ -214,7 +217,7 @@ def cascade(
         "max_risks": max_risk or ["1%"], "confidence": confidence, "guarantee": guarantee,
     })  # fmt: skip
     calibrated = build(
-        networks,
+        [bundle_folder(path) for path in networks],
         data,
         out,
         settings=settings,
@@ -356,7 +359,7 @@ def bundle_onnx(
 
 @bundle_app.command("profile", epilog="Example: erde bundle profile runs/a/bundle --threads 1")
 def bundle_profile(
-    bundle: Path,
+    bundle: Bundle,
     threads: Annotated[
         int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads, as the bundle will run with.")
     ] = None,

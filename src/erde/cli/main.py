@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from erde.cli import about, bundles, runs, serving, studies
+from erde.cli import about, bundles, runs, serving, sharing, studies
 from erde.common.errors import UserError, printable
 
 # typer brings its own copy of click, or uses the real one: either way this is the base of usage errors.
@@ -191,6 +191,8 @@ _command(bundles.cascade, "erde cascade front/bundle model.onnx --data photos/ -
 _command(bundles.bench, "erde bench runs/a/bundle --out bench.json")
 _command(serving.serve, "erde serve runs/a/bundle digits=other/bundle --http-port 8000")
 _command(serving.demo, "erde demo runs/a/bundle --serve")
+_command(sharing.push, "erde push runs/a/bundle me/digits --private")
+_command(sharing.pull, "erde pull me/digits --out digits")
 app.add_typer(bundles.bundle_app, name="bundle")
 _command(about.cost, "erde cost timm/efficientnet_b0 --exits 4")
 _command(about.list_names, "erde list recipes", "list")

@@ -9,15 +9,19 @@ from typing import Annotated, Any
 import typer
 
 
-def _bundle_folder(given: Path) -> Path:
+def _bundle_folder(context: typer.Context, given: Path) -> Path:
     from erde.bundle.shipped import bundle_folder
 
-    return bundle_folder(given)
+    # A shell that completes a line downloads nothing.
+    return given if context.resilient_parsing else bundle_folder(given)
 
 
 Bundle = Annotated[
     Path,
-    typer.Argument(help="A bundle's folder, or digits-demo, which comes with erde.", callback=_bundle_folder),
+    typer.Argument(
+        help="A bundle's folder, digits-demo, which comes with erde, or hf://OWNER/NAME.",
+        callback=_bundle_folder,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print a machine-readable JSON object as the last line.")]
 

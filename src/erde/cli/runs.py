@@ -164,6 +164,10 @@ def calibrate(
         "--confidence": confidence, "--guarantee": guarantee, "--score": score, "--ensemble": ensemble,
         "--tune-share": tune_share, "--seed": seed, "--labels": labels, "--labels-out": labels_out,
     }  # fmt: skip
+    from erde.bundle.shipped import bundle_folder
+
+    # The new bundle of a name lies here, and not beside the folder that the name stands for.
+    named, target = target, bundle_folder(target)
     kind = _kind_of(target)
     if kind == "run":
         _refuse(given, f"{target} is a run: its own recipe says what to calibrate")
@@ -196,7 +200,7 @@ def calibrate(
                 f"{target} is a bundle: give labelled images with --data FOLDER, a sub-folder per class"
             )
         _refuse({key: given[key] for key in ("--macs", "--no-exit-macs")}, f"{target} knows its own MACs")
-        resolved = target.resolve()
+        resolved = target.resolve() if named == target else Path(target.name).resolve()
         out = out or resolved.with_name(f"{resolved.name}-recalibrated")
         if few:
             unused = {key: given[key] for key in ("--score", "--sharpness", "--ensemble")}

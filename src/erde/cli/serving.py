@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from erde.cli.options import Json, finish
+from erde.cli.options import Bundle, Json, finish
 from erde.common.errors import UserError
 
 
@@ -15,7 +15,8 @@ def serve(
     bundles: Annotated[
         list[str],
         typer.Argument(
-            metavar="BUNDLE...", help="Bundles; NAME=PATH gives a model another name than the folder's."
+            metavar="BUNDLE...",
+            help="Bundles, digits-demo or hf://OWNER/NAME too; NAME=BUNDLE gives a model another name.",
         ),
     ],
     host: Annotated[
@@ -79,7 +80,7 @@ def serve(
 
 
 def demo(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    bundle: Bundle,
     out: Annotated[
         Path | None,
         typer.Option(help="A folder for the page and all that it needs; not needed with --serve."),

@@ -38,7 +38,7 @@ class Predictor:
     may share it.
 
     Args:
-        bundle: the bundle's folder as the worker sees it, or ``digits-demo``.
+        bundle: the bundle's folder as the worker sees it, ``digits-demo``, or ``hf://OWNER/NAME@REVISION``.
         column: the column of images: encoded bytes, paths, uint8 arrays, or Hugging Face's ``{"bytes", "path"}``.
         keep: names of columns that are passed through.
         operating_point, max_exit, max_macs: as of :meth:`Session.predict`.

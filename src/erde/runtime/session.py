@@ -35,7 +35,8 @@ class Session:
     """A bundle, verified and ready to answer; several threads may share one.
 
     Args:
-        path: the bundle's folder.
+        path: the bundle's folder; or ``digits-demo``, which comes with erde, or ``hf://OWNER/NAME[@REVISION]`` on the
+            Hugging Face hub (the extra ``hub``), downloaded once.
         threads: of the engine; None leaves the choice to it.
         providers: ONNX Runtime's execution providers; the CPU by default.
         spinning: whether idle threads of ONNX Runtime wait actively; False leaves the cores to others.
@@ -60,7 +61,7 @@ class Session:
                 f"threads is {threads}, expected 1 to {MAX_THREADS}, or None for the engine's choice"
             )
         self._engine = check_engine(engine)
-        folder = self.folder = Path(path)
+        folder = self.folder = bundle_folder(path)
         self.manifest = bundle.read(folder)
         self.rule = self.manifest.rule()
         self._threads = threads
@@ -554,10 +555,8 @@ def load(
     spinning: bool = True,
     engine: str = "onnxruntime",
 ) -> Session:
-    """Open a bundle: a folder, or the name of one that comes with erde (``digits-demo``), where no folder has it.
+    """Open a bundle: a folder, ``digits-demo``, which comes with erde, or ``hf://OWNER/NAME[@REVISION]`` on the hub.
 
     The other arguments and the errors are those of :class:`Session`.
     """
-    return Session(
-        bundle_folder(bundle), threads=threads, providers=providers, spinning=spinning, engine=engine
-    )
+    return Session(bundle, threads=threads, providers=providers, spinning=spinning, engine=engine)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from erde.bundle.sealing import seal_of
+from erde.bundle.shipped import bundle_folder
 from erde.common.errors import UserError, in_one_line, listed
 from erde.policy.points import OperatingPoint
 from erde.runtime.monitor import Monitor
@@ -166,7 +167,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def open_models(bundles: Sequence[str], threads: int | None, log: Log) -> dict[str, Model]:
-    """The models for ``PATH`` or ``NAME=PATH``; without a name it is the folder's.
+    """The models for ``BUNDLE`` or ``NAME=BUNDLE``; without a name it is the folder's.
 
     Raises:
         UserError: a name that cannot stand in a URL or comes twice, or a bundle that cannot be used.
@@ -176,9 +177,9 @@ def open_models(bundles: Sequence[str], threads: int | None, log: Log) -> dict[s
         name, equals, rest = text.partition("=")
         # A path may have an equals sign as well.
         if equals and _NAME.fullmatch(name):
-            path = Path(rest)
+            path = bundle_folder(rest)
         else:
-            path = Path(text)
+            path = bundle_folder(text)
             name = path.resolve().name
         if not _NAME.fullmatch(name):
             raise UserError(
