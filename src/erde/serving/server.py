@@ -85,15 +85,17 @@ def serve(
         # Before the port is listened on: who can connect is answered.
         log = Log(settings.log_json)
         models = open_models(bundles, settings.threads, log)
-        with _processes(bundles, settings, log) as processes:
+        with _processes(models, settings, log) as processes:
             return asyncio.run(_serve(models, settings, port, when_ready, log, processes))
 
 
 @contextlib.contextmanager
-def _processes(bundles: Sequence[str], settings: Settings, log: Log) -> Iterator[Processes | None]:
+def _processes(models: dict[str, Model], settings: Settings, log: Log) -> Iterator[Processes | None]:
     if not settings.processes:
         yield None
         return
+    # By their folders: a name on the hub may mean another commit by now.
+    bundles = [f"{name}={model.path}" for name, model in models.items()]
     started = Processes(bundles, settings.threads, settings.max_batch, settings.at_once, POLL_SECONDS, log)
     try:
         yield started
