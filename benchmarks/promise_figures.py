@@ -77,13 +77,20 @@ def draw_walk(
     axes.step(x[shown], seen[shown], where="post", color=BLUE, label=f"on the {CERTIFY:,} certify images")
     axes.plot(x[shown], 100 * true[shown], color=GREY, label="in truth (all 15,000 images)")
     axes.axhline(100 * RISK, color=ORANGE, label="promised: at most 1 %")
-    axes.axhline(100 * most / CERTIFY, color=ORANGE, linestyle="dashed", label=f"accepted: {most} images or fewer")
+    axes.axhline(
+        100 * most / CERTIFY, color=ORANGE, linestyle="dashed", label=f"accepted: {most} images or fewer"
+    )
     axes.plot(x[kept], seen[kept], "o", color=BLUE, label="the point that is kept")
     axes.set_xlabel("MACs saved, %: from careful (left) to cheap (right)")
     axes.set_ylabel("images that get worse, %")
     axes.set_ylim(0, 200 * RISK)
     axes.legend()
-    return {"most_accepted": most, "seen": int(counts.lost[kept]), "true_risk": true[kept], "saved": saved[kept]}
+    return {
+        "most_accepted": most,
+        "seen": int(counts.lost[kept]),
+        "true_risk": true[kept],
+        "saved": saved[kept],
+    }
 
 
 def draw_histograms(axes: Any, tested: Walks, naive: Walks) -> None:
@@ -94,7 +101,9 @@ def draw_histograms(axes: Any, tested: Walks, naive: Walks) -> None:
         broken = walked.risk > RISK
         groups, colours = [100 * walked.risk[~broken], 100 * walked.risk[broken]], [BLUE, ORANGE]
         kept = f"kept: {np.sum(~broken)}"
-        panel.hist(groups, bins=100 * edges, stacked=True, color=colours, label=[kept, f"broken: {np.sum(broken)}"])
+        panel.hist(
+            groups, bins=100 * edges, stacked=True, color=colours, label=[kept, f"broken: {np.sum(broken)}"]
+        )
         panel.axvline(100 * RISK, color=ORANGE)
         panel.set_title(title, loc="left")
         panel.set_ylabel("draws")
@@ -104,7 +113,9 @@ def draw_histograms(axes: Any, tested: Walks, naive: Walks) -> None:
 
 def draw_sizes(axes: Axes, by_size: dict[int, Walks], best: float) -> None:
     """The saving that can be promised, against the number of certify images."""
-    low, middle, high = 100 * np.transpose([np.quantile(walked.saved, [0.05, 0.5, 0.95]) for walked in by_size.values()])
+    low, middle, high = 100 * np.transpose(
+        [np.quantile(walked.saved, [0.05, 0.5, 0.95]) for walked in by_size.values()]
+    )
     axes.fill_between(list(by_size), low, high, color=BLUE, alpha=0.2, linewidth=0, label="90 % of the draws")
     axes.plot(list(by_size), middle, "o-", color=BLUE, label="the middle draw")
     axes.axhline(100 * best, color=GREY, linestyle="dashed", label="if the true risk were known")

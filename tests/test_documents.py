@@ -217,7 +217,9 @@ def test_the_python_api_is_that_of_the_docstrings() -> None:
 
 def test_every_public_name_is_in_the_python_api() -> None:
     listed = {name for names in api_page.GROUPS.values() for name in names}
-    public = {f"erde.{name}" for name in erde._HOMES} | {f"erde.runtime.{name}" for name in erde.runtime.__all__}
+    public = {f"erde.{name}" for name in erde._HOMES} | {
+        f"erde.runtime.{name}" for name in erde.runtime.__all__
+    }
     assert public <= listed
 
 

@@ -44,7 +44,9 @@ def broken_links(site: Path) -> list[str]:
                 broken += [f"{path.relative_to(site)}: fetches {link}"] if link in page.shown else []
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if not target.is_file() or (target in pages and unquote(parts.fragment) not in pages[target].anchors):
+            if not target.is_file() or (
+                target in pages and unquote(parts.fragment) not in pages[target].anchors
+            ):
                 broken.append(f"{path.relative_to(site)}: {link}")
     return sorted(broken)
 
@@ -53,7 +55,11 @@ def test_the_site_is_built_and_its_links_lead_somewhere() -> None:
     # Nothing is installed here: what is needed comes with the tests.
     tools = f"BIN={Path(sys.executable).parent}"
     done = subprocess.run(
-        ["make", "--old-file=.venv/.installed", tools, "site"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        ["make", "--old-file=.venv/.installed", tools, "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     site = ROOT / "site"

@@ -56,7 +56,11 @@ def page() -> str:
             module, _, last = name.rpartition(".")
             value = getattr(import_module(module), last)
             parts += entry("###", name, value)
-            parts += [part for member in members(value) for part in entry("####", f"{last}.{member}", vars(value)[member])]
+            parts += [
+                part
+                for member in members(value)
+                for part in entry("####", f"{last}.{member}", vars(value)[member])
+            ]
     return "\n".join(parts)
 
 
@@ -68,7 +72,9 @@ def members(value: Any) -> list[str]:
     return [
         name
         for name, member in vars(value).items()
-        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, kinds)) and member.__doc__
+        if not name.startswith("_")
+        and (inspect.isfunction(member) or isinstance(member, kinds))
+        and member.__doc__
     ]
 
 
@@ -87,13 +93,13 @@ def signature(name: str, value: Any) -> str:
     bases = value.__mro__[::-1] if inspect.isclass(value) else ()
     # Pydantic's models evaluate theirs; these are as in the source.
     written = {name: text for base in bases for name, text in vars(base).get("__annotations__", {}).items()}
-    arguments, star = [], False
+    arguments: list[str] = []
     for argument in shape.parameters.values():
         if argument.name in ("self", "cls"):
             continue
-        if argument.kind is argument.KEYWORD_ONLY and not star:
-            arguments, star = [*arguments, "*"], True
-        sign = {argument.VAR_POSITIONAL: "*", argument.VAR_KEYWORD: "**"}.get(argument.kind, "")
+        if argument.kind is argument.KEYWORD_ONLY and "*" not in arguments:
+            arguments.append("*")
+        sign = "**" if argument.kind is argument.VAR_KEYWORD else ""
         kind = annotation(written.get(argument.name, argument.annotation))
         arguments.append(f"{sign}{argument.name}: {kind}{default(argument.default)}")
     result = "" if inspect.isclass(value) else f" -> {annotation(shape.return_annotation)}"
@@ -122,7 +128,7 @@ def markdown(docstring: str) -> str:
     head, *sections = re.split(r"^(Args|Attributes|Raises):\n", text, flags=re.M)
     parts = [head.rstrip()]
     for title, body in zip(sections[::2], sections[1::2], strict=True):
-        items, rest = re.match(r"((?: {4}[^\n]*\n?|\n(?= {4}))*)(.*)", body, re.S).groups()  # type: ignore[union-attr]
+        items, rest = re.match(r"((?: {4}[^\n]*\n?|\n(?= {4}))*)(.*)", body, re.S).groups()
         # An item's further lines are indented once more.
         lines = re.sub(r"\n {8,}", " ", items).splitlines()
         listed = "\n".join("- " + re.sub(r"^([\w, ]+?):", code, line.strip()) for line in lines if line)
