@@ -40,8 +40,8 @@ HEAD = f"""<!-- Written by `{COMMAND}` from the docstrings: change those. -->
 # Python API
 
 What `erde` offers to Python. [python.md](python.md) shows the way from training to a bundle; here is every function
-and class with its arguments. Names after `erde.` need one import, `import erde`; longer ones are imported from their
-module. Bad input raises [`erde.UserError`](#erdeusererror) everywhere.
+and class with its arguments. `import erde` is enough for names such as `erde.load`; `erde.runtime.Session` and other
+names of a module are imported from it. Bad input raises [`erde.UserError`](#erdeusererror) everywhere.
 
 Shapes: N or B images, H x W pixels, C channels, K classes, E exits, the final one included.
 """
