@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 FAST := -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15
 
-.PHONY: demo test test-slow coverage lint format clean
+.PHONY: demo test test-slow coverage lint format site clean
 
 demo: $(INSTALLED)
 	@# A new folder each time: an earlier demo is never overwritten.
@@ -33,10 +33,20 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Builders want all pages in one folder: a copy with the repository's own layout, so that links need no change.
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md LOG.md LICENSE docs examples benchmarks/README.md results src/erde \
+	tests/helpers/oracles.py tests/losses/golden/README.md
+
+site: $(INSTALLED)
+	rm -rf build/pages site
+	mkdir -p build/pages
+	tar -c --exclude=__pycache__ --exclude=demos --exclude='*.html' $(PAGES) | tar -x -C build/pages
+	$(BIN)/zensical build --clean --strict
+
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib
+import inspect
+import json
 import operator
 import os
 import re
@@ -18,11 +20,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+import erde
+import erde.runtime
 from erde.recipe.keys import keys_of
 from erde.recipe.load import load_config, shipped_recipes
 from erde.recipe.losses import ControllerConfig, LossConfig
 from erde.recipe.schema import Config
-from tests.helpers import key_tables
+from tests.helpers import api_page, key_tables
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -203,6 +207,56 @@ def test_every_key_has_a_meaning_and_is_in_one_table() -> None:
             assert set(models_in(field.annotation)) <= known
         for key in keys_of(model):
             assert key.meaning or key.name == "name", f"{key.name} of {place} has no meaning"
+
+
+def test_the_python_api_is_that_of_the_docstrings() -> None:
+    assert api_page.PAGE.read_text(encoding="utf-8") == api_page.page(), (
+        f"write the page anew: {api_page.COMMAND}"
+    )
+
+
+def test_every_public_name_is_in_the_python_api() -> None:
+    listed = {name for names in api_page.GROUPS.values() for name in names}
+    public = {f"erde.{name}" for name in erde._HOMES} | {
+        f"erde.runtime.{name}" for name in erde.runtime.__all__
+    }
+    assert public <= listed
+
+
+def test_a_docstring_becomes_markdown() -> None:
+    text = """Sum ``a`` and :func:`b`, shape (N, K).
+
+    Args:
+        first, second: of N images,
+            not of others.
+        third: another.
+
+    Raises:
+        UserError: no ``a``.
+
+    An end.
+    """
+    assert api_page.markdown(inspect.cleandoc(text)).splitlines() == [
+        "Sum `a` and `b`, shape (N, K).", "",
+        "Args:", "", "- `first`, `second`: of N images, not of others.", "- `third`: another.", "",
+        "Raises:", "", "- `UserError`: no `a`.", "", "An end.",
+    ]  # fmt: skip
+
+
+def test_promises_quotes_what_its_figures_show() -> None:
+    text = " ".join((DOCS / "promises.md").read_text(encoding="utf-8").split())
+    numbers = json.loads((ROOT / "benchmarks/results/promise-figures.json").read_text(encoding="utf-8"))
+    few, many = numbers["sizes"]["230"]["saved"], numbers["sizes"]["2500"]["saved"]
+    assert f"`erde` stops at {numbers['walk']['most_accepted']}." in text
+    broken = numbers["sizes"]["2500"]["broken"]
+    assert f"{broken} of 1,000 promises were broken" in text
+    assert f"one of the {1000 - broken} or one of the {broken}" in text
+    assert f"{numbers['naive']['broken']} of 1,000 promises were broken" in text
+    assert f"between {100 * few['5 %']:.0f} and {100 * few['95 %']:.0f} % of the MACs" in text
+    assert f"it was {100 * many['5 %']:.0f} to {100 * many['95 %']:.0f} %" in text
+    assert f"would have saved {100 * numbers['best_saved']:.0f} %" in text
+    # The page says that none is broken more often than it may be.
+    assert all(size["broken"] <= 100 for size in numbers["sizes"].values())
 
 
 def named_functions() -> list[tuple[str, str]]:
