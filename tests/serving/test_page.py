@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from erde.runtime import Session
-from erde.serving.recent import MOST, WINDOW, Recent
+from erde.serving.metrics import MOST, WINDOW, Recent
 from tests.helpers.browser import browsing
 from tests.helpers.hand_made_bundle import pixel_bundle
 from tests.helpers.pages import Page, needs_browser

@@ -19,7 +19,7 @@ from erde.serving.errors import Reason, RequestError
 from erde.serving.grpc_api import exchange_of
 from erde.serving.log import Log
 from erde.serving.messages import CLASSES
-from erde.serving.processes import Processes
+from erde.serving.workers import Processes
 from tests.helpers.checks import user_error
 from tests.helpers.served import Served, as_json, certified_bundle, serving, some_images, until
 

@@ -1,11 +1,13 @@
-"""Counts and times in the text format of Prometheus (version 0.0.4)."""
+"""What was counted: since the start, in the text format of Prometheus (version 0.0.4), and in the last seconds."""
 
 from __future__ import annotations
 
 import bisect
+import math
 import threading
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 Labels = tuple[str, ...]
+# Seconds that the page looks back, and the requests that are kept for it: above so many, the last of these seconds.
+WINDOW, MOST = 10.0, 4096
 
 
 class Metrics:
@@ -100,6 +104,40 @@ class Metrics:
             lines.append(f"{name}_sum{_labels(names, labels)} {self._seconds[labels]:.6f}")
             lines.append(f"{name}_count{_labels(names, labels)} {total}")
         return lines
+
+
+class Recent:
+    """Requests of one model that have ended lately; belongs to one thread. Memory: ``MOST`` short tuples."""
+
+    def __init__(self, since: float) -> None:
+        self._since = since
+        self._ended: deque[tuple[float, str, float, Sequence[int]]] = deque(maxlen=MOST)
+
+    def add(self, ended: float, outcome: str, seconds: float, exits: Sequence[int]) -> None:
+        """A request ended at this time, after ``seconds``; ``exits`` (E,) are its images by exit, () for none."""
+        self._ended.append((ended, outcome, seconds, exits))
+
+    def summary(self, now: float) -> dict[str, Any]:
+        """``seconds`` that are looked at, requests by outcome, p50 and p99 of the answered (None without), images by exit."""
+        entries = [entry for entry in self._ended if entry[0] > now - WINDOW]
+        began = entries[0][0] if len(entries) == MOST else max(self._since, now - WINDOW)
+        latencies = sorted(seconds for _, outcome, seconds, _ in entries if outcome == "answered")
+        exits: Counter[int] = Counter()
+        for _, _, _, counts in entries:
+            exits.update(dict(enumerate(counts)))
+        return {
+            # A server that has just started has no rate yet.
+            "seconds": max(1.0, now - began),
+            "requests": dict(Counter(outcome for _, outcome, _, _ in entries)),
+            "p50_ms": _milliseconds(latencies, 0.5),
+            "p99_ms": _milliseconds(latencies, 0.99),
+            "exits": [exits[exit] for exit in range(max(exits, default=-1) + 1)],
+        }
+
+
+def _milliseconds(latencies: list[float], share: float) -> float | None:
+    """The least latency that at least ``share`` of them do not exceed; ``latencies`` are sorted seconds."""
+    return 1000 * latencies[math.ceil(share * len(latencies)) - 1] if latencies else None
 
 
 def _head(name: str, kind: str, meaning: str) -> list[str]:

@@ -19,9 +19,8 @@ from erde.serving.grpc_api import SPARE_CALLS, grpc_server
 from erde.serving.http_api import http_app
 from erde.serving.log import Log
 from erde.serving.models import Model, open_models
-from erde.serving.processes import Processes
 from erde.serving.service import Load, Service
-from erde.serving.workers import Workers
+from erde.serving.workers import Processes, Workers
 
 POLL_SECONDS = 2.0
 LOOK_SECONDS = 0.1

@@ -13,12 +13,10 @@ from erde.serving.answering import Answer, Answering, Encoded, Exchange
 from erde.serving.control import Controller, ladder
 from erde.serving.errors import Reason, RequestError, as_request_error
 from erde.serving.log import Log
-from erde.serving.metrics import Metrics
+from erde.serving.metrics import Metrics, Recent
 from erde.serving.models import Model
-from erde.serving.processes import Processes
-from erde.serving.recent import Recent
 from erde.serving.tensors import INPUT, OUTPUTS
-from erde.serving.workers import Workers
+from erde.serving.workers import Processes, Workers
 
 
 class Load:

@@ -1,16 +1,32 @@
-"""The threads that answer, and the bounded queue before them."""
+"""The threads that answer, the bounded queue before them, and processes that may answer in their place."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
 
-from erde.serving.errors import Reason, RequestError
+from erde.common.errors import UserError
+from erde.serving.answering import Answer, Answering, Encoded, Exchange
+from erde.serving.errors import Reason, RequestError, as_request_error
+from erde.serving.log import Log
+from erde.serving.models import Model, open_models
 
 Result = TypeVar("Result")
+# Its bundles are verified and warmed.
+_START_SECONDS = 120.0
+_STOP_SECONDS = 5.0
+# Between two attempts to start a process in the place of a dead one.
+_RETRY_SECONDS = 1.0
 
 
 class Workers:
@@ -52,3 +68,181 @@ class Workers:
     def close(self) -> None:
         """Wait until the last function has returned."""
         self._pool.shutdown(wait=True)
+
+
+# ---------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class _Settings:
+    bundles: Sequence[str]
+    threads: int
+    max_batch: int
+    poll: float
+
+
+class Processes:
+    """``count`` processes that answer, each with its own sessions. One that dies is replaced at once.
+
+    Args:
+        bundles: ``PATH`` or ``NAME=PATH`` each, as :func:`open_models` takes them.
+        threads: CPU threads of ONNX Runtime for a request.
+        max_batch: images in a request.
+        count: processes, and the threads that may call :meth:`respond` at once.
+        poll: seconds between two looks at whether a bundle has changed.
+        log: where deaths are told.
+
+    Raises:
+        UserError: a process does not start.
+    """
+
+    def __init__(
+        self, bundles: Sequence[str], threads: int, max_batch: int, count: int, poll: float, log: Log
+    ) -> None:
+        self._settings = _Settings(bundles, threads, max_batch, poll)
+        self._log, self._closed = log, threading.Event()
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        try:
+            with ThreadPoolExecutor(count) as pool:
+                first = list(pool.map(_Process, [self._settings] * count))
+        except OSError as error:
+            raise UserError(f"a process of the server did not start: {error}") from error
+        for process in first:
+            threading.Thread(target=self._keep, args=(process,), daemon=True).start()
+
+    def respond(
+        self, exchange: Exchange[Encoded], content: bytes, points: Mapping[str, str | None]
+    ) -> tuple[Encoded, Answer, float]:
+        """:meth:`Answering.respond` in a process; ``points`` are the models' :attr:`Model.default_point`.
+
+        A process that dies may have been killed by somebody: another one is asked.
+
+        Raises:
+            RequestError: as there, or two processes died.
+        """
+        for _ in range(2):
+            process = self._idle.get()
+            while process.is_dead():
+                process = self._idle.get()
+            try:
+                result, exchange.id, exchange.model = process.ask(exchange, content, dict(points))
+            except OSError:
+                continue
+            self._idle.put(process)
+            if isinstance(result, RequestError):
+                raise result
+            encoded, answer, seconds = result
+            return encoded, answer, seconds
+        raise RequestError(Reason.FAILED, "two processes died while they answered this request")
+
+    def close(self) -> None:
+        """End all processes, none of which may be asked any more."""
+        self._closed.set()
+        while not self._idle.empty():
+            self._idle.get().close()
+
+    def _keep(self, process: _Process) -> None:
+        """Offer a process until it dies, then another one in its place."""
+        while not self._closed.is_set():
+            self._idle.put(process)
+            process.wait()
+            process.close()
+            while not self._closed.is_set():
+                self._log.event(
+                    "process_died", "the server", "a process that answers died: another one starts"
+                )
+                try:
+                    process = _Process(self._settings)
+                    break
+                except OSError:
+                    self._closed.wait(_RETRY_SECONDS)
+
+
+class _Process:
+    """A process that is ready to answer; :class:`OSError` if it does not get there."""
+
+    def __init__(self, settings: _Settings) -> None:
+        # Threads, such as ONNX Runtime's, do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self._connection, its_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(its_end, settings), daemon=True)
+        self._process.start()
+        # Open here, it would never read as ended.
+        its_end.close()
+        try:
+            if not self._connection.poll(_START_SECONDS):
+                raise TimeoutError(f"it was not ready within {_START_SECONDS:g} seconds")
+            self._receive()
+        except OSError:
+            self.close(patience=0)
+            raise
+
+    def ask(self, *job: Any) -> Any:
+        """Send a job and wait for its result; :class:`OSError` if the process dies."""
+        self._connection.send(job)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError as error:
+            raise ConnectionResetError("it ended") from error
+
+    def is_dead(self) -> bool:
+        """Whether it died while it had nothing to do."""
+        return self._connection.closed or self._connection.poll()
+
+    def wait(self) -> None:
+        """Return when it has died."""
+        wait([self._process.sentinel])
+
+    def close(self, patience: float = _STOP_SECONDS) -> None:
+        """End it: it reads the end of the connection, or is killed."""
+        self._connection.close()
+        self._process.join(patience)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+class _Silent(Log):
+    """For a process: what happens to a bundle, the server says itself."""
+
+    def event(self, event: str, model: str, message: str) -> None:
+        """Say nothing."""
+
+
+def _serve(connection: Connection, settings: _Settings) -> None:
+    """The process: answer one job after the other, until the server closes the connection or dies."""
+    # Who stops a server may signal its whole group; the server decides when this ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Now, and not with the first request: what is needed to read it.
+    from erde.serving import grpc_api, http_api  # noqa: F401
+
+    models = open_models(settings.bundles, settings.threads, _Silent())
+    threading.Thread(target=_watch, args=(list(models.values()), settings.poll), daemon=True).start()
+    answering = Answering(models, settings.max_batch)
+    connection.send("ready")
+    while True:
+        try:
+            exchange, content, points = connection.recv()
+        except (EOFError, OSError):
+            return
+        for name, point in points.items():
+            models[name].default_point = point
+        try:
+            encoded, answer, seconds = answering.respond(exchange, content)
+            answer.outputs.clear()  # the response has them
+            result: Any = encoded, answer, seconds
+        except Exception as error:
+            result = as_request_error(error)
+        connection.send((result, exchange.id, exchange.model))
+
+
+def _watch(models: Sequence[Model], poll: float) -> None:
+    """Exchange bundles that change, as the server does for itself."""
+    while True:
+        time.sleep(poll)
+        for model in models:
+            model.refresh()

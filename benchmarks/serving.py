@@ -1,0 +1,502 @@
+"""``erde serve`` under load, on loopback: what a request costs beside the model, and what load control keeps.
+
+    python benchmarks/serving.py runs/a/bundle --slo-ms 20 --floor risk-5 --out serving.json --plot serving.png
+
+The server runs on one core and the load on another (``--cores 0,1``). Arrivals are open-loop: a request is sent when it is
+due, however many wait, and its latency counts from then. Images are CIFAR-10's test split, which trained and chose nothing,
+in a random order; their labels say what load control costs in accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erde.bundle import read, seal
+from erde.common import environment
+from erde.common.files import write_json
+from erde.data.load import load_data
+from erde.runtime.session import Session
+
+SECTIONS = ("overhead", "throughput", "load", "overload", "kill", "swap", "memory", "plot")
+Floats = NDArray[np.float64]
+
+
+# ---------------------------------------------------------------- the server
+
+
+@dataclass
+class Served:
+    """A server that runs; ``model`` is its name in URLs."""
+
+    process: subprocess.Popen[str]
+    port: int
+    model: str
+
+
+@contextlib.contextmanager
+def serving(bundle: Path, core: int, *options: str) -> Iterator[Served]:
+    """``erde serve`` on one core."""
+    command = [
+        sys.executable,
+        "-m",
+        "erde",
+        "serve",
+        f"a={bundle}",
+        "--http-port",
+        "0",
+        "--grpc-port",
+        "0",
+        *options,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        os.sched_setaffinity(process.pid, {core})
+        assert process.stdout is not None
+        match = re.search(r"http://[\d.]+:(\d+)", process.stdout.readline())
+        assert match is not None, "the server did not start"
+        # Threads that were there before the line above.
+        for thread in Path(f"/proc/{process.pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
+        yield Served(process, int(match[1]), "a")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---------------------------------------------------------------- the load
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A request that has ended: when it was due, how long it took, and what came (label and point of status 200)."""
+
+    due: float
+    seconds: float
+    status: int
+    image: int
+    label: int
+    point: str
+    version: str
+
+
+class Client:
+    """Connections that stay open, and requests of one image in binary."""
+
+    def __init__(self, served: Served, images: NDArray[np.uint8], point: str | None = None) -> None:
+        self._served, self._images = served, images
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        size = images[0].nbytes
+        tensor = {
+            "name": "images", "datatype": "UINT8", "shape": [1, *images.shape[1:]],
+            "parameters": {"binary_data_size": size},
+        }  # fmt: skip
+        request: dict[str, Any] = {
+            "inputs": [tensor],
+            "outputs": [{"name": "labels", "parameters": {"binary_data": True}}],
+        }
+        if point is not None:
+            request["parameters"] = {"operating_point": point}
+        head = json.dumps(request).encode()
+        self._head = (
+            f"POST /v2/models/{served.model}/infer HTTP/1.1\r\nHost: localhost\r\n"
+            f"Inference-Header-Content-Length: {len(head)}\r\nContent-Length: {len(head) + size}\r\n\r\n"
+        ).encode() + head
+
+    async def ask(self, image: int, due: float | None = None) -> Reply:
+        """Send one image; a connection that breaks is a reply of status 0."""
+        due = time.perf_counter() if due is None else due
+        status, label, point, version = 0, -1, "", ""
+        try:
+            if self._free:
+                reader, writer = self._free.pop()
+            else:
+                reader, writer = await asyncio.open_connection("127.0.0.1", self._served.port)
+            writer.write(self._head + self._images[image].tobytes())
+            lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+            status = int(lines[0].split()[1])
+            fields = dict(line.split(": ", 1) for line in lines[1:] if line)
+            body = await reader.readexactly(int(fields["content-length"]))
+            if status == 200:
+                length = int(fields["inference-header-content-length"])
+                about = json.loads(body[:length])
+                label = int(np.frombuffer(body[length:], dtype="<i8")[0])
+                point, version = about["parameters"]["operating_point"], about["model_version"]
+            self._free.append((reader, writer))
+        except (OSError, asyncio.IncompleteReadError):
+            status = 0
+        return Reply(due, time.perf_counter() - due, status, image, label, point, version)
+
+    async def at(self, arrivals: Floats, order: NDArray[np.int64]) -> list[Reply]:
+        """Open loop: a request at each of ``arrivals``, in seconds from now."""
+        start, tasks = time.perf_counter(), []
+        for number, arrival in enumerate(arrivals):
+            wait = start + arrival - time.perf_counter()
+            if wait > 0:
+                await asyncio.sleep(wait)
+            image = int(order[number % len(order)])
+            tasks.append(asyncio.create_task(self.ask(image, start + arrival)))
+        replies = await asyncio.gather(*tasks)
+        return [
+            Reply(r.due - start, r.seconds, r.status, r.image, r.label, r.point, r.version) for r in replies
+        ]
+
+    async def busy(self, seconds: float, connections: int, order: NDArray[np.int64]) -> list[Reply]:
+        """Closed loop: so many connections ask one request after the other."""
+        start, replies = time.perf_counter(), list[Reply]()
+
+        async def one_after_the_other(first: int) -> None:
+            number = first
+            while time.perf_counter() < start + seconds:
+                reply = await self.ask(int(order[number % len(order)]))
+                replies.append(reply)
+                number += connections
+
+        await asyncio.gather(*(one_after_the_other(first) for first in range(connections)))
+        return replies
+
+
+def poisson(rate: float, seconds: float, generator: np.random.Generator) -> Floats:
+    """Arrivals of a Poisson process."""
+    gaps = generator.exponential(1 / rate, int(rate * seconds * 1.5) + 100)
+    times = np.cumsum(gaps)
+    return times[times < seconds]
+
+
+def bursts(rate: float, seconds: float, generator: np.random.Generator) -> Floats:
+    """The same rate in the mean: two seconds in five carry twice as much as the others."""
+    low = rate * 5 / 7
+    times = np.concatenate([poisson(low, seconds, generator), poisson(low, seconds, generator)])
+    extra = np.arange(len(times)) >= len(times) // 2
+    return np.sort(times[~extra | (times % 5 < 2)])
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+class Bench:
+    """All sections on one bundle."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.bundle, self.floor, self.slo = arguments.bundle, arguments.floor, arguments.slo_ms
+        self.server_core, load_core = arguments.cores
+        self.seconds, self.memory_seconds = arguments.seconds, arguments.memory_seconds
+        os.sched_setaffinity(0, {load_core})
+        self.generator = np.random.default_rng(arguments.seed)
+        data = load_data("cifar10")
+        self.images = np.ascontiguousarray(np.asarray(data.test.images[:]))
+        self.labels = np.asarray(data.test.labels)
+        self.order = self.generator.permutation(len(self.images))
+        self.session = Session(self.bundle, threads=1, spinning=False)
+        self.default = self.session.manifest.default_operating_point
+        self.full = self.session.predict(self.images, operating_point="no-exit").labels
+        self.control = ("--threads", "1", "--parallel", "1", "--slo-ms", str(self.slo), "--floor", self.floor)
+        self._capacity: float | None = None
+
+    def run(self, served: Served, point: str | None, seconds: float, connections: int = 4) -> list[Reply]:
+        """A closed loop of requests at one operating point."""
+        return asyncio.run(Client(served, self.images, point).busy(seconds, connections, self.order))
+
+    def capacity(self) -> float:
+        """Requests a second at the floor, closed loop."""
+        if self._capacity is None:
+            with serving(self.bundle, self.server_core, "--threads", "1", "--parallel", "1") as served:
+                self.run(served, self.floor, 2)
+                self._capacity = len(self.run(served, self.floor, 8)) / 8
+        return self._capacity
+
+    def risk(self, replies: Sequence[Reply]) -> float:
+        """The share of answered images that the full network gets right and the answer does not."""
+        answered = [reply for reply in replies if reply.status == 200]
+        rows = np.array([reply.image for reply in answered])
+        given = np.array([reply.label for reply in answered])
+        return float(((self.full[rows] == self.labels[rows]) & (given != self.labels[rows])).mean())
+
+    def windows(self, replies: Sequence[Reply]) -> float:
+        """The share of one-second windows whose p99 is within the objective."""
+        groups: dict[int, list[float]] = {}
+        for reply in replies:
+            if reply.status == 200:
+                groups.setdefault(int(reply.due), []).append(reply.seconds)
+        return float(np.mean([np.quantile(group, 0.99) <= self.slo / 1000 for group in groups.values()]))
+
+    # ------------------------------------------------------------ sections
+
+    def overhead(self) -> dict[str, Any]:
+        """The round trip of a request less the time of ``Session.predict`` for its image, in turns, on one core each."""
+        trips, models = [], []
+        own = os.sched_getaffinity(0)
+        with serving(self.bundle, self.server_core, "--threads", "1", "--parallel", "1") as served:
+            client = Client(served, self.images, "no-exit")
+
+            async def turns() -> None:
+                for turn in range(40):
+                    trips.extend([(await client.ask(int(image))).seconds for image in self.order[:50]])
+                    os.sched_setaffinity(0, {self.server_core})
+                    for image in self.order[:50] if turn % 2 else self.order[50:100]:
+                        started = time.perf_counter()
+                        self.session.predict(self.images[image : image + 1], operating_point="no-exit")
+                        models.append(time.perf_counter() - started)
+                    os.sched_setaffinity(0, own)
+
+            asyncio.run(turns())
+        trip, model = 1000 * float(np.median(trips)), 1000 * float(np.median(models))
+        return {"round_trip_p50_ms": trip, "model_p50_ms": model, "beside_the_model_ms": trip - model}
+
+    def throughput(self) -> dict[str, Any]:
+        """Requests a second at the default point over those at no-exit, beside the same ratio of a session, in turns."""
+        ratios, alone = [], []
+        with serving(self.bundle, self.server_core, "--threads", "1", "--parallel", "1") as served:
+            self.run(served, None, 2)
+            for turn in range(6):
+                points = [self.default, "no-exit"] if turn % 2 else ["no-exit", self.default]
+                counts = {point: len(self.run(served, point, 4)) for point in points}
+                ratios.append(counts[self.default] / counts["no-exit"])
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {self.server_core})
+        for turn in range(6):
+            points = [self.default, "no-exit"] if turn % 2 else ["no-exit", self.default]
+            seconds = {}
+            for point in points:
+                started = time.perf_counter()
+                for image in self.order[turn * 500 : turn * 500 + 500]:
+                    self.session.predict(self.images[image : image + 1], operating_point=point)
+                seconds[point] = time.perf_counter() - started
+            alone.append(seconds["no-exit"] / seconds[self.default])
+        os.sched_setaffinity(0, own)
+        server, session = float(np.median(ratios)), float(np.median(alone))
+        return {"server": server, "session": session, "ratio": server / session, "rounds": [ratios, alone]}
+
+    def load(self) -> dict[str, Any]:
+        """0.8 of the floor's capacity: windows within the objective, requests lost, and the risk of the answers."""
+        rate, result = 0.8 * self.capacity(), {}
+        kinds: dict[str, Callable[..., Floats]] = {"poisson": poisson, "bursts": bursts}
+        for kind, arrivals in kinds.items():
+            with serving(self.bundle, self.server_core, *self.control) as served:
+                self.run(served, None, 2)
+                due = arrivals(rate, self.seconds, self.generator)
+                replies = asyncio.run(Client(served, self.images).at(due, self.order))
+            result[kind] = self._summary(replies, rate)
+        return result
+
+    def overload(self) -> dict[str, Any]:
+        """Twice the floor's capacity: what is accepted is in time, and what is refused is refused at once."""
+        rate = 2 * self.capacity()
+        with serving(self.bundle, self.server_core, *self.control) as served:
+            self.run(served, None, 2)
+            due = poisson(rate, self.seconds / 2, self.generator)
+            replies = asyncio.run(Client(served, self.images).at(due, self.order))
+        refused = [reply.seconds for reply in replies if reply.status == 503]
+        quick = None if not refused else 1000 * float(np.quantile(refused, 0.99))
+        return {
+            **self._summary(replies, rate),
+            "refused_p50_ms": 1000 * float(np.median(refused)),
+            "refused_p99_ms": quick,
+        }
+
+    def _summary(self, replies: Sequence[Reply], rate: float) -> dict[str, Any]:
+        latencies = [reply.seconds for reply in replies if reply.status == 200]
+        return {
+            "requests_a_second": rate,
+            "requests": len(replies),
+            "statuses": dict(Counter(str(reply.status) for reply in replies)),
+            "points": dict(Counter(reply.point for reply in replies if reply.status == 200)),
+            "p50_ms": 1000 * float(np.median(latencies)),
+            "p99_ms": 1000 * float(np.quantile(latencies, 0.99)),
+            "within_objective": float(np.mean([1000 * latency <= self.slo for latency in latencies])),
+            "windows_within_objective": self.windows(replies),
+            "risk": self.risk(replies),
+        }
+
+    def kill(self) -> dict[str, Any]:
+        """SIGKILL of one of two processes under load."""
+        options = ("--threads", "1", "--parallel", "2", "--processes")
+        with serving(self.bundle, self.server_core, *options) as served:
+            self.run(served, None, 2)
+            seen: dict[str, float] = {}
+
+            def kill() -> None:
+                time.sleep(2)
+                before = children(served.process.pid)
+                os.kill(before[0], signal.SIGKILL)
+                killed = time.perf_counter()
+                while set(before) == set(now := children(served.process.pid)) or len(now) < len(before):
+                    time.sleep(0.002)
+                seen["started_s"] = time.perf_counter() - killed
+
+            thread = threading.Thread(target=kill)
+            thread.start()
+            replies = self.run(served, None, 6)
+            thread.join()
+        slowest = max(reply.seconds for reply in replies)
+        return {
+            "requests": len(replies),
+            "statuses": dict(Counter(str(reply.status) for reply in replies)),
+            "slowest_ms": 1000 * slowest,
+            "another_process_after_s": seen["started_s"],
+        }
+
+    def swap(self) -> dict[str, Any]:
+        """A bundle that is exchanged under load."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, other = Path(scratch) / "a", Path(scratch) / "b"
+            shutil.copytree(self.bundle, folder)
+            shutil.copytree(self.bundle, other)
+            seal(other, read(other).model_copy(update={"default_operating_point": "no-exit"}))
+            with serving(folder, self.server_core, "--threads", "1", "--parallel", "1") as served:
+
+                def exchange() -> None:
+                    time.sleep(2)
+                    os.replace(folder, Path(scratch) / "old")
+                    os.replace(other, folder)
+
+                thread = threading.Thread(target=exchange)
+                thread.start()
+                replies = self.run(served, None, 8)
+                thread.join()
+        return {
+            "requests": len(replies),
+            "statuses": dict(Counter(str(reply.status) for reply in replies)),
+            "versions": dict(Counter(reply.version for reply in replies)),
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """Half of the floor's capacity for minutes: does memory grow after the first of them?"""
+        sizes = []
+        with serving(self.bundle, self.server_core, *self.control) as served:
+            for _ in range(int(self.memory_seconds / 30)):
+                due = poisson(0.5 * self.capacity(), 30, self.generator)
+                asyncio.run(Client(served, self.images).at(due, self.order))
+                sizes.append(resident_bytes(served.process.pid))
+        warm = sizes[min(2, len(sizes) - 1)]
+        return {"mebibytes": [round(size / 2**20, 1) for size in sizes], "growth": sizes[-1] / warm - 1}
+
+    def plot(self, file: Path) -> dict[str, Any]:
+        """A load that rises and falls, with load control and without."""
+        rates = self.capacity() * np.array([0.3, 0.5, 0.7, 0.8, 0.8, 0.7, 0.5, 0.3])
+        step = self.seconds / len(rates)
+        due = np.concatenate(
+            [number * step + poisson(rate, step, self.generator) for number, rate in enumerate(rates)]
+        )
+        runs: dict[str, list[Reply]] = {}
+        for name, options in {"load control": self.control, "without": self.control[:4]}.items():
+            with serving(self.bundle, self.server_core, *options) as served:
+                self.run(served, None, 2)
+                runs[name] = asyncio.run(Client(served, self.images).at(due, self.order))
+        draw(runs, self, file)
+        return {name: self._summary(replies, float(rates.mean())) for name, replies in runs.items()}
+
+
+def children(pid: int) -> list[int]:
+    """The processes that answer for a server."""
+    ids = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = folder.joinpath("stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == pid and b"spawn_main" in folder.joinpath("cmdline").read_bytes():
+                ids.append(int(folder.name))
+    return sorted(ids)
+
+
+def draw(runs: dict[str, list[Reply]], bench: Bench, file: Path) -> None:
+    """Arrivals, p99, operating points and risk over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(4, 1, figsize=(8, 9), sharex=True, layout="constrained")
+    colors = {"load control": "#1d4ed8", "without": "#b45309"}
+    names = [point.name for point in bench.session.manifest.operating_points]
+    seconds = np.arange(int(max(reply.due for replies in runs.values() for reply in replies)) + 1)
+    for name, replies in runs.items():
+        due = np.array([reply.due for reply in replies]).astype(int)
+        answered = np.array([reply.status == 200 for reply in replies])
+        latency = np.array([reply.seconds for reply in replies])
+        if name == "load control":
+            axes[0].step(seconds, np.bincount(due, minlength=len(seconds)), color="#374151", where="post")
+            shares = np.array(
+                [
+                    [np.mean([r.point == point for r in replies if int(r.due) == s]) for s in seconds]
+                    for point in names
+                ]
+            )
+            used = [index for index in range(len(names)) if shares[index].any()]
+            axes[2].stackplot(seconds, shares[used], labels=[names[index] for index in used], step="post")
+        p99 = [
+            np.quantile(latency[(due == s) & answered], 0.99) if ((due == s) & answered).any() else np.nan
+            for s in seconds
+        ]
+        axes[1].plot(seconds, 1000 * np.array(p99), color=colors[name], label=name)
+        blocks = [[r for r in replies if s <= r.due < s + 5 and r.status == 200] for s in seconds[::5]]
+        risks = [100 * bench.risk(block) if block else np.nan for block in blocks]
+        axes[3].plot(seconds[::5] + 2.5, risks, "o-", color=colors[name], label=name)
+    axes[1].axhline(bench.slo, color="#6b7280", linestyle="--", label="objective")
+    axes[1].set_yscale("log")
+    for axis, title in zip(
+        axes, ["requests a second", "p99, ms", "share of requests by point", "risk, %"], strict=True
+    ):
+        axis.set_ylabel(title)
+    for axis in axes[1:]:
+        axis.legend(loc="upper right", fontsize=8)
+    axes[3].set_xlabel("seconds")
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--slo-ms", type=float, default=20.0)
+    parser.add_argument("--floor", default="risk-5")
+    parser.add_argument(
+        "--cores", type=lambda text: tuple(map(int, text.split(","))), default=(0, 1), help="server,load"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a load")
+    parser.add_argument("--memory-seconds", type=float, default=600.0)
+    parser.add_argument("--only", default=",".join(SECTIONS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, default=Path("serving.png"))
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    results: dict[str, Any] = {}
+    for section in arguments.only.split(","):
+        results[section] = bench.plot(arguments.plot) if section == "plot" else getattr(bench, section)()
+        print(section, json.dumps(results[section]), flush=True)
+    about = {
+        "slo_ms": bench.slo,
+        "floor": bench.floor,
+        "default": bench.default,
+        "floor_capacity": bench._capacity,
+    }
+    write_json(arguments.out, {"environment": environment.describe("cpu", 1), **about, **results})
+
+
+if __name__ == "__main__":
+    main()
