@@ -151,7 +151,7 @@ def test_a_batch_that_fits_is_not_looked_at(session: Session, monkeypatch: pytes
         (pixels(1, 2, 8, 8, 3), r"got uint8 of shape \(1, 2, 8, 8, 3\)"),
         (pixels(2, 0, 8, 3), r"got uint8 of shape \(2, 0, 8, 3\)"),
         ("missing.png", "missing.png cannot be read: No such file"),
-        ("two\0parts.png", r"two\\x00parts.png cannot be read: embedded null"),
+        ("two\0parts.png", r"two\\x00parts.png cannot be read: .*embedded null"),
         (b"GIF89a and no more", "the image is not a readable image"),
         (Image.new("F", (8, 8)), "the image has pixels of mode 'F', expected gray or RGB"),
     ],
