@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erde.acceleration import work
 from erde.acceleration.fronts import affordable_views
 from erde.acceleration.images import FEWEST_IMAGES, load_material, read_pool
 from erde.acceleration.work import accelerate
@@ -49,6 +50,7 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     out = tmp_path / "fast"
     options = ("--images", str(photos), "--out", str(out), "--max-risk", "5%", "--minutes", "2", "--json")
     arguments = ("accelerate", str(big), *options)
+    monkeypatch.setattr(work, "MOST_EPOCHS", 60)  # that would be reached, and take a while
     # Stopped in the middle of the training of the front, as by a kill.
     step = Learner.step
 
