@@ -84,6 +84,7 @@ def after_python(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, execute([sys.executable, "-c", "\n".join(parts)], folder)
 
 
+@pytest.mark.slow
 def test_python_of_the_tutorials_runs(after_python: tuple[Path, str]) -> None:
     folder, out = after_python
     assert (folder / "bundle" / "manifest.json").is_file()

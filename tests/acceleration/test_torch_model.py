@@ -88,6 +88,7 @@ def test_what_is_refused(tiny_network: EarlyExitNetwork) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_module_is_accelerated_without_labels_by_erde(
     digits: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
