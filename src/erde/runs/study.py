@@ -35,9 +35,8 @@ def run_study(
         UserError: bad input, a folder that holds something and no ``resume``, runs that do not fit together.
     """
     folder = Path(folder)
-    if (
-        os.environ.get("WORLD_SIZE", "1") != "1"
-    ):  # its runs would have to join and leave the other processes again
+    # Its runs would have to join and leave the other processes again.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("erde study is one process: start it without torchrun; erde run takes several")
     configs = {seed: study.config(seed, overrides) for seed in study.seeds}
     if not resume and folder.is_dir() and any(folder.iterdir()):
