@@ -23,22 +23,27 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import grpc
 import numpy as np
+import uvloop
 from numpy.typing import NDArray
+from serving_malformed import malformed_grpc, malformed_http, over_grpc, over_http
 
 from erde.bundle import read, seal
 from erde.common import environment
 from erde.common.files import write_json
 from erde.data.load import load_data
 from erde.runtime.session import Session
+from erde.serving.messages import SERVICE
 
-SECTIONS = ("overhead", "throughput", "load", "overload", "kill", "swap", "memory", "plot")
+SECTIONS = ("overhead", "throughput", "load", "overload", "malformed", "kill", "swap", "memory", "plot")
 Floats = NDArray[np.float64]
+Result = TypeVar("Result")
 
 
 # ---------------------------------------------------------------- the server
@@ -50,6 +55,7 @@ class Served:
 
     process: subprocess.Popen[str]
     port: int
+    grpc_port: int
     model: str
 
 
@@ -72,12 +78,12 @@ def serving(bundle: Path, core: int, *options: str) -> Iterator[Served]:
     try:
         os.sched_setaffinity(process.pid, {core})
         assert process.stdout is not None
-        match = re.search(r"http://[\d.]+:(\d+)", process.stdout.readline())
+        match = re.search(r"http://[\d.]+:(\d+), gRPC [\d.]+:(\d+)", process.stdout.readline())
         assert match is not None, "the server did not start"
         # Threads that were there before the line above.
         for thread in Path(f"/proc/{process.pid}/task").iterdir():
             os.sched_setaffinity(int(thread.name), {core})
-        yield Served(process, int(match[1]), "a")
+        yield Served(process, int(match[1]), int(match[2]), "a")
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -105,12 +111,46 @@ class Reply:
     version: str
 
 
+class _Connection(asyncio.Protocol):
+    """A connection that stays open, with one request at a time."""
+
+    transport: asyncio.Transport
+    _reply: asyncio.Future[bytes]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It is open."""
+        self.transport = cast(asyncio.Transport, transport)
+
+    def ask(self, request: bytes) -> asyncio.Future[bytes]:
+        """Send a request; its reply, empty if the connection breaks."""
+        self._reply, self._received = asyncio.get_running_loop().create_future(), b""
+        self.transport.write(request)
+        return self._reply
+
+    def data_received(self, data: bytes) -> None:
+        """A reply, or a part of it."""
+        self._received += data
+        head, _, body = self._received.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        if length is not None and len(body) >= int(length[1]):
+            self._reply.set_result(self._received)
+
+    def connection_lost(self, exception: Exception | None) -> None:
+        """The server closed it."""
+        if not self._reply.done():
+            self._reply.set_result(b"")
+
+
+_LENGTH = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
+
+
 class Client:
-    """Connections that stay open, and requests of one image in binary."""
+    """Requests of one image in binary. ``late`` are the seconds by which each of an open loop was sent too late."""
 
     def __init__(self, served: Served, images: NDArray[np.uint8], point: str | None = None) -> None:
-        self._served, self._images = served, images
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._served, self._pixels = served, [image.tobytes() for image in images]
+        self._free: list[_Connection] = []
+        self.late: list[float] = []
         size = images[0].nbytes
         tensor = {
             "name": "images", "datatype": "UINT8", "shape": [1, *images.shape[1:]],
@@ -128,57 +168,75 @@ class Client:
             f"Inference-Header-Content-Length: {len(head)}\r\nContent-Length: {len(head) + size}\r\n\r\n"
         ).encode() + head
 
-    async def ask(self, image: int, due: float | None = None) -> Reply:
-        """Send one image; a connection that breaks is a reply of status 0."""
-        due = time.perf_counter() if due is None else due
-        status, label, point, version = 0, -1, "", ""
+    async def _ask(self, image: int, due: float) -> tuple[float, float, int, bytes]:
+        """Send one image: when it was due, how long it took from then on, the image, and what came."""
         try:
             if self._free:
-                reader, writer = self._free.pop()
+                connection = self._free.pop()
             else:
-                reader, writer = await asyncio.open_connection("127.0.0.1", self._served.port)
-            writer.write(self._head + self._images[image].tobytes())
-            lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-            status = int(lines[0].split()[1])
-            fields = dict(line.split(": ", 1) for line in lines[1:] if line)
-            body = await reader.readexactly(int(fields["content-length"]))
-            if status == 200:
-                length = int(fields["inference-header-content-length"])
-                about = json.loads(body[:length])
-                label = int(np.frombuffer(body[length:], dtype="<i8")[0])
-                point, version = about["parameters"]["operating_point"], about["model_version"]
-            self._free.append((reader, writer))
-        except (OSError, asyncio.IncompleteReadError):
-            status = 0
-        return Reply(due, time.perf_counter() - due, status, image, label, point, version)
+                loop = asyncio.get_running_loop()
+                _, connection = await loop.create_connection(_Connection, "127.0.0.1", self._served.port)
+            self.late.append(time.perf_counter() - due)
+            received = await connection.ask(self._head + self._pixels[image])
+        except OSError:
+            received = b""
+        ended = time.perf_counter()
+        if received:
+            self._free.append(connection)
+        return due, ended - due, image, received
+
+    async def ask(self, image: int) -> Reply:
+        """Send one image now."""
+        return _reply(*await self._ask(image, time.perf_counter()))
 
     async def at(self, arrivals: Floats, order: NDArray[np.int64]) -> list[Reply]:
         """Open loop: a request at each of ``arrivals``, in seconds from now."""
-        start, tasks = time.perf_counter(), []
+        start, tasks = time.perf_counter() + 0.1, []
         for number, arrival in enumerate(arrivals):
-            wait = start + arrival - time.perf_counter()
-            if wait > 0:
-                await asyncio.sleep(wait)
-            image = int(order[number % len(order)])
-            tasks.append(asyncio.create_task(self.ask(image, start + arrival)))
-        replies = await asyncio.gather(*tasks)
+            due = start + arrival
+            while (wait := due - time.perf_counter()) > 0:
+                # Timers are too coarse for the end, and the core is ours.
+                await asyncio.sleep(wait - 0.002 if wait > 0.003 else 0)
+            tasks.append(asyncio.create_task(self._ask(int(order[number % len(order)]), due)))
+        # Parsed when all have come: the load is to take little time.
         return [
-            Reply(r.due - start, r.seconds, r.status, r.image, r.label, r.point, r.version) for r in replies
+            _reply(due - start, seconds, image, received)
+            for due, seconds, image, received in await asyncio.gather(*tasks)
         ]
 
     async def busy(self, seconds: float, connections: int, order: NDArray[np.int64]) -> list[Reply]:
         """Closed loop: so many connections ask one request after the other."""
-        start, replies = time.perf_counter(), list[Reply]()
+        end, replies = time.perf_counter() + seconds, list[tuple[float, float, int, bytes]]()
 
         async def one_after_the_other(first: int) -> None:
             number = first
-            while time.perf_counter() < start + seconds:
-                reply = await self.ask(int(order[number % len(order)]))
-                replies.append(reply)
+            while (now := time.perf_counter()) < end:
+                replies.append(await self._ask(int(order[number % len(order)]), now))
                 number += connections
 
         await asyncio.gather(*(one_after_the_other(first) for first in range(connections)))
-        return replies
+        return [_reply(*reply) for reply in replies]
+
+
+def _reply(due: float, seconds: float, image: int, received: bytes) -> Reply:
+    """What a response says; a connection that broke is a reply of status 0."""
+    head, _, body = received.partition(b"\r\n\r\n")
+    lines = head.decode().lower().split("\r\n")
+    status = int(lines[0].split()[1]) if received else 0
+    if status != 200:
+        return Reply(due, seconds, status, image, -1, "", "")
+    length = int(dict(line.split(": ", 1) for line in lines[1:])["inference-header-content-length"])
+    about = json.loads(body[:length])
+    label = int(np.frombuffer(body[length:], dtype="<i8")[0])
+    return Reply(
+        due, seconds, status, image, label, about["parameters"]["operating_point"], about["model_version"]
+    )
+
+
+def together(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run a load, in the loop that costs least."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(coroutine)
 
 
 def poisson(rate: float, seconds: float, generator: np.random.Generator) -> Floats:
@@ -189,11 +247,9 @@ def poisson(rate: float, seconds: float, generator: np.random.Generator) -> Floa
 
 
 def bursts(rate: float, seconds: float, generator: np.random.Generator) -> Floats:
-    """The same rate in the mean: two seconds in five carry twice as much as the others."""
-    low = rate * 5 / 7
-    times = np.concatenate([poisson(low, seconds, generator), poisson(low, seconds, generator)])
-    extra = np.arange(len(times)) >= len(times) // 2
-    return np.sort(times[~extra | (times % 5 < 2)])
+    """The rate in two seconds of five; between them a third of it."""
+    times = poisson(rate, seconds, generator)
+    return times[(times % 5 < 2) | (generator.random(len(times)) < 1 / 3)]
 
 
 # ---------------------------------------------------------------- what is measured
@@ -206,6 +262,7 @@ class Bench:
         self.bundle, self.floor, self.slo = arguments.bundle, arguments.floor, arguments.slo_ms
         self.server_core, load_core = arguments.cores
         self.seconds, self.memory_seconds = arguments.seconds, arguments.memory_seconds
+        self.malformed_requests = arguments.malformed
         os.sched_setaffinity(0, {load_core})
         self.generator = np.random.default_rng(arguments.seed)
         data = load_data("cifar10")
@@ -220,7 +277,7 @@ class Bench:
 
     def run(self, served: Served, point: str | None, seconds: float, connections: int = 4) -> list[Reply]:
         """A closed loop of requests at one operating point."""
-        return asyncio.run(Client(served, self.images, point).busy(seconds, connections, self.order))
+        return together(Client(served, self.images, point).busy(seconds, connections, self.order))
 
     def capacity(self) -> float:
         """Requests a second at the floor, closed loop."""
@@ -230,11 +287,13 @@ class Bench:
                 self._capacity = len(self.run(served, self.floor, 8)) / 8
         return self._capacity
 
-    def risk(self, replies: Sequence[Reply]) -> float:
-        """The share of answered images that the full network gets right and the answer does not."""
+    def risk(self, replies: Sequence[Reply], disagreement: bool = False) -> float:
+        """The share of answered images that the full network gets right and the answer does not; or answers otherwise."""
         answered = [reply for reply in replies if reply.status == 200]
         rows = np.array([reply.image for reply in answered])
         given = np.array([reply.label for reply in answered])
+        if disagreement:
+            return float((given != self.full[rows]).mean())
         return float(((self.full[rows] == self.labels[rows]) & (given != self.labels[rows])).mean())
 
     def windows(self, replies: Sequence[Reply]) -> float:
@@ -264,7 +323,7 @@ class Bench:
                         models.append(time.perf_counter() - started)
                     os.sched_setaffinity(0, own)
 
-            asyncio.run(turns())
+            together(turns())
         trip, model = 1000 * float(np.median(trips)), 1000 * float(np.median(models))
         return {"round_trip_p50_ms": trip, "model_p50_ms": model, "beside_the_model_ms": trip - model}
 
@@ -300,8 +359,7 @@ class Bench:
             with serving(self.bundle, self.server_core, *self.control) as served:
                 self.run(served, None, 2)
                 due = arrivals(rate, self.seconds, self.generator)
-                replies = asyncio.run(Client(served, self.images).at(due, self.order))
-            result[kind] = self._summary(replies, rate)
+                result[kind] = self.open_loop(served, due)
         return result
 
     def overload(self) -> dict[str, Any]:
@@ -309,24 +367,54 @@ class Bench:
         rate = 2 * self.capacity()
         with serving(self.bundle, self.server_core, *self.control) as served:
             self.run(served, None, 2)
-            due = poisson(rate, self.seconds / 2, self.generator)
-            replies = asyncio.run(Client(served, self.images).at(due, self.order))
+            return self.open_loop(served, poisson(rate, self.seconds / 2, self.generator))
+
+    def open_loop(self, served: Served, due: Floats) -> dict[str, Any]:
+        """A load, and what became of it."""
+        client = Client(served, self.images)
+        replies = together(client.at(due, self.order))
+        return {**self._summary(replies), "sent_late_p99_ms": 1000 * float(np.quantile(client.late, 0.99))}
+
+    def _summary(self, replies: Sequence[Reply]) -> dict[str, Any]:
+        latencies = [reply.seconds for reply in replies if reply.status == 200]
         refused = [reply.seconds for reply in replies if reply.status == 503]
         half, most = (1000 * np.quantile(refused, [0.5, 0.99])).tolist() if refused else (None, None)
-        return {**self._summary(replies, rate), "refused_p50_ms": half, "refused_p99_ms": most}
-
-    def _summary(self, replies: Sequence[Reply], rate: float) -> dict[str, Any]:
-        latencies = [reply.seconds for reply in replies if reply.status == 200]
         return {
-            "requests_a_second": rate,
             "requests": len(replies),
+            "requests_a_second": len(replies) / max(reply.due for reply in replies),
             "statuses": dict(Counter(str(reply.status) for reply in replies)),
             "points": dict(Counter(reply.point for reply in replies if reply.status == 200)),
             "p50_ms": 1000 * float(np.median(latencies)),
             "p99_ms": 1000 * float(np.quantile(latencies, 0.99)),
             "within_objective": float(np.mean([1000 * latency <= self.slo for latency in latencies])),
             "windows_within_objective": self.windows(replies),
+            "refused_p50_ms": half,
+            "refused_p99_ms": most,
             "risk": self.risk(replies),
+            "other_answers": self.risk(replies, disagreement=True),
+        }
+
+    def malformed(self) -> dict[str, Any]:
+        """Requests with one to three defects each, half of them over HTTP and half over gRPC; a quarter as memory warms."""
+        statuses: Counter[str] = Counter()
+        sizes = []
+        with serving(self.bundle, self.server_core, "--threads", "1", "--parallel", "1") as served:
+            channel = grpc.insecure_channel(f"127.0.0.1:{served.grpc_port}")
+            infer = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            for number in range(self.malformed_requests):
+                if number * 4 in (self.malformed_requests, 4 * (self.malformed_requests - 1)):
+                    sizes.append(resident_bytes(served.process.pid))
+                if number % 2:
+                    statuses[f"HTTP {over_http(served.port, *malformed_http(self.generator))}"] += 1
+                else:
+                    statuses[f"gRPC {over_grpc(infer, malformed_grpc(self.generator))}"] += 1
+            channel.close()
+            valid = self.run(served, None, 1)
+        return {
+            "requests": self.malformed_requests,
+            "statuses": dict(sorted(statuses.items())),
+            "growth": sizes[1] / sizes[0] - 1,
+            "valid_afterwards": dict(Counter(str(reply.status) for reply in valid)),
         }
 
     def kill(self) -> dict[str, Any]:
@@ -387,14 +475,14 @@ class Bench:
         with serving(self.bundle, self.server_core, *self.control) as served:
             for _ in range(int(self.memory_seconds / 30)):
                 due = poisson(0.5 * self.capacity(), 30, self.generator)
-                asyncio.run(Client(served, self.images).at(due, self.order))
+                together(Client(served, self.images).at(due, self.order))
                 sizes.append(resident_bytes(served.process.pid))
         warm = sizes[min(2, len(sizes) - 1)]
         return {"mebibytes": [round(size / 2**20, 1) for size in sizes], "growth": sizes[-1] / warm - 1}
 
     def plot(self, file: Path) -> dict[str, Any]:
         """A load that rises and falls, with load control and without."""
-        rates = self.capacity() * np.array([0.3, 0.5, 0.7, 0.8, 0.8, 0.7, 0.5, 0.3])
+        rates = self.capacity() * np.array([0.3, 0.5, 0.7, 0.9, 0.9, 0.7, 0.5, 0.3])
         step = self.seconds / len(rates)
         due = np.concatenate(
             [number * step + poisson(rate, step, self.generator) for number, rate in enumerate(rates)]
@@ -403,9 +491,9 @@ class Bench:
         for name, options in {"load control": self.control, "without": self.control[:4]}.items():
             with serving(self.bundle, self.server_core, *options) as served:
                 self.run(served, None, 2)
-                runs[name] = asyncio.run(Client(served, self.images).at(due, self.order))
+                runs[name] = together(Client(served, self.images).at(due, self.order))
         draw(runs, self, file)
-        return {name: self._summary(replies, float(rates.mean())) for name, replies in runs.items()}
+        return {name: self._summary(replies) for name, replies in runs.items()}
 
 
 def children(pid: int) -> list[int]:
@@ -475,6 +563,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="of a load")
     parser.add_argument("--memory-seconds", type=float, default=600.0)
+    parser.add_argument("--malformed", type=int, default=10_000, help="malformed requests")
     parser.add_argument("--only", default=",".join(SECTIONS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path("serving.png"))

@@ -49,12 +49,21 @@ class Outcome:
 
 
 def simulate(
-    arrivals: Sequence[float], controller: Controller | None, rung: int = 0, seed: int = 0
+    arrivals: Sequence[float],
+    controller: Controller | None,
+    rung: int = 0,
+    seed: int = 0,
+    beside: float = 0.0,
 ) -> Outcome:
-    """A queue before one thread; without a controller every request is answered, at ``rung``."""
+    """A queue before one thread; without a controller every request is answered, at ``rung``.
+
+    ``beside`` are seconds that the thread's CPU is busy with a request besides computing.
+    """
     generator, outcome = np.random.default_rng(seed), Outcome()
-    waiting: deque[float] = deque()
-    events: list[tuple[float, int, float, int, float]] = []  # end, rank, arrival, rung, computing
+    waiting: deque[tuple[float, int]] = deque()
+    events: list[
+        tuple[float, int, tuple[float, int], int, float]
+    ] = []  # end, rank, (arrival, inside), rung, computing
     free, rank = True, 0
 
     def begin(now: float) -> None:
@@ -63,17 +72,17 @@ def simulate(
         at = rung if controller is None else controller.current
         computing = float(EXITS[np.searchsorted(CUMULATIVE[at], generator.random(), side="right")])
         rank += 1
-        heapq.heappush(events, (now + computing, rank, waiting.popleft(), at, computing))
+        heapq.heappush(events, (now + computing + beside, rank, waiting.popleft(), at, computing))
 
     def finish_until(now: float) -> None:
         nonlocal free
         while events and events[0][0] <= now:
-            end, _, arrival, at, computing = heapq.heappop(events)
+            end, _, (arrival, inside), at, computing = heapq.heappop(events)
             free = True
             outcome.latencies.append((arrival, end - arrival))
             outcome.rungs[at] += 1
             if controller is not None:
-                controller.answered(end, at, end - arrival, computing)
+                controller.answered(end, at, end - arrival, computing, inside)
             if waiting:
                 begin(end)
 
@@ -82,12 +91,13 @@ def simulate(
         finish_until(arrival)
         while controller is not None and looked + 0.1 <= arrival:
             looked += 0.1
-            controller.look(looked, len(waiting))
+            controller.look(looked, len(waiting) + (not free))
         before = None if controller is None else controller.current
-        if controller is not None and not controller.admits(arrival, len(waiting)):
+        inside = len(waiting) + (not free)
+        if controller is not None and not controller.admits(arrival, inside):
             outcome.refused.append(arrival)
         else:
-            waiting.append(arrival)
+            waiting.append((arrival, inside))
             if free:
                 begin(arrival)
         if controller is not None and controller.current != before:
@@ -121,6 +131,49 @@ def test_what_only_the_floor_can_carry_is_answered_in_time(seed: int) -> None:
     assert controlled.rungs[2] > 0.9 * len(arrivals)
     # Without control the queue grows without end.
     assert alone.windows_within(OBJECTIVE) < 0.1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_a_request_takes_beside_computing_is_learnt(seed: int) -> None:
+    # As long again as the floor takes in the mean: with computing alone in view the queue would be twice as long.
+    beside = float(MEANS[-1])
+    rate = 0.8 / (MEANS[-1] + beside)
+    arrivals = poisson(lambda _: rate, 40, seed)
+    controller = new_controller()
+    controlled = simulate(arrivals, controller, seed=seed, beside=beside)
+    assert controlled.windows_within(OBJECTIVE) >= 0.99
+    assert len(controlled.refused) <= 0.03 * len(arrivals)
+    assert controller.seconds(2) == pytest.approx(MEANS[2] + beside, rel=0.2)
+    overload = simulate(poisson(lambda _: 2.5 * rate, 20, seed), new_controller(), seed=seed, beside=beside)
+    assert overload.windows_within(OBJECTIVE) >= 0.95
+
+
+def test_a_stall_is_forgotten_soon() -> None:
+    controller, now = new_controller(), 0.0
+
+    def quick(requests: int) -> int:
+        nonlocal now
+        admitted = 0
+        for _ in range(requests):
+            now += 0.005
+            if controller.admits(now, 0):
+                admitted += 1
+                controller.answered(now, controller.current, 0.002, 0.002, 0)
+        return admitted
+
+    assert quick(500) == 500
+    # The machine stands still for a minute; ten requests were in the queue.
+    now += 60
+    for inside in range(10):
+        controller.answered(now, 0, 60.0, 60.0 if inside == 0 else 0.002, inside)
+    assert quick(500) == 500
+    # Ten minutes of stalls: then requests are refused, and when they end some are tried.
+    for _ in range(600):
+        now += 1
+        controller.answered(now, 2, 1.0, 1.0, 0)
+    assert not controller.admits(now + 0.01, 0)
+    now += 2
+    assert quick(1) == 1
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -164,7 +217,7 @@ def test_a_request_is_not_known_to_be_slow_before_any_was_answered() -> None:
     assert all(controller.admits(0.001 * number, 0) for number in range(50))
     assert controller.current == 0
     # The times of other rungs follow from the cost.
-    controller.answered(0.1, 0, 0.004, 0.004)
+    controller.answered(0.1, 0, 0.004, 0.004, 0)
     assert controller.seconds(2) == pytest.approx(0.004 * MEANS[2] / MEANS[0])
 
 
@@ -202,7 +255,7 @@ def test_an_exchanged_bundle_without_the_floor_keeps_its_default(
     model = Model("a", folder, 1)
     load = Load(model, "risk-5", OBJECTIVE, 1)
     # A request that takes longer than the objective: at once to the floor.
-    load.answered(0.0, "risk-1", 0.1, 0.1)
+    load.answered(0.0, "risk-1", 0.1, 0.1, 0)
     load.admits(0.1, 1)
     assert model.current_default(model.loaded) == "risk-5"
     manifest = read(folder)

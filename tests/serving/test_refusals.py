@@ -252,6 +252,26 @@ def test_clients_that_break_off(server: Served, session_a: Session, sent: bytes)
     is_well(server, session_a)
 
 
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [
+        (b"GET /", b"a" * 65536),
+        (b"GET / HTTP/1.1\r\nX: ", b"a" * 65536),
+        (b"GET / HTTP/1.1\r\n", b"X: a\r\n" * 10000),
+    ],
+    ids=["url", "header", "headers"],
+)
+def test_a_head_without_an_end_is_refused(
+    server: Served, session_a: Session, start: bytes, piece: bytes
+) -> None:
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=30) as raw:
+        raw.sendall(start)
+        # The answer may be lost with the connection.
+        with pytest.raises(ConnectionError):
+            raw.sendall(piece * 500)
+    is_well(server, session_a)
+
+
 def test_a_client_that_sends_too_slowly_loses_its_place(server: Served, session_a: Session) -> None:
     with socket.create_connection(("127.0.0.1", server.http_port), timeout=30) as raw:
         raw.sendall(b"POST /v2/models/a/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")

@@ -104,6 +104,7 @@ def main() -> None:
             "matplotlib": "analysis",
             "starlette": "serve",
             "uvicorn": "serve",
+            "httptools": "serve",
             "grpc": "serve",
             "google": "serve",
         }.get(str(error.name).split(".")[0], "train")

@@ -35,6 +35,8 @@ def listed(names: Sequence[str]) -> str:
 
 def printable(text: str) -> str:
     """``text`` from an unknown source, for a terminal: control characters and line breaks as escapes."""
+    if text.isprintable():
+        return text
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 

@@ -19,7 +19,7 @@ WINDOW = 1.0
 MOST_BUSY = 0.7
 # Shares of the objective that a request may be expected to take. What is expected is a mean, and times vary: more is
 # refused at the floor, and more lets a point give way.
-ADMITTED, UNHURRIED = 0.6, 0.8
+ADMITTED, UNHURRIED = 0.65, 0.8
 # Seconds that a dearer point must have fitted before it is taken again.
 HOLD = 3.0
 # Of a new time in the running mean, once there are some.
@@ -76,6 +76,7 @@ class Controller:
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
         self._computing: dict[int, tuple[int, float]] = {}  # by rung: how many, and the mean of their seconds
+        self._beside = 0.0
         self._stepped = -WINDOW
 
     @property
@@ -89,32 +90,49 @@ class Controller:
         return self.rungs[self.current]
 
     def seconds(self, rung: int) -> float | None:
-        """The mean time to compute a request at a rung: as seen, or in proportion to the cost of the nearest seen."""
+        """The mean time that a request takes of a thread at a rung, None before any was answered.
+
+        Computing is as seen, or in proportion to the cost of the nearest rung seen. To it comes what a request takes
+        beside it: reading, writing and counting, and whatever else the CPUs are busy with.
+        """
         if not self._computing:
             return None
         known = min(self._computing, key=lambda seen: abs(seen - rung))
-        return self._computing[known][1] * self.rungs[rung].cost / self.rungs[known].cost
+        return self._computing[known][1] * self.rungs[rung].cost / self.rungs[known].cost + self._beside
 
-    def admits(self, now: float, waiting: int) -> bool:
-        """Whether a request that comes ``now``, while so many wait, can be answered in time; it is counted as come."""
+    def admits(self, now: float, inside: int) -> bool:
+        """Whether a request that comes ``now`` can be answered in time, while so many others wait or are answered.
+
+        It is counted as come.
+        """
         self._arrivals.append(now)
-        if self._expected(waiting, self.current) > UNHURRIED * self.objective:
-            self._need(now, self._cheapest_needed(waiting))
-        return self._expected(waiting, len(self.rungs) - 1) <= ADMITTED * self.objective
+        if self._expected(inside, self.current) > UNHURRIED * self.objective:
+            self._need(now, self._cheapest_needed(inside))
+        in_time = self._expected(inside, len(self.rungs) - 1) <= ADMITTED * self.objective
+        # What was slow may be over; without an answer now and then nobody would know.
+        return in_time or not (self._latencies and now - self._latencies[-1][0] < WINDOW)
 
-    def answered(self, now: float, rung: int, latency: float, computing: float) -> None:
-        """A request was answered at ``rung``: ``latency`` seconds after it came, of which ``computing`` in a thread."""
+    def answered(self, now: float, rung: int, latency: float, computing: float, inside: int) -> None:
+        """A request was answered at ``rung``: ``latency`` seconds after it came, of which ``computing`` in a thread.
+
+        ``inside`` others waited or were answered when it came.
+        """
         self._latencies.append((now, latency))
         count, mean = self._computing.get(rung, (0, 0.0))
-        self._computing[rung] = count + 1, mean + max(_MEMORY, 1 / (count + 1)) * (computing - mean)
+        share = max(_MEMORY, 1 / (count + 1))
+        # A stall of the machine is to be forgotten soon.
+        mean += share * (min(computing, self.objective) - mean)
+        self._computing[rung] = count + 1, mean
+        beside = min(latency / self._turns(inside), self.objective) - mean
+        self._beside += _MEMORY * (beside - self._beside)
 
-    def look(self, now: float, waiting: int) -> None:
+    def look(self, now: float, inside: int) -> None:
         """Choose the rung anew; to be called a few times a second."""
         while self._arrivals and self._arrivals[0] < now - WINDOW:
             self._arrivals.popleft()
         while self._latencies and self._latencies[0][0] < now - WINDOW:
             self._latencies.popleft()
-        needed = self._cheapest_needed(waiting)
+        needed = self._cheapest_needed(inside)
         # Latencies lag behind what caused them: a step, and then time to see what it does.
         if now - self._stepped >= WINDOW and self._too_slow():
             needed, self._stepped = max(needed, min(self.current + 1, len(self.rungs) - 1)), now
@@ -128,18 +146,24 @@ class Controller:
             self._needed.pop()
         self._needed.append((now, rung))
 
-    def _cheapest_needed(self, waiting: int) -> int:
+    def _cheapest_needed(self, inside: int) -> int:
         """The dearest rung that keeps the threads free enough and the queue short; else the floor."""
         for rung in range(len(self.rungs)):
             seconds = self.seconds(rung) or 0.0
             busy = len(self._arrivals) / WINDOW * seconds / self.parallel
-            if busy <= MOST_BUSY and self._expected(waiting, rung) <= UNHURRIED * self.objective:
+            if busy <= MOST_BUSY and self._expected(inside, rung) <= UNHURRIED * self.objective:
                 return rung
         return len(self.rungs) - 1
 
-    def _expected(self, waiting: int, rung: int) -> float:
+    def _expected(self, inside: int, rung: int) -> float:
         """Seconds until a request that comes now is answered."""
-        return (waiting / self.parallel + 1) * (self.seconds(rung) or 0.0)
+        return self._turns(inside) * (self.seconds(rung) or 0.0)
+
+    def _turns(self, inside: int) -> float:
+        """How often a thread's time for a request passes until a request that comes now is answered."""
+        waiting = inside - self.parallel
+        # Those under way are half done in the mean.
+        return 1.0 if waiting < 0 else 1 + (waiting + 0.5) / self.parallel
 
     def _too_slow(self) -> bool:
         latencies = sorted(latency for _, latency in self._latencies)

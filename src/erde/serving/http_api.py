@@ -168,14 +168,17 @@ def _tensors(inputs: list[_Input], binary: memoryview) -> list[Tensor]:
     return tensors
 
 
-async def _read_body(request: Request, most: int) -> bytes:
-    """The body; :class:`RequestError` as soon as it is known to be too large, or takes too long."""
-    too_large = RequestError(
+def _too_large(most: int) -> RequestError:
+    return RequestError(
         Reason.LARGE, f"the body is larger than {most:,} bytes: send fewer or smaller images at once"
     )
+
+
+async def _read_body(request: Request, most: int) -> bytes:
+    """The body; :class:`RequestError` as soon as it is known to be too large, or takes too long."""
     declared = request.headers.get("content-length", "0")
-    if int(declared) > most:  # h11 has seen to it that it is a number
-        raise too_large
+    if int(declared) > most:  # the parser has seen to it that it is a number
+        raise _too_large(most)
     if request.headers.get("content-encoding", "identity") != "identity":
         raise bad("the body is compressed (Content-Encoding): send it as it is")
     body = bytearray()
@@ -184,7 +187,7 @@ async def _read_body(request: Request, most: int) -> bytes:
             async for part in request.stream():
                 body += part
                 if len(body) > most:
-                    raise too_large
+                    raise _too_large(most)
     except TimeoutError as error:
         raise RequestError(Reason.SLOW, f"the body did not come within {BODY_SECONDS:g} seconds") from error
     except ClientDisconnect as error:

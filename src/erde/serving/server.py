@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from erde.common.environment import available_cpus
 from erde.common.errors import UserError
@@ -28,6 +29,8 @@ LOOK_SECONDS = 0.1
 GRACE_SECONDS = 30
 # Longer than load balancers keep an idle connection, so that they close it and not the server.
 KEEP_ALIVE_SECONDS = 75
+# Of a request before its body: URL and headers. Larger than what is read at once, of which a part may be another request.
+MOST_HEAD_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ def serve(
         # Before the port is listened on: who can connect is answered.
         log = Log(settings.log_json)
         models = open_models(bundles, settings.threads, log)
-        with _processes(models, settings, log) as processes:
-            return asyncio.run(_serve(models, settings, port, when_ready, log, processes))
+        with _processes(models, settings, log) as processes, asyncio.Runner(loop_factory=_new_loop) as runner:
+            return runner.run(_serve(models, settings, port, when_ready, log, processes))
 
 
 @contextlib.contextmanager
@@ -126,7 +129,7 @@ async def _serve(
     http = _Http(
         uvicorn.Config(
             http_app(service),
-            http="h11",
+            http=_Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -161,6 +164,38 @@ async def _serve(
     return outcomes
 
 
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # on Windows there is none
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's, which would keep URL and headers however long they are."""
+
+    _head_bytes: int | None = None  # while the head of a request is incomplete
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, and refuse a head that has no end."""
+        super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response(f"URL and headers are longer than {MOST_HEAD_BYTES:,} bytes.")
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._head_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        """The body comes next."""
+        self._head_bytes = None
+        super().on_headers_complete()
+
+
 class _Http(uvicorn.Server):
     """uvicorn without handlers for signals: it would raise them again when it has stopped."""
 
@@ -185,7 +220,7 @@ async def _watch(service: Service) -> None:
 async def _control(load: Load, workers: Workers) -> None:
     while True:
         await asyncio.sleep(LOOK_SECONDS)
-        load.look(time.perf_counter(), workers.queue_length)
+        load.look(time.perf_counter(), workers.inside)
 
 
 @contextlib.contextmanager

@@ -40,28 +40,28 @@ class Load:
         self.controller = Controller(rungs, self._objective, self._parallel)
         self.model.default_point = None
 
-    def admits(self, now: float, waiting: int) -> bool:
+    def admits(self, now: float, inside: int) -> bool:
         """See :meth:`Controller.admits`."""
-        admitted = self.controller.admits(now, waiting)
-        self._follow(waiting)
+        admitted = self.controller.admits(now, inside)
+        self._follow(inside)
         return admitted
 
-    def look(self, now: float, waiting: int) -> None:
+    def look(self, now: float, inside: int) -> None:
         """See :meth:`Controller.look`."""
-        self.controller.look(now, waiting)
-        self._follow(waiting)
+        self.controller.look(now, inside)
+        self._follow(inside)
 
-    def answered(self, now: float, point: str, latency: float, computing: float) -> None:
+    def answered(self, now: float, point: str, latency: float, computing: float, inside: int) -> None:
         """See :meth:`Controller.answered`; a request that named another point tells nothing of the ladder's."""
         names = [rung.name for rung in self.controller.rungs]
         if point in names:
-            self.controller.answered(now, names.index(point), latency, computing)
+            self.controller.answered(now, names.index(point), latency, computing, inside)
 
-    def _follow(self, waiting: int) -> None:
+    def _follow(self, inside: int) -> None:
         new, old = self.controller.rung.name, self.model.current_default(self.model.loaded)
         if new != old:
             self.model.default_point = new
-            message = f"load: {old} -> {new}, {waiting} requests wait"
+            message = f"load: {old} -> {new}, {max(0, inside - self._parallel)} requests wait"
             self.model.log.event("operating_point", self.model.name, message)
 
 
@@ -103,7 +103,8 @@ class Service:
         try:
             if exchange.name:
                 exchange.model = self.model(exchange.name, exchange.version).name
-            if self.load is not None and not self.load.admits(started, self.workers.queue_length):
+            inside = self.workers.inside
+            if self.load is not None and not self.load.admits(started, inside):
                 raise RequestError(
                     Reason.BUSY, "the server cannot answer in time, even at its floor; try again later"
                 )
@@ -114,7 +115,7 @@ class Service:
             outcome, answer = "answered", done
             if self.load is not None:
                 ended = time.perf_counter()
-                self.load.answered(ended, done.point, ended - started, computing)
+                self.load.answered(ended, done.point, ended - started, computing, inside)
             return encoded
         except Exception as error:  # not where it was cancelled
             refusal = as_request_error(error)

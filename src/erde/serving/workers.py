@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -30,40 +30,55 @@ _RETRY_SECONDS = 1.0
 
 
 class Workers:
-    """``parallel`` threads, and at most ``max_queue`` requests that wait for one. Belongs to one event loop."""
+    """``parallel`` threads, and at most ``max_queue`` requests that wait for one. Belongs to one event loop.
+
+    ``inside`` are the requests that have a place: they are answered, wait, or send their body.
+    """
 
     def __init__(self, parallel: int, max_queue: int) -> None:
         self._parallel, self.max_queue = parallel, max_queue
-        self._inside = 0
+        self.inside = 0
         self._free = asyncio.Semaphore(parallel)
         self._pool = ThreadPoolExecutor(parallel, thread_name_prefix="erde-serve")
 
     @property
     def queue_length(self) -> int:
         """Requests that wait, or whose body is still being read, beyond those that are answered."""
-        return max(0, self._inside - self._parallel)
+        return max(0, self.inside - self._parallel)
 
     @contextmanager
     def place(self) -> Iterator[None]:
         """A place in the queue, for as long as the request takes; :class:`RequestError` at once if there is none."""
-        if self._inside >= self._parallel + self.max_queue:
+        if self.inside >= self._parallel + self.max_queue:
             raise RequestError(
                 Reason.BUSY, f"the server is busy: {self.queue_length} requests wait; try again later"
             )
-        self._inside += 1
+        self.inside += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self.inside -= 1
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """Call ``function`` in a thread, as soon as one is free."""
         # Waiting takes place here and not in the pool: it would keep what was cancelled, bodies too.
         await self._free.acquire()
         loop = asyncio.get_running_loop()
-        future = self._pool.submit(function)
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free.release))
-        return await asyncio.wrap_future(future)
+        ended: asyncio.Future[Result] = loop.create_future()
+
+        def end(finished: Future[Result]) -> None:
+            self._free.release()
+            if ended.cancelled():
+                return
+            error = finished.exception()
+            if error is None:
+                ended.set_result(finished.result())
+            else:
+                ended.set_exception(error)
+
+        # Not asyncio.wrap_future: to wake the loop costs time, and once is enough.
+        self._pool.submit(function).add_done_callback(lambda it: loop.call_soon_threadsafe(end, it))
+        return await ended
 
     def close(self) -> None:
         """Wait until the last function has returned."""
@@ -147,10 +162,11 @@ class Processes:
             self._idle.put(process)
             process.wait()
             process.close()
-            while not self._closed.is_set():
+            if not self._closed.is_set():
                 self._log.event(
                     "process_died", "the server", "a process that answers died: another one starts"
                 )
+            while not self._closed.is_set():
                 try:
                     process = _Process(self._settings)
                     break
