@@ -79,6 +79,10 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     assert manifest.networks() == (0, 1)
     assert manifest.no_exit_macs == MACS
     assert manifest.stages[0].macs <= 0.101 * MACS
+    risk = manifest.point(None).target
+    assert [point.target for point in manifest.operating_points if point.kind == "risk"] == pytest.approx(
+        [risk, 2 * risk, 3 * risk, 5 * risk]
+    )
     session = Session(out / "bundle")
     images = np.asarray(digits.test.images[:])
     answer = session.predict(images, operating_point="no-exit")
