@@ -55,10 +55,17 @@ def test_a_process_that_is_killed_costs_no_request(bundle_a: Path) -> None:
         assert [request.result().status for request in requests] == [200] * 6
         until(lambda: len(processes_of(server.process.pid)) == 2)
         assert other in processes_of(server.process.pid)
+        # The new one answers as well: of two requests at once one is not the other's.
+        os.kill(other, signal.SIGSTOP)
+        late = [pool.submit(server.infer, as_json(IMAGES)) for _ in range(2)]
+        until(lambda: any(request.done() for request in late))
+        os.kill(other, signal.SIGCONT)
+        assert [request.result().status for request in late] == [200] * 2
         code, out, err = server.stop()
         assert code == 0
-        assert "stopped after 6 requests (6 answered)" in out
+        assert "stopped after 8 requests (8 answered)" in out
         assert err.count("the server: a process that answers died: another one starts") == 1
+        assert err.count("the server: a new process answers") == 1
 
 
 def test_a_stop_of_the_whole_group_waits_for_requests_under_way(bundle_a: Path) -> None:

@@ -169,6 +169,7 @@ class Processes:
             while not self._closed.is_set():
                 try:
                     process = _Process(self._settings)
+                    self._log.event("process_started", "the server", "a new process answers")
                     break
                 except OSError:
                     self._closed.wait(_RETRY_SECONDS)
