@@ -16,7 +16,7 @@ from erde.data.sources import SHIPPED
 from erde.evaluation import run_folder
 from erde.recipe.load import load_saved_config
 from erde.recipe.schema import Config
-from erde.recipe.validation import validate
+from erde.recipe.validation import first_difference, validate
 from erde.runs import training
 from erde.runs.folder import CONFIG, SPLITS, Run
 from erde.training import parallel
@@ -161,7 +161,7 @@ def _resumed(config: Config, saved: Path) -> Config:
     now = _fill_from(config, began)
     for group, key in run_folder.FREE_TO_CHANGE:
         began[group][key] = now[group][key]
-    difference = _first_difference(began, now)
+    difference = first_difference(began, now)
     if difference is not None:
         key, before, after = difference
         raise UserError(
@@ -185,13 +185,3 @@ def _fill_from(model: BaseModel, began: dict[str, Any]) -> dict[str, Any]:
                 if isinstance(inner, BaseModel) and isinstance(before.get(key), dict):
                     tree[name][key] = _fill_from(inner, before[key])
     return tree
-
-
-def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else (key, old, new)
-    for name in [*old, *(name for name in new if name not in old)]:
-        inner = f"{key}.{name}" if key else str(name)
-        if difference := _first_difference(old.get(name), new.get(name), inner):
-            return difference
-    return None

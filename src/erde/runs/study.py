@@ -1,4 +1,7 @@
-"""``erde study``: a run for each seed, in folders of one study; what they show together, written after each of them."""
+"""``erde study``: a run for each seed, in folders of one study; what they show together, written after each of them.
+
+``erde ledger`` runs the seeds of several studies, and keeps a small file for each arm of each run.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from pathlib import Path
 
 from erde.common import progress
 from erde.common.errors import UserError
-from erde.common.files import make_folder, write_text
+from erde.common.files import check_folder, make_folder, write_text
+from erde.evaluation.ledger import Ledger, rows_of
 from erde.evaluation.results import Results
 from erde.evaluation.run_folder import arm_folder
-from erde.evaluation.study import Study, summarise
+from erde.evaluation.study import ArmSeed, Study, arm_seeds, summarise
 from erde.recipe.schema import TEACHER, Config
 from erde.recipe.study import StudyConfig
 from erde.report.study_text import study_text
@@ -35,27 +39,75 @@ def run_study(
         UserError: bad input, a folder that holds something and no ``resume``, runs that do not fit together.
     """
     folder = Path(folder)
-    # Its runs would have to join and leave the other processes again.
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("erde study is one process: start it without torchrun; erde run takes several")
+    _check_alone("study")
     configs = {seed: study.config(seed, overrides) for seed in study.seeds}
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: continue it with --resume, or choose another with --out")
     make_folder(folder)
-    done: dict[int, Path] = {}
-    results: dict[int, Results] = {}
+    measured: dict[int, dict[str, ArmSeed]] = {}
     for number, (seed, config) in enumerate(configs.items(), 1):
         progress.say(f"study {study.name}: run {number} of {len(configs)}, seed {seed}")
-        place = folder / f"seed{seed}"
-        if study.one_teacher and done and config.needs_teacher and not config.teacher.trained:
-            config = taught_by(config, done[study.seeds[0]])
-        finished = run(config, place, resume=(place / CONFIG).is_file())
-        assert finished is not None
-        done[seed], results[seed] = place, finished
-        summary = summarise(study.name, study.reference, done, results)
+        place = run_place(folder, seed)
+        measured[seed] = arm_seeds(place, _run(_with_teacher(study, config, folder), place))
+        summary = summarise(study.name, study.reference, measured)
         summary.write(folder / STUDY)
         write_text(folder / TEXT, study_text(summary))
     return summary
+
+
+def fill_ledger(ledger: Ledger, results: Path, runs: Path) -> None:
+    """Run every seed that has unfilled rows, in the ledger's order, and write its rows as it finishes.
+
+    Args:
+        results: the folder of the rows.
+        runs: where the run folders are, ``<study>/seed<seed>``; those that are there are continued.
+
+    Raises:
+        UserError: bad input, a run folder of another recipe, a teacher that is not here.
+    """
+    _check_alone("ledger")
+    check_folder(results)
+    waiting = [(study, seed) for study in ledger.config.studies for seed in ledger.seeds(study, filled=False)]
+    for number, (study, seed) in enumerate(waiting, 1):
+        progress.say(f"ledger: run {number} of {len(waiting)}, study {study.name}, seed {seed}")
+        folder, config = runs / study.name, study.config(seed)
+        place = run_place(folder, seed)
+        finished = _run(_with_teacher(study, config, folder), place)
+        make_folder(results)
+        for row in rows_of(study, config, place, finished):
+            row.write(results / row.file)
+
+
+def run_place(folder: Path, seed: int) -> Path:
+    """The run folder of a seed in a study's folder."""
+    return folder / f"seed{seed}"
+
+
+def _check_alone(command: str) -> None:
+    # Its runs would have to join and leave the other processes again.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"erde {command} is one process: start it without torchrun; erde run takes several")
+
+
+def _run(config: Config, place: Path) -> Results:
+    """Run a seed, or continue it."""
+    finished = run(config, place, resume=(place / CONFIG).is_file())
+    assert finished is not None
+    return finished
+
+
+def _with_teacher(study: StudyConfig, config: Config, folder: Path) -> Config:
+    """The recipe of a seed; with the first seed's teacher where it teaches all."""
+    first = study.seeds[0]
+    if not study.one_teacher or config.seed == first or not config.needs_teacher or config.teacher.trained:
+        return config
+    taught = taught_by(config, run_place(folder, first))
+    if taught.teacher.weights is not None and not Path(taught.teacher.weights).is_file():
+        raise UserError(
+            f"study {study.name} has one teacher, that of seed {first}, and {run_place(folder, first)} does not hold it: copy "
+            "that run folder here, or move the rows of that seed away, so that it is trained again"
+        )
+    return taught
 
 
 def taught_by(config: Config, first: Path) -> Config:
