@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from erde.evaluation.ledger import Ledger, Row, rows_of
@@ -46,7 +47,11 @@ def test_rows_are_enough_for_the_study(tmp_path: Path) -> None:
     )
     ledger = Ledger.read(LEDGER, tmp_path / "results")
     assert ledger.summary(STUDY) == expected
-    assert expected.measures["accuracy of exits, mean"]["ce"].difference is not None
+    accuracy = expected.measures["accuracy of exits, mean"]["ce"]
+    assert accuracy.values == [
+        np.mean([measured.accuracy for measured in run.arms["ce"].exits]) for run in runs.values()
+    ]
+    assert accuracy.difference is not None
     row = ledger.rows["small-kd-seed3.json"]
     arm = runs[3].arms["kd"]
     assert [measured.accuracy for measured in row.exits] == [measured.accuracy for measured in arm.exits]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from erde.cli.bundles import MAX_THREADS
 from erde.cli.options import Json, finish
 
 if TYPE_CHECKING:
@@ -27,6 +28,16 @@ def study(
     minutes: Annotated[
         float | None, typer.Option(min=0.1, help="Stop after so long; --resume continues.")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_THREADS, help="Seeds at a time, each in a process; one without it."),
+    ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray", help="Run the seeds in Ray's processes (the extra ray); all without --workers."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe with several seeds, and hold its arms against one of them: means, intervals, paired tests.
@@ -43,7 +54,7 @@ def study(
     folder = out or Path("runs") / loaded.name
     try:
         with time_limit(minutes):
-            summary = run_study(loaded, folder, overrides or [], resume=resume)
+            summary = run_study(loaded, folder, overrides or [], resume=resume, workers=workers, ray=ray)
     except TimeIsUpError:
         print(f"stopped after {minutes:g} minutes; erde study {file} --out {folder} --resume continues it")
         finish(as_json, {"study": str(folder), "finished": False})

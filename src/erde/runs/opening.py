@@ -33,7 +33,7 @@ def open_run(config: Config, folder: Path, resume: bool) -> Run:
         UserError: bad input; a folder that holds another run, or a run and no ``resume``; another writer.
     """
     parallel.start(config.device)
-    config = _with_whole_paths(config)
+    config = with_whole_paths(config)
     runs: list[Run] = []
     parallel.first_only(lambda: runs.append((_continue if resume else _start)(config, folder)))
     if runs:
@@ -107,7 +107,7 @@ def _lock(folder: Path) -> Lock:
     return Lock(folder / LOCK, f"the run {folder}")
 
 
-def _with_whole_paths(config: Config) -> Config:
+def with_whole_paths(config: Config) -> Config:
     """The recipe with its local data, weights and cache by their whole paths, so that it works from every folder."""
 
     def whole(path: Any) -> Any:
@@ -157,7 +157,7 @@ def _resumed(config: Config, saved: Path) -> Config:
     A key that ``config`` leaves to its default stays as the run began with it, so that a later version of erde, with
     other defaults and more keys, goes on with older runs.
     """
-    began = _with_whole_paths(load_saved_config(saved)).model_dump(mode="json")
+    began = with_whole_paths(load_saved_config(saved)).model_dump(mode="json")
     now = _fill_from(config, began)
     for group, key in run_folder.FREE_TO_CHANGE:
         began[group][key] = now[group][key]

@@ -6,53 +6,123 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
-from erde.common import progress
+from erde.common import environment, progress
 from erde.common.errors import UserError
 from erde.common.files import check_folder, make_folder, write_text
+from erde.common.tasks import import_ray, in_processes, in_ray
 from erde.evaluation.ledger import Ledger, rows_of
 from erde.evaluation.results import Results
-from erde.evaluation.run_folder import arm_folder
+from erde.evaluation.run_folder import RESULTS, arm_folder
 from erde.evaluation.study import ArmSeed, Study, arm_seeds, summarise
 from erde.recipe.schema import TEACHER, Config
 from erde.recipe.study import StudyConfig
 from erde.report.study_text import study_text
 from erde.runs.chain import run
 from erde.runs.folder import CONFIG
+from erde.runs.opening import with_whole_paths
+from erde.training import loop
 from erde.training.job import FINAL
 
 STUDY, TEXT = "study.json", "study.md"
 
 
+@dataclass(frozen=True)
+class Seed:
+    """A seed's run: its recipe, its folder, and how many CPUs it takes if the recipe's ``threads`` does not say."""
+
+    config: Config
+    place: Path
+    cpus: int
+
+
 def run_study(
-    study: StudyConfig, folder: str | Path, overrides: Sequence[str] = (), *, resume: bool = False
+    study: StudyConfig,
+    folder: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    workers: int | None = None,
+    ray: bool = False,
 ) -> Study:
     """Run every seed of ``study`` that is not finished in ``folder``, and compare the arms over the seeds.
 
     Args:
         overrides: ``KEY=VALUE`` for the recipe, after the study's own keys.
         resume: continue what was stopped; the study may have got more seeds meanwhile.
+        workers: so many seeds at a time, each in a process of its own; one after the other in this process without it,
+            and all at once with ``ray``.
+        ray: run them as tasks of Ray, whose machines must see ``folder`` and the data at the same place.
 
     Raises:
-        UserError: bad input, a folder that holds something and no ``resume``, runs that do not fit together.
+        UserError: bad input, a folder that holds something and no ``resume``, runs that do not fit together, a process
+            that was killed.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute() if ray else Path(folder)
     _check_alone("study")
     configs = {seed: study.config(seed, overrides) for seed in study.seeds}
+    if ray:
+        import_ray()
+        # Ray's processes have another working folder.
+        configs = {seed: with_whole_paths(config) for seed, config in configs.items()}
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: continue it with --resume, or choose another with --out")
     make_folder(folder)
     measured: dict[int, dict[str, ArmSeed]] = {}
-    for number, (seed, config) in enumerate(configs.items(), 1):
-        progress.say(f"study {study.name}: run {number} of {len(configs)}, seed {seed}")
-        place = run_place(folder, seed)
-        measured[seed] = arm_seeds(place, _run(_with_teacher(study, config, folder), place))
-        summary = summarise(study.name, study.reference, measured)
-        summary.write(folder / STUDY)
-        write_text(folder / TEXT, study_text(summary))
+    # A teacher of all seeds is trained before them.
+    parts = [study.seeds[:1], study.seeds[1:]] if study.one_teacher else [study.seeds]
+    for part in filter(None, parts):
+        # On this machine they share its CPUs.
+        cpus = 1 if ray else max(1, environment.available_cpus() // min(workers or 1, len(part)))
+        seeds = [
+            Seed(_with_teacher(study, configs[seed], folder), run_place(folder, seed), cpus) for seed in part
+        ]
+        with closing(_finish(study, seeds, workers, ray)) as finished:
+            for seed in finished:
+                place = run_place(folder, seed)
+                measured[seed] = arm_seeds(place, Results.read(place / RESULTS))
+                # In the study's order, whichever was first.
+                in_order = {known: measured[known] for known in study.seeds if known in measured}
+                summary = summarise(study.name, study.reference, in_order)
+                summary.write(folder / STUDY)
+                write_text(folder / TEXT, study_text(summary))
     return summary
+
+
+def _finish(
+    study: StudyConfig, seeds: Sequence[Seed], workers: int | None, ray: bool
+) -> Generator[int, None, None]:
+    """Run the seeds; the number of each when it is finished."""
+    if ray:
+        config, most = seeds[0].config, workers or len(seeds)
+        gpus = int(config.device == "cuda")
+        finished = in_ray(_run_beside_others, seeds, most, cpus=config.threads or 1, gpus=gpus)
+    elif workers is not None and workers > 1:
+        finished = in_processes(_run_beside_others, seeds, workers)
+    else:
+        for seed in seeds:
+            number = study.seeds.index(seed.config.seed) + 1
+            progress.say(f"study {study.name}: run {number} of {len(study.seeds)}, seed {seed.config.seed}")
+            _run(seed.config, seed.place)
+            yield seed.config.seed
+        return
+    with closing(finished):
+        for done in finished:
+            progress.say(f"study {study.name}: seed {done} is finished")
+            yield done
+
+
+def _run_beside_others(seed: Seed) -> int:
+    """A seed in a process of its own."""
+    environment.most_cpus = seed.cpus
+    progress.prefix = f"seed {seed.config.seed}: "
+    loop.keeps_memory = True
+    _run(seed.config, seed.place)
+    return seed.config.seed
 
 
 def fill_ledger(ledger: Ledger, results: Path, runs: Path) -> None:
