@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from erde.common import progress
 from erde.common.errors import UserError
 from erde.common.tasks import in_processes, in_ray
 from tests.helpers.checks import user_error
@@ -101,3 +102,13 @@ def test_ray_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with user_error("--ray needs Ray, which is not installed"):
         list(in_ray(double, [1], 2))
+
+
+def test_lines_of_a_process_beside_others_say_whose_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "prefix", "seed 3: ")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress.task("kd", 10) as task:
+        task.update(5)
+    assert capsys.readouterr().err == "seed 3: kd: 5/10\n"

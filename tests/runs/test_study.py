@@ -196,7 +196,7 @@ def test_without_ray_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_killed_worker_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
     study = TINY.model_copy(update={"one_teacher": False, "keys": {**TINY.keys, "threads": 1}})
     run_study(study, tmp_path / "serial")
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json")))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
     arguments = ["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--workers", "2"]
     process = erde_process(*arguments)
     deadline = time.monotonic() + 300
