@@ -34,8 +34,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 # Builders want all pages in one folder: a copy with the repository's own layout, so that links need no change.
-PAGES := README.md CHANGELOG.md CONTRIBUTING.md LOG.md LICENSE docs examples benchmarks/README.md results src/erde \
-	tests/helpers/oracles.py tests/losses/golden/README.md
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md LOG.md LICENSE docs examples benchmarks/README.md benchmarks/ledger.yaml \
+	results src/erde tests/helpers/oracles.py tests/losses/golden/README.md
 
 site: $(INSTALLED)
 	rm -rf build/pages site

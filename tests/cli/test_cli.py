@@ -162,6 +162,7 @@ def test_stopping_by_hand_is_no_traceback(
         (("--x", "train"), "stopped; it continues with --resume"),
         (("distill", "runs/a"), "stopped; the same command continues it"),
         (("predict", "b", "x.png"), "stopped; with --out it continues with --resume"),
+        (("ledger", "l.yaml"), "stopped; the same command continues it"),
         (("bench", "b"), "stopped"),
         ((), "stopped"),
     ],

@@ -68,3 +68,12 @@ def test_describe_on_the_cpu() -> None:
     assert 1 <= description["cpus"] <= (os.cpu_count() or 1)
     assert description["cpu"]
     assert description["platform"] == platform.platform()
+
+
+def test_a_process_may_take_a_share_of_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4), raising=False)
+    shares = []
+    for most in (None, 3, 9):
+        monkeypatch.setattr(environment, "most_cpus", most)
+        shares.append(environment.available_cpus())
+    assert shares == [4, 3, 4]

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from erde.common import environment, progress
 from erde.common.errors import UserError
 from erde.common.time_limit import TimeIsUpError, time_limit
+from erde.evaluation.results import Results
 from erde.recipe.load import load_config
+from erde.recipe.schema import Config
 from erde.recipe.study import StudyConfig, load_study
 from erde.runs.chain import run
 from erde.runs.study import run_study, taught_by
+from erde.training import loop
+from tests.e2e.conftest import erde, erde_process
+from tests.helpers.hand_made_runs import hand_made_run
+from tests.runtime.test_predict_shards import children
 
 TINY = StudyConfig(
     name="tiny",
@@ -123,3 +135,101 @@ def test_a_study_that_was_stopped_ends_the_same(tmp_path: Path, monkeypatch: pyt
     run_study(TINY, stopped, resume=True)
     for name in ("study.json", "study.md"):
         assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# ---------------------------------------------------------------- several at a time
+
+
+@pytest.fixture
+def made_by_hand(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None]]:
+    """No training, and no processes: ``(seed's folder, the CPUs it may take)`` of each run, the last seed first."""
+    runs: list[tuple[str, int | None]] = []
+
+    def run_by_hand(config: Config, place: Path, *, resume: bool) -> Results:
+        runs.append((place.name, environment.most_cpus))
+        return hand_made_run(config, place)
+
+    def here(work: Any, seeds: Any, workers: int, **keywords: int) -> Any:
+        yield from map(work, reversed(seeds))
+
+    monkeypatch.setattr("erde.runs.study.run", run_by_hand)
+    monkeypatch.setattr("erde.runs.study.in_processes", here)
+    monkeypatch.setattr("erde.runs.study.in_ray", here)
+    monkeypatch.setattr("erde.runs.study.import_ray", lambda: None)
+    for module, name in ((environment, "most_cpus"), (progress, "prefix"), (loop, "keeps_memory")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    return runs
+
+
+@pytest.mark.parametrize("one_teacher", [False, True])
+@pytest.mark.parametrize("ray", [False, True])
+def test_seeds_in_any_order_give_the_same_study(
+    one_teacher: bool,
+    ray: bool,
+    made_by_hand: list[tuple[str, int | None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("erde.common.environment.os.sched_getaffinity", lambda _: range(8), raising=False)
+    study = TINY.model_copy(update={"seeds": [3, 4, 5, 6], "one_teacher": one_teacher})
+    run_study(study, tmp_path / "serial")
+    assert [name for name, _ in made_by_hand] == ["seed3", "seed4", "seed5", "seed6"]
+    made_by_hand.clear()
+    run_study(study, tmp_path / "beside", workers=2, ray=ray)
+    # A common teacher is trained first, alone, and with all CPUs.
+    shares = [8, 4, 4, 4] if one_teacher else [4, 4, 4, 4]
+    order = ["seed3", "seed6", "seed5", "seed4"] if one_teacher else ["seed6", "seed5", "seed4", "seed3"]
+    assert made_by_hand == list(zip(order, [1] * 4 if ray else shares, strict=True))
+    for name in ("study.json", "study.md"):
+        assert (tmp_path / "beside" / name).read_bytes() == (tmp_path / "serial" / name).read_bytes()
+
+
+def test_without_ray_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="--ray needs Ray, which is not installed"):
+        run_study(TINY, tmp_path / "out", ray=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_killed_worker_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
+    study = TINY.model_copy(update={"one_teacher": False, "keys": {**TINY.keys, "threads": 1}})
+    run_study(study, tmp_path / "serial")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False))
+    arguments = ["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out"), "--workers", "2"]
+    process = erde_process(*arguments)
+    deadline = time.monotonic() + 300
+    while len(list((tmp_path / "out").glob("seed*/arms/teacher/checkpoints"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    workers = [
+        worker
+        for worker in children(process.pid)
+        if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text()
+    ]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("error: a worker process was killed")
+    assert "Traceback" not in err
+    assert "seed 3: " in err
+
+    erde(*arguments, "--resume")
+    for name in ("study.json", "study.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "serial" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_study_in_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'erde[ray]'")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    study = TINY.model_copy(update={"one_teacher": False})
+    whole = run_study(study, tmp_path / "serial")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        assert run_study(study, tmp_path / "out", ray=True) == whole
+    finally:
+        ray.shutdown()

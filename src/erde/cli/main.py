@@ -138,6 +138,7 @@ def _print_stopped() -> None:
         "run": "; it continues with --resume",
         "train": "; it continues with --resume",
         "study": "; it continues with --resume",
+        "ledger": "; the same command continues it",
         "distill": "; the same command continues it",
         "export": "; the same command continues it",
         "predict": "; with --out it continues with --resume",
@@ -186,6 +187,7 @@ _command(runs.calibrate, "erde calibrate runs/a/bundle --data photos/ --max-risk
 _command(runs.evaluate, "erde evaluate runs/a --json")
 _command(runs.compare, "erde compare runs/a runs/b --out comparison.html")
 _command(studies.study, "erde study study.yaml --out runs/study --minutes 60")
+_command(studies.ledger, "erde ledger benchmarks/ledger.yaml --minutes 9 --table results/ledger.md")
 _command(bundles.predict, "erde predict runs/a/bundle photos/ --out answers.csv")
 _command(bundles.accelerate, "erde accelerate model.onnx --images photos/ --out fast --minutes 60")
 _command(bundles.cascade, "erde cascade front/bundle model.onnx --data photos/ --max-risk 1% --out chain")

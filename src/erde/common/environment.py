@@ -9,12 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# The most CPUs that this process takes, where several share a machine. None: all that it may use.
+most_cpus: int | None = None
+
 PACKAGES = ("erde", "torch", "numpy", "onnx", "onnxruntime", "onnxscript", "datasets", "pillow", "scipy")
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use, or its share of them."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus if most_cpus is None else min(cpus, most_cpus)
 
 
 def erde_version() -> str:

@@ -25,6 +25,8 @@ PLAIN_INTERVAL = 10.0
 BAR_INTERVAL = 1.0
 # Set in all but the first of several processes that share a training.
 quiet = False
+# Before each line of a process that works beside others, which has no bar.
+prefix = ""
 
 
 class Task(Protocol):
@@ -68,7 +70,7 @@ class _BarTask:
 @contextmanager
 def task(name: str, total: int, completed: int = 0) -> Iterator[Task]:
     """A bar with the time left on a terminal; elsewhere a plain line now and then. On stderr."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or prefix or not sys.stderr.isatty():
         yield _PlainTask(name, total, completed)
         return
     from rich.console import Console
@@ -98,7 +100,7 @@ def _bar(console: Console) -> Progress:
 def say(text: str) -> None:
     """Print one plain line on stderr."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(f"{prefix}{text}", file=sys.stderr, flush=True)
 
 
 class RunLog:

@@ -13,7 +13,7 @@ from scipy import stats
 from erde.common.errors import UserError
 from erde.common.files import write_json
 from erde.common.model import Frozen
-from erde.evaluation.results import Arm, Interval, Results
+from erde.evaluation.results import Arm, Interval, Results, SplitInfo
 from erde.evaluation.run_folder import read_logits
 
 # Shares of the MACs of the network without exits at which curves are read.
@@ -41,6 +41,14 @@ class ArmMeasure(Frozen):
     values: list[float | None]
     estimate: Estimate | None
     difference: Difference | None = None
+
+
+class ArmSeed(Frozen):
+    """An arm of one run, as a study takes it: its measures, and the split that they are of."""
+
+    role: Literal["teacher", "student", "fixed"]
+    test: SplitInfo
+    measures: dict[str, float | None]
 
 
 class Study(Frozen):
@@ -87,40 +95,45 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def summarise(name: str, reference: str, runs: Mapping[int, Path], results: Mapping[int, Results]) -> Study:
-    """The study of runs with several seeds, ``{seed: run folder}``.
+def arm_seeds(run: Path, results: Results) -> dict[str, ArmSeed]:
+    """What a study takes of a finished run: its arms in float."""
+    return {
+        name: ArmSeed(
+            role=arm.role,
+            test=results.data.splits["test"],
+            measures=measures(results, name) | tune_measures(run, name),
+        )
+        for name, arm in results.arms.items()
+        if arm.precision == "fp32"
+    }
 
-    Arms in int8 are left out, and the teacher is measured but not compared.
+
+def summarise(name: str, reference: str, seeds: Mapping[int, Mapping[str, ArmSeed]]) -> Study:
+    """The study of runs with several seeds, ``{seed: {arm: its measures}}``.
+
+    The teacher is measured but not compared.
 
     Raises:
-        UserError: runs whose arms or test images differ.
+        UserError: seeds whose arms or test images differ.
     """
-    first = next(iter(results.values()))
-    for seed, result in results.items():
-        if list(result.arms) != list(first.arms):
-            raise UserError(f"{runs[seed]} has other arms than {next(iter(runs.values()))}: use a new folder")
-        if result.data.splits["test"] != first.data.splits["test"]:
+    began, first = next(iter(seeds.items()))
+    test = next(iter(first.values())).test
+    for seed, arms in seeds.items():
+        if list(arms) != list(first):
+            raise UserError(f"study {name}: seed {seed} has other arms than seed {began}: use a new folder")
+        if any(arm.test != test for arm in arms.values()):
             raise UserError(
-                f"{runs[seed]} was tested on other images than {next(iter(runs.values()))}: set data.split_seed"
+                f"study {name}: seed {seed} was tested on other images than seed {began}: set data.split_seed"
             )
-    arms = [arm for arm, measured in first.arms.items() if measured.precision == "fp32"]
-    by_seed = {
-        seed: {arm: measures(result, arm) | tune_measures(runs[seed], arm) for arm in arms}
-        for seed, result in results.items()
-    }
-    names = list(dict.fromkeys(key for seed in by_seed.values() for arm in seed.values() for key in arm))
+    names = list(
+        dict.fromkeys(key for arms in seeds.values() for arm in arms.values() for key in arm.measures)
+    )
+    compared = [arm for arm, about in first.items() if about.role != "teacher"]
     table = {}
     for measure in names:
-        rows = {arm: [by_seed[seed][arm].get(measure) for seed in by_seed] for arm in arms}
-        compared = [arm for arm in arms if first.arms[arm].role != "teacher"]
+        rows = {arm: [arms[arm].measures.get(measure) for arms in seeds.values()] for arm in first}
         table[measure] = _compared(rows, reference, compared)
-    return Study(
-        name=name,
-        reference=reference,
-        seeds=list(results),
-        test_images=first.data.splits["test"].size,
-        measures=table,
-    )
+    return Study(name=name, reference=reference, seeds=list(seeds), test_images=test.size, measures=table)
 
 
 def _compared(

@@ -1,4 +1,4 @@
-"""Studies: one recipe with several seeds, its arms held against one of them."""
+"""Studies: one recipe with several seeds, its arms held against one of them; and ledgers, which list studies."""
 
 from __future__ import annotations
 
@@ -54,11 +54,44 @@ class StudyConfig(Section):
         return config
 
 
+class LedgerConfig(Section):
+    """What ``erde ledger`` reads."""
+
+    studies: Annotated[list[StudyConfig], Field(min_length=1)]
+    """Studies, as of `erde study`, or paths to their files from the ledger's folder on."""
+
+    @field_validator("studies")
+    @classmethod
+    def _names(cls, studies: list[StudyConfig]) -> list[StudyConfig]:
+        names = [study.name for study in studies]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the name '{name}' is given twice: each study needs its own")
+        return studies
+
+
 def load_study(path: Path) -> StudyConfig:
     """The study in a YAML file."""
     if not path.is_file():
         raise UserError(f"no study at {path}: give a YAML file with name, recipe, seeds and reference")
+    return validate(StudyConfig, _read_keys(path))
+
+
+def load_ledger(path: Path) -> LedgerConfig:
+    """The ledger in a YAML file."""
+    if not path.is_file():
+        raise UserError(f"no ledger at {path}: give a YAML file with a list of studies")
+    tree = _read_keys(path)
+    studies = tree.get("studies")
+    if isinstance(studies, list):
+        tree["studies"] = [
+            load_study(path.parent / study) if isinstance(study, str) else study for study in studies
+        ]
+    return validate(LedgerConfig, tree)
+
+
+def _read_keys(path: Path) -> dict[str, Any]:
     tree = read_yaml_file(path, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values, got {type(tree).__name__}")
-    return validate(StudyConfig, tree)
+    return tree

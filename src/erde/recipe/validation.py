@@ -53,6 +53,17 @@ def validate(model: type[Model], value: Any, prefix: str = "") -> Model:
         raise UserError(f"{where or 'recipe'}: expected {expected}, got {shorten(first['input'])}") from error
 
 
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """Where two trees of a recipe differ first: the dotted key and both values; None if they are alike."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (key, old, new)
+    for name in [*old, *(name for name in new if name not in old)]:
+        inner = f"{key}.{name}" if key else str(name)
+        if difference := first_difference(old.get(name), new.get(name), inner):
+            return difference
+    return None
+
+
 def _own_words(error: ValueError, where: str) -> str:
     """The message of a validator of erde, with the full dotted path of the invalid node."""
     message = str(error)

@@ -16,7 +16,7 @@ from erde.data.sources import SHIPPED
 from erde.evaluation import run_folder
 from erde.recipe.load import load_saved_config
 from erde.recipe.schema import Config
-from erde.recipe.validation import validate
+from erde.recipe.validation import first_difference, validate
 from erde.runs import training
 from erde.runs.folder import CONFIG, SPLITS, Run
 from erde.training import parallel
@@ -33,7 +33,7 @@ def open_run(config: Config, folder: Path, resume: bool) -> Run:
         UserError: bad input; a folder that holds another run, or a run and no ``resume``; another writer.
     """
     parallel.start(config.device)
-    config = _with_whole_paths(config)
+    config = with_whole_paths(config)
     runs: list[Run] = []
     parallel.first_only(lambda: runs.append((_continue if resume else _start)(config, folder)))
     if runs:
@@ -107,7 +107,7 @@ def _lock(folder: Path) -> Lock:
     return Lock(folder / LOCK, f"the run {folder}")
 
 
-def _with_whole_paths(config: Config) -> Config:
+def with_whole_paths(config: Config) -> Config:
     """The recipe with its local data, weights and cache by their whole paths, so that it works from every folder."""
 
     def whole(path: Any) -> Any:
@@ -157,11 +157,11 @@ def _resumed(config: Config, saved: Path) -> Config:
     A key that ``config`` leaves to its default stays as the run began with it, so that a later version of erde, with
     other defaults and more keys, goes on with older runs.
     """
-    began = _with_whole_paths(load_saved_config(saved)).model_dump(mode="json")
+    began = with_whole_paths(load_saved_config(saved)).model_dump(mode="json")
     now = _fill_from(config, began)
     for group, key in run_folder.FREE_TO_CHANGE:
         began[group][key] = now[group][key]
-    difference = _first_difference(began, now)
+    difference = first_difference(began, now)
     if difference is not None:
         key, before, after = difference
         raise UserError(
@@ -185,13 +185,3 @@ def _fill_from(model: BaseModel, began: dict[str, Any]) -> dict[str, Any]:
                 if isinstance(inner, BaseModel) and isinstance(before.get(key), dict):
                     tree[name][key] = _fill_from(inner, before[key])
     return tree
-
-
-def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else (key, old, new)
-    for name in [*old, *(name for name in new if name not in old)]:
-        inner = f"{key}.{name}" if key else str(name)
-        if difference := _first_difference(old.get(name), new.get(name), inner):
-            return difference
-    return None
