@@ -56,7 +56,8 @@ class Bulk:
         self.bundle, self.count, self.rows = arguments.bundle.absolute(), arguments.images, arguments.rows
         self.few, self.many, self.rounds = 2, arguments.throughput_images, arguments.rounds
         self.scratch = scratch
-        self.images = np.ascontiguousarray(np.asarray(load_data("cifar10").test.images[:]))
+        most = max(self.count, self.many)
+        self.images = np.ascontiguousarray(np.asarray(load_data("cifar10").test.images[:most]))
         self.encoded = [png(image) for image in self.images]
         self.session = Session(self.bundle, threads=1, spinning=False)
         self.predictor = erde.Predictor(self.bundle, keep=["id"])
