@@ -10,12 +10,15 @@ import operator
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from pydantic import BaseModel
@@ -26,7 +29,10 @@ from erde.recipe.keys import keys_of
 from erde.recipe.load import load_config, shipped_recipes
 from erde.recipe.losses import ControllerConfig, LossConfig
 from erde.recipe.schema import Config
+from erde.runtime.batch import ANSWERS
 from tests.helpers import api_page, key_tables
+from tests.helpers.hand_made_bundle import convolution_bundle
+from tests.runtime.test_batch import check_parity, png, some_images
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -341,3 +347,40 @@ def test_python_of_backbones_runs(tmp_path: Path) -> None:
     promised = [line.split("  # ")[1] for line in lines if "  # " in line]
     assert len(promised) == 5
     assert [line for line in out.splitlines() if line.startswith("['")] == promised
+
+
+# The module that each example of bulk.md needs, and what its program has before.
+BULK = {
+    "Ray Data": ("ray.data", "import erde, ray\nray.init(num_cpus=4, include_dashboard=False)\n"),
+    "Spark": (
+        "pyspark",
+        "from pyspark.sql import SparkSession\nspark = SparkSession.builder.master('local[2]').getOrCreate()\n",
+    ),
+    "Dask": ("dask.dataframe", "import erde\n"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", BULK)
+def test_python_of_bulk_runs(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    module, before = BULK[engine]
+    pytest.importorskip(module, reason=f"{module} is not installed")
+    if engine == "Spark" and shutil.which("java") is None:
+        pytest.skip("Spark needs Java, which is not installed")
+    text = (DOCS / "bulk.md").read_text(encoding="utf-8")
+    (example,) = re.findall(rf"^### {engine}\n\n```python\n(.*?)^```$", text, re.M | re.S)
+    for place in ("/mnt/", "s3://bucket/"):
+        example = example.replace(place, f"{tmp_path}/")
+    bundle, images = convolution_bundle(tmp_path / "bundle"), some_images(300)
+    (tmp_path / "images").mkdir()
+    for start in (0, 100, 200):
+        rows = range(start, start + 100)
+        table = pa.table({"id": pa.array(rows, pa.int64()), "image": [png(images[row]) for row in rows]})
+        pq.write_table(table, tmp_path / f"images/{start}.parquet")
+    execute([sys.executable, "-c", before + example], tmp_path)
+    answers = pq.read_table(tmp_path / "answers").sort_by("id")
+    assert set(answers.column_names) == {"id", *ANSWERS}
+    columns = {name: answers[name].to_numpy() for name in answers.column_names}
+    assert columns["id"].tolist() == list(range(300))
+    check_parity(columns, bundle, images)

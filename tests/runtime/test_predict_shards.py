@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,26 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+def test_a_cluster_that_lets_nobody_in(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class RayError(Exception):
+        pass
+
+    def refuse(**options: Any) -> None:
+        raise errors.pop()
+
+    errors = [ConnectionError("nobody at head:6379\nfor long"), RayError("no token")]
+    exceptions = SimpleNamespace(RayError=RayError)
+    ray = SimpleNamespace(is_initialized=lambda: False, init=refuse, exceptions=exceptions)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    folder, out = write_shards(tmp_path / "shards", 1, 2), tmp_path / "answers"
+    with user_error(r"no way into Ray's cluster \(no token\): check RAY_ADDRESS and.* RAY_AUTH_TOKEN"):
+        predict_shards(bundle, [folder], out, ray=True)
+    with user_error(r"no way into Ray's cluster \(nobody at head:6379\)"):
+        predict_shards(bundle, [folder], out, ray=True, resume=True)
+    assert predict_shards(bundle, [folder], out, resume=True)["images"] == 2
 
 
 @pytest.mark.slow

@@ -363,7 +363,14 @@ def _through_ray(predictor: Predictor, seal: str, shards: Sequence[Shard], worke
     ray = _import_ray()
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False)
+        try:
+            ray.init(log_to_driver=False)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            reason = in_one_line(str(error).strip().splitlines()[0])
+            raise UserError(
+                f"no way into Ray's cluster ({reason}): check RAY_ADDRESS and, where the cluster has a token, RAY_AUTH_TOKEN; "
+                "then repeat the command with --resume"
+            ) from error
     try:
         answer = ray.remote(num_cpus=predictor.threads or 1)(_answer_or_refuse)
         waiting = list(reversed(shards))
