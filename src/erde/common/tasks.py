@@ -32,7 +32,8 @@ def in_processes(
                 yield done.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory: repeat the command with --resume, and fewer workers"
+                "a worker process was killed, perhaps for want of memory: repeat the command with --resume, and fewer workers "
+                "or a smaller batch size"
             ) from error
 
 
@@ -99,7 +100,7 @@ def in_ray(
             reason = in_one_line(str(error).strip().splitlines()[0])
             raise UserError(
                 f"no way into Ray's cluster ({reason}): check RAY_ADDRESS and, where the cluster has a token, RAY_AUTH_TOKEN; "
-                "then repeat the command"
+                "then repeat the command with --resume"
             ) from error
     try:
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(_work_or_refuse)

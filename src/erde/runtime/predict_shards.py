@@ -7,15 +7,10 @@ that no row is answered twice in the output, and none is missing.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from erde.bundle.sealing import seal_of
 from erde.common import progress
 from erde.common.errors import UserError, in_one_line, nearest
 from erde.common.files import Lock, check_folder, make_folder, replacing_file, sweep_leftovers, write_json
+from erde.common.tasks import import_ray, in_processes, in_ray
 from erde.runtime.batch import ANSWERS, Predictor
 
 SUFFIX = ".parquet"
@@ -100,9 +96,8 @@ def predict_shards(
     tasks = [
         Shard(source, target, _rows_of(source, column, keep)) for source, target in _find_shards(shards, out)
     ]
-    submit = _through_ray if ray else _through_processes if workers > 1 else _here
     if ray:
-        _import_ray()
+        import_ray()
     tally = Tally(0, 0, [0] * len(manifest.stages), 0)
     check_folder(out)
     make_folder(out.parent)
@@ -115,9 +110,16 @@ def predict_shards(
                 waiting.append(shard)
             else:
                 tally.add(answered)
+        work = partial(_answer_shard, predictor, seal)
+        if ray:
+            finished = in_ray(work, waiting, workers, cpus=threads)
+        elif workers > 1:
+            finished = in_processes(work, waiting, workers)
+        else:
+            finished = (work(shard) for shard in waiting)
         with (
             progress.task("predict", sum(shard.rows for shard in tasks), tally.rows) as task,
-            closing(submit(predictor, seal, waiting, workers)) as parts,
+            closing(finished) as parts,
         ):
             for part in parts:
                 tally.add(part)
@@ -143,18 +145,6 @@ def _import_parquet() -> Any:
     except ImportError as error:
         raise UserError("Parquet shards need pyarrow: pip install 'erde[batch]'") from error
     return pyarrow.parquet
-
-
-def _import_ray() -> Any:
-    # Else Ray reports its use to its makers over the network; whoever sets it to 1 is asked.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            "--ray needs Ray, which is not installed: pip install 'erde[ray]', or leave --ray out"
-        ) from error
-    return ray
 
 
 def _find_shards(paths: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
@@ -302,98 +292,3 @@ def _answer_batch(predictor: Predictor, batch: Any, schema: Any, tally: Tally) -
     tally.exits = [int(count) + before for count, before in zip(exits, tally.exits, strict=True)]
     tally.macs += int(answers["macs"].sum())
     return pa.record_batch([*kept, *(pa.array(answers[name]) for name in ANSWERS)], schema=schema)
-
-
-# ---------------------------------------------------------------- who does it
-
-Tallies = Generator[Tally, None, None]
-
-
-def _here(predictor: Predictor, seal: str, shards: Sequence[Shard], workers: int) -> Tallies:
-    return (_answer_shard(predictor, seal, shard) for shard in shards)
-
-
-def _through_processes(predictor: Predictor, seal: str, shards: Sequence[Shard], workers: int) -> Tallies:
-    with _processes(min(workers, max(1, len(shards)))) as pool:
-        try:
-            for done in as_completed(
-                [pool.submit(_answer_shard, predictor, seal, shard) for shard in shards]
-            ):
-                yield done.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, perhaps for want of memory: repeat the command with --resume, and fewer "
-                "workers or a smaller batch size"
-            ) from error
-
-
-@contextmanager
-def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, and at once where the block fails."""
-    others = set(multiprocessing.active_children())
-    # Forked processes would have copies of ONNX Runtime's locks, and not its threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown()
-
-
-def _end_with_parent() -> None:
-    """Workers of a killed command would wait for tasks for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _through_ray(predictor: Predictor, seal: str, shards: Sequence[Shard], workers: int) -> Tallies:
-    """The same tasks in the cluster of ``RAY_ADDRESS``, or else of this machine."""
-    ray = _import_ray()
-    started = not ray.is_initialized()
-    if started:
-        try:
-            ray.init(log_to_driver=False)
-        except (ConnectionError, ray.exceptions.RayError) as error:
-            reason = in_one_line(str(error).strip().splitlines()[0])
-            raise UserError(
-                f"no way into Ray's cluster ({reason}): check RAY_ADDRESS and, where the cluster has a token, RAY_AUTH_TOKEN; "
-                "then repeat the command with --resume"
-            ) from error
-    try:
-        answer = ray.remote(num_cpus=predictor.threads or 1)(_answer_or_refuse)
-        waiting = list(reversed(shards))
-        running: list[Any] = []
-        while waiting or running:
-            while waiting and len(running) < workers:
-                running.append(answer.remote(predictor, seal, waiting.pop()))
-            ready, running = ray.wait(running)
-            result = ray.get(ready[0])
-            if isinstance(result, str):
-                raise UserError(result)
-            yield result
-    except ray.exceptions.RayError as error:
-        reason = in_one_line(str(error).strip().splitlines()[-1])
-        raise UserError(f"Ray lost a task ({reason}): repeat the command with --resume") from error
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _answer_or_refuse(predictor: Predictor, seal: str, shard: Shard) -> Tally | str:
-    """Ray would make many lines of an error."""
-    try:
-        return _answer_shard(predictor, seal, shard)
-    except UserError as error:
-        return str(error)
