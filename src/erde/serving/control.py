@@ -77,6 +77,7 @@ class Controller:
         self._latencies: deque[tuple[float, float]] = deque()
         self._computing: dict[int, tuple[int, float]] = {}  # by rung: how many, and the mean of their seconds
         self._beside = 0.0
+        self._late: deque[tuple[float, float]] = deque()
         self._stepped = -WINDOW
 
     @property
@@ -108,7 +109,8 @@ class Controller:
         self._arrivals.append(now)
         if self._expected(inside, self.current) > UNHURRIED * self.objective:
             self._need(now, self._cheapest_needed(inside))
-        in_time = self._expected(inside, len(self.rungs) - 1) <= ADMITTED * self.objective
+        unseen = max((late for _, late in self._late), default=0.0)
+        in_time = self._expected(inside, len(self.rungs) - 1) + unseen <= ADMITTED * self.objective
         # What was slow may be over; without an answer now and then nobody would know.
         return in_time or not (self._latencies and now - self._latencies[-1][0] < WINDOW)
 
@@ -126,8 +128,14 @@ class Controller:
         beside = min(latency / self._turns(inside), self.objective) - mean
         self._beside += _MEMORY * (beside - self._beside)
 
-    def look(self, now: float, inside: int) -> None:
-        """Choose the rung anew; to be called a few times a second."""
+    def look(self, now: float, inside: int, late: float = 0.0) -> None:
+        """Choose the rung anew; to be called many times a second.
+
+        ``late`` are the seconds by which the call itself came too late: as long a request may wait before it is seen.
+        """
+        self._late.append((now, late))
+        while self._late[0][0] < now - WINDOW:
+            self._late.popleft()
         while self._arrivals and self._arrivals[0] < now - WINDOW:
             self._arrivals.popleft()
         while self._latencies and self._latencies[0][0] < now - WINDOW:

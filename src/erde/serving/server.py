@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import time
@@ -24,7 +25,7 @@ from erde.serving.service import Load, Service
 from erde.serving.workers import Processes, Workers
 
 POLL_SECONDS = 2.0
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.02
 # For requests under way when the server is stopped.
 GRACE_SECONDS = 30
 # Longer than load balancers keep an idle connection, so that they close it and not the server.
@@ -149,6 +150,9 @@ async def _serve(
     tasks = [asyncio.create_task(_watch(service))]
     if load is not None:
         tasks.append(asyncio.create_task(_control(load, workers)))
+    # Else a full collection would hold up all requests while it walks over what imports and bundles keep.
+    gc.collect()
+    gc.freeze()
     when_ready(list(models), port.getsockname()[1], grpc_port)
     await asyncio.wait([running, asyncio.ensure_future(stopped.wait())], return_when=asyncio.FIRST_COMPLETED)
     service.ready = False
@@ -219,8 +223,10 @@ async def _watch(service: Service) -> None:
 
 async def _control(load: Load, workers: Workers) -> None:
     while True:
+        due = time.perf_counter() + LOOK_SECONDS
         await asyncio.sleep(LOOK_SECONDS)
-        load.look(time.perf_counter(), workers.inside)
+        now = time.perf_counter()
+        load.look(now, workers.inside, max(0.0, now - due))
 
 
 @contextlib.contextmanager

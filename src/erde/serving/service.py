@@ -46,9 +46,9 @@ class Load:
         self._follow(inside)
         return admitted
 
-    def look(self, now: float, inside: int) -> None:
+    def look(self, now: float, inside: int, late: float = 0.0) -> None:
         """See :meth:`Controller.look`."""
-        self.controller.look(now, inside)
+        self.controller.look(now, inside, late)
         self._follow(inside)
 
     def answered(self, now: float, point: str, latency: float, computing: float, inside: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import queue
 import signal
@@ -240,6 +241,8 @@ def _serve(connection: Connection, settings: _Settings) -> None:
     models = open_models(settings.bundles, settings.threads, _Silent())
     threading.Thread(target=_watch, args=(list(models.values()), settings.poll), daemon=True).start()
     answering = Answering(models, settings.max_batch)
+    gc.collect()
+    gc.freeze()  # as the server does
     connection.send("ready")
     while True:
         try:
