@@ -516,6 +516,8 @@ def draw(runs: dict[str, list[Reply]], bench: Bench, file: Path) -> None:
     figure, axes = pyplot.subplots(4, 1, figsize=(8, 9), sharex=True, layout="constrained")
     colors = {"load control": "#1d4ed8", "without": "#b45309"}
     names = [point.name for point in bench.session.manifest.operating_points]
+    promise = bench.session.manifest.point(bench.floor).certificate
+    assert promise is not None
     seconds = np.arange(int(max(reply.due for replies in runs.values() for reply in replies)) + 1)
     for name, replies in runs.items():
         due = np.array([reply.due for reply in replies]).astype(int)
@@ -537,12 +539,19 @@ def draw(runs: dict[str, list[Reply]], bench: Bench, file: Path) -> None:
         ]
         axes[1].plot(seconds, 1000 * np.array(p99), color=colors[name], label=name)
         blocks = [[r for r in replies if s <= r.due < s + 5 and r.status == 200] for s in seconds[::5]]
-        risks = [100 * bench.risk(block) if block else np.nan for block in blocks]
+        risks = [
+            100 * bench.risk(block, promise.guarantee == "disagreement") if block else np.nan
+            for block in blocks
+        ]
         axes[3].plot(seconds[::5] + 2.5, risks, "o-", color=colors[name], label=name)
     axes[1].axhline(bench.slo, color="#6b7280", linestyle="--", label="objective")
     axes[1].set_yscale("log")
+    axes[3].axhline(100 * promise.max_risk, color="#6b7280", linestyle="--", label="promise of the floor")
+    axes[3].set_ylim(bottom=0)
     for axis, title in zip(
-        axes, ["requests a second", "p99, ms", "share of requests by point", "risk, %"], strict=True
+        axes,
+        ["requests a second", "p99, ms", "answered at (white: refused)", f"{promise.guarantee}, %"],
+        strict=True,
     ):
         axis.set_ylabel(title)
     for axis in axes[1:]:
