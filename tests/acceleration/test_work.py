@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from erde.acceleration import work
-from erde.acceleration.fronts import affordable_views
+from erde.acceleration.fronts import affordable_trial, affordable_views
 from erde.acceleration.images import FEWEST_IMAGES, load_material, read_pool
 from erde.acceleration.work import accelerate
 from erde.bundle.sealing import read
@@ -138,6 +138,14 @@ def test_a_slow_model_is_asked_about_fewer_views() -> None:
     assert affordable_views(50_000, 0.006, 3600) == 3
     assert affordable_views(50_000, 0.05, 3600) == 2
     assert affordable_views(1_000, 0.001, 60) == 4
+
+
+def test_the_trial_takes_its_share_of_the_time() -> None:
+    assert affordable_trial(50_000, 4, 0.0035, 5000) == 8000
+    # 4,000 images in two views, at 10 ms each, are a tenth of 800 seconds.
+    assert affordable_trial(50_000, 2, 0.01, 800) == 4000
+    assert affordable_trial(50_000, 2, 0.05, 300) == 1000
+    assert affordable_trial(700, 2, 0.05, 300) == 700
 
 
 def test_what_is_refused(

@@ -173,7 +173,22 @@ def test_a_stall_is_forgotten_soon() -> None:
         controller.answered(now, 2, 1.0, 1.0, 0)
     assert not controller.admits(now + 0.01, 0)
     now += 2
+    assert not controller.admits(now, 1)
     assert quick(1) == 1
+
+
+def test_requests_that_wait_unseen_count() -> None:
+    controller = new_controller()
+    controller.answered(0.0, 0, 0.002, 0.002, 0)
+    controller.look(0.1, 0)
+    assert controller.admits(0.11, 0)
+    # The server itself came late: so long a request may have waited in a socket.
+    controller.look(0.12, 0, late=0.9 * OBJECTIVE)
+    controller.answered(0.12, 0, 0.002, 0.002, 0)
+    assert not controller.admits(0.5, 0)
+    for tick in range(60):
+        controller.look(0.14 + 0.02 * tick, 0)
+    assert controller.admits(1.3, 0)
 
 
 @pytest.mark.parametrize("seed", range(2))

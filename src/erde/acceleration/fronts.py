@@ -46,6 +46,8 @@ VIEWS, FEWEST_VIEWS, VIEWS_SHARE = 4, 2, 0.25
 LEAST_MIRRORED_AGREEMENT = 0.8
 # Of a trial; its epochs grow with the time that there is, one for every five minutes.
 TRIAL_IMAGES, TRIAL_EPOCHS = 8000, (2, 15)
+# The same at least, and the share of the time that the network's answers to them may take.
+FEWEST_TRIAL_IMAGES, TRIAL_SHARE = 1000, 0.1
 # Fronts are compared at a risk at which even a short training saves something.
 TRIAL_RISK = 0.05
 BATCH = 128
@@ -155,6 +157,12 @@ def affordable_views(images: int, seconds_per_answer: float, seconds: float) -> 
     return min(max(affordable, FEWEST_VIEWS), VIEWS)
 
 
+def affordable_trial(images: int, views: int, seconds_per_answer: float, seconds: float) -> int:
+    """How many of the train images the trial uses, whose ``views`` the network is asked about first."""
+    affordable = int(TRIAL_SHARE * seconds / max(1e-9, views * seconds_per_answer))
+    return min(max(affordable, FEWEST_TRIAL_IMAGES), TRIAL_IMAGES, images)
+
+
 def answers_alike_mirrored(stage: Path, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> bool:
     """Whether the network, with these ``logits`` (N, K) for ``images`` (N, H, W, C), sees the same in their mirror images."""
     mirrored = answers(stage, np.ascontiguousarray(images[:, :, ::-1]), "answers to mirrored images")
@@ -174,15 +182,15 @@ def trial(
     final_logits: NDArray[np.float32],
     milliseconds: float,
     minutes: float,
+    images: int,
 ) -> tuple[Front, float]:
-    """Train every candidate shortly on a part of the images, and take the one that saves most time on tune.
+    """Train every candidate shortly on so many of the ``images``, and take the one that saves most time on tune.
 
     ``final_logits`` (N, K) are the network's on tune, where an image takes it so many ``milliseconds``; ``minutes`` are
     those of the whole work. Returned besides are the seconds that the winner takes per image and epoch.
     """
     epochs = min(max(round(minutes / 5), TRIAL_EPOCHS[0]), TRIAL_EPOCHS[1])
     best: tuple[float, Front, float] | None = None
-    images = min(TRIAL_IMAGES, len(training.data.train))
     for front in fronts:
         network = front.build(training.data, training.seed)
         outcome = training.train(network, f"trial of {front.name}", folder / front.name, epochs, images)

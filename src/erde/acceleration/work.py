@@ -18,6 +18,7 @@ from erde.acceleration.fronts import (
     VIEWS,
     Front,
     Training,
+    affordable_trial,
     affordable_views,
     answers,
     answers_alike_mirrored,
@@ -236,12 +237,14 @@ class _Work:
             asked = time.monotonic()
             tune = answers(self.stage, tune_images, "answers to tune")
             per_answer = (time.monotonic() - asked) / len(tune_images)
-            views = affordable_views(len(data.train), per_answer, seconds - (time.monotonic() - started))
+            left = seconds - (time.monotonic() - started)
+            views = affordable_views(len(data.train), per_answer, left)
+            few = affordable_trial(len(data.train), views, per_answer, left)
             mirrored = answers_alike_mirrored(self.stage, tune_images, tune)
             training = self._training(data, mirrored, views)
             fronts = candidates(data, 0 if self.network.uncounted else self.network.macs, self.seed)
             alone = milliseconds_of(self.stage, tune_images[:256])
-            front, per_image = trial(fronts, training, self.out / "trial", tune, alone, minutes)
+            front, per_image = trial(fronts, training, self.out / "trial", tune, alone, minutes, few)
             left = seconds - (time.monotonic() - started) - views * len(data.train) * per_answer
             left *= TRAINING_SHARE
             epochs = int(left / max(1e-9, per_image * len(data.train)))

@@ -112,7 +112,8 @@ class Controller:
         unseen = max((late for _, late in self._late), default=0.0)
         in_time = self._expected(inside, len(self.rungs) - 1) + unseen <= ADMITTED * self.objective
         # What was slow may be over; without an answer now and then nobody would know.
-        return in_time or not (self._latencies and now - self._latencies[-1][0] < WINDOW)
+        unknown = not self._latencies or now - self._latencies[-1][0] >= WINDOW
+        return in_time or (unknown and inside < self.parallel)
 
     def answered(self, now: float, rung: int, latency: float, computing: float, inside: int) -> None:
         """A request was answered at ``rung``: ``latency`` seconds after it came, of which ``computing`` in a thread.
