@@ -106,6 +106,7 @@ def test_processes_take_a_changed_bundle(tmp_path: Path) -> None:
             return versions == {version}
 
         until(are_new)
+        until(lambda: server.request("GET", "/v2/models/a").json["versions"] == [version])
         # Each exchanges its own, but it is said once.
         err = server.stop()[2]
         assert err.count("in place of") == 1
