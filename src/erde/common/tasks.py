@@ -19,9 +19,13 @@ Result = TypeVar("Result")
 
 
 def in_processes(
-    work: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+    work: Callable[[Task], Result], tasks: Sequence[Task], workers: int, *, remedy: str = "fewer workers"
 ) -> Generator[Result, None, None]:
     """The results of ``tasks`` as they come, from processes that end with this generator and with this process.
+
+    Args:
+        workers: the most processes at a time.
+        remedy: what takes less memory, for the error where a process was killed.
 
     Raises:
         UserError: a process was killed; and what ``work`` raises. The other processes are ended then.
@@ -32,8 +36,7 @@ def in_processes(
                 yield done.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory: repeat the command with --resume, and fewer workers "
-                "or a smaller batch size"
+                f"a worker process was killed, perhaps for want of memory: repeat the command with --resume, and {remedy}"
             ) from error
 
 

@@ -114,7 +114,7 @@ def predict_shards(
         if ray:
             finished = in_ray(work, waiting, workers, cpus=threads)
         elif workers > 1:
-            finished = in_processes(work, waiting, workers)
+            finished = in_processes(work, waiting, workers, remedy="fewer workers or a smaller batch size")
         else:
             finished = (work(shard) for shard in waiting)
         with (
