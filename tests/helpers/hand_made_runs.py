@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from erde.common.splits import TestLogits
+from erde.common.time_limit import TimeIsUpError
 from erde.evaluation.results import Results, SplitInfo
 from erde.evaluation.run_folder import RESULTS, arm_folder
 from erde.recipe.schema import TEACHER, Config
+from erde.runs.chain import run
 from tests.helpers.hand_made import COST, hand_made_policy, hand_made_results
 from tests.helpers.oracles import synthetic_logits
 
@@ -51,3 +55,15 @@ def hand_made_run(config: Config, folder: Path, images: int = 600) -> Results:
     )
     results.write(folder / RESULTS)
     return results
+
+
+def cut_at(name: str) -> Callable[..., Any]:
+    """:func:`run`, but time is up in the run folder ``name`` before its export."""
+
+    def cut(config: Config, folder: Path, **keywords: Any) -> Any:
+        if folder.name == name:
+            run(config, folder, until="distill")
+            raise TimeIsUpError
+        return run(config, folder, **keywords)
+
+    return cut

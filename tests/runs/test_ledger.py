@@ -15,11 +15,10 @@ from erde.evaluation.ledger import Ledger
 from erde.evaluation.study import Study
 from erde.recipe.schema import Config
 from erde.recipe.study import LedgerConfig, StudyConfig
-from erde.runs.chain import run
 from erde.runs.study import fill_ledger, run_study
 from tests.helpers.checks import entries, user_error
 from tests.helpers.command import run_command
-from tests.helpers.hand_made_runs import hand_made_run
+from tests.helpers.hand_made_runs import cut_at, hand_made_run
 from tests.runs.test_study import TINY
 
 FIRST = StudyConfig(
@@ -140,15 +139,8 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_a_ledger_that_was_cut_ends_as_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, results, runs = LedgerConfig(studies=[TINY]), tmp_path / "results", tmp_path / "runs"
-
-    def cut(config: Config, place: Path, **keywords: Any) -> Any:
-        if place.name == "seed4":
-            run(config, place, until="distill")
-            raise TimeIsUpError
-        return run(config, place, **keywords)
-
     with monkeypatch.context() as patch:
-        patch.setattr("erde.runs.study.run", cut)
+        patch.setattr("erde.runs.study.run", cut_at("seed4"))
         with pytest.raises(TimeIsUpError):
             fill_ledger(Ledger.read(config, results), results, runs)
     assert entries(results) == [f"tiny-{arm}-seed3.json" for arm in ("ce", "kd", "teacher")]

@@ -19,11 +19,10 @@ from erde.evaluation.results import Results
 from erde.recipe.load import load_config
 from erde.recipe.schema import Config
 from erde.recipe.study import StudyConfig, load_study
-from erde.runs.chain import run
 from erde.runs.study import run_study, taught_by
 from erde.training import loop
 from tests.e2e.conftest import erde, erde_process
-from tests.helpers.hand_made_runs import hand_made_run
+from tests.helpers.hand_made_runs import cut_at, hand_made_run
 from tests.runtime.test_predict_shards import children
 
 TINY = StudyConfig(
@@ -120,15 +119,8 @@ def test_a_study_that_was_stopped_ends_the_same(tmp_path: Path, monkeypatch: pyt
     assert accuracy["ce"].difference is not None
 
     stopped = tmp_path / "stopped"
-
-    def until_the_second(config, folder, **keywords):  # type: ignore[no-untyped-def]
-        if folder.name == "seed4":
-            run(config, folder, until="distill")
-            raise TimeIsUpError
-        return run(config, folder, **keywords)
-
     with monkeypatch.context() as patch:
-        patch.setattr("erde.runs.study.run", until_the_second)
+        patch.setattr("erde.runs.study.run", cut_at("seed4"))
         with pytest.raises(TimeIsUpError):
             run_study(TINY, stopped)
     assert (stopped / "study.md").read_text().startswith("# Study tiny\n\nOne run ")
