@@ -256,6 +256,18 @@ def test_without_a_test_split_one_is_taken(tmp_path: Path) -> None:
     assert everything == {picture(row).tobytes() for row in range(240)}
 
 
+def test_tune_and_certify_of_the_test_split_leave_all_of_train(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set")
+    apart, whole = load(folder, held_out="test", tune_size=8, certify_size=9), load(folder)
+    pixels = [{image.tobytes() for image in part.images} for part in parts(apart)]
+    assert pixels[0] == {image.tobytes() for part in parts(whole)[:3] for image in part.images}
+    assert [len(images) for images in pixels[1:3]] == [8, 9]
+    assert set.union(*pixels[1:]) == {image.tobytes() for image in whole.test.images}
+    assert sum(len(images) for images in pixels[1:]) == len(whole.test)
+    with pytest.raises(UserError, match="asked for tune and certify, of .* and test needs some too"):
+        load(folder, held_out="test", tune_size=len(whole.test), certify_size=1)
+
+
 def test_a_folder_of_images_by_class(tmp_path: Path) -> None:
     for row in range(90):
         folder = tmp_path / "pets" / ("cat", "dog", "emu")[row % 3]

@@ -104,13 +104,15 @@ def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> Dat
         _check_size("test", size, order, "data.test_size")
         test = pool.take(order[:size])
         pool = pool.take(np.sort(order[size:]))
-    order = _order(pool, seed)
-    tune_size = _whole_groups(pool, order, config.tune_size)
-    held_out = _whole_groups(pool, order, tune_size + config.certify_size)
-    _check_size("tune and certify", held_out, order, "data.tune_size or data.certify_size")
-    tune = pool.take(order[:tune_size])
-    certify = pool.take(order[tune_size:held_out])
-    train = pool.take(order[held_out:])
+    whole = pool if config.held_out == "train" else test
+    order = _order(whole, seed)
+    tune_size = _whole_groups(whole, order, config.tune_size)
+    held_out = _whole_groups(whole, order, tune_size + config.certify_size)
+    _check_size("tune and certify", held_out, order, "data.tune_size or data.certify_size", config.held_out)
+    tune = whole.take(order[:tune_size])
+    certify = whole.take(order[tune_size:held_out])
+    rest = whole.take(order[held_out:])
+    train, test = (rest, test) if config.held_out == "train" else (pool, rest)
     if copies_apart:
         train, tune, certify, test = _separate(train, tune, certify, test)
     # Only train needs every class: promises and measurements are about images as they come.
@@ -229,10 +231,10 @@ def stratified_order(labels: Labels, seed: int) -> Index:
     return np.argsort(position, kind="stable").astype(np.int64)
 
 
-def _check_size(splits: str, size: int, order: Index, key: str) -> None:
+def _check_size(splits: str, size: int, order: Index, key: str, rest: str = "train") -> None:
     if size >= len(order):
         raise UserError(
-            f"{size:,} images were asked for {splits}, of {len(order):,} in all, and train needs some too: lower {key}"
+            f"{size:,} images were asked for {splits}, of {len(order):,} in all, and {rest} needs some too: lower {key}"
         )
 
 

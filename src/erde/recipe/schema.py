@@ -111,6 +111,9 @@ class DataConfig(Section):
     """Images of certify."""
     test_size: Count = 2500
     """Images of test, if the data set has no test split of its own."""
+    held_out: Literal["train", "test"] = "train"
+    """Where tune and certify are taken from. `test`: for weights that were trained elsewhere and have seen all train
+    images; test is then what is left of it."""
     mean: list[float] | None = None
     """Mean per channel, of pixels divided by 255. `null`: measured on train."""
     std: list[Positive] | None = None
