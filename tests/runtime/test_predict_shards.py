@@ -242,6 +242,8 @@ def test_options_that_do_not_go_together(bundle: Path, tmp_path: Path) -> None:
     assert "expected a folder for the answers" in command(*shard, "--out", "a.csv", code=2)[1]
     late = [*shard, "--out", str(tmp_path / "answers"), "--deadline-ms", "5"]
     assert "--deadline-ms is not for Parquet shards" in command(*late, code=2)[1]
+    for option in ("--keep", "--image-column"):
+        assert f"{option} is for Parquet shards" in command(*begin, option, "id", code=2)[1]
 
 
 # ---------------------------------------------------------------- Ray

@@ -96,6 +96,11 @@ def predict(
     else:
         from erde.runtime.predict_files import predict_files
 
+        if keep or image_column != "image":
+            option = "--keep" if keep else "--image-column"
+            raise UserError(
+                f"{option} is for Parquet shards: give files that end in .parquet, or a folder of them with --workers"
+            )
         summary = predict_files(bundle, images, out, deadline_ms=deadline_ms, threads=threads, **limits)
         skipped, word = summary["skipped"], "skipped"
     if out is not None:
