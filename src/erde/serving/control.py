@@ -6,6 +6,7 @@ drive it as the server does.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from erde.common.errors import UserError, listed
 WINDOW = 1.0
 # The share of the threads' time that may be taken: above it queues grow long now and then.
 MOST_BUSY = 0.7
-# Shares of the objective that a request may be expected to take. What is expected is a mean, and times vary: more is
-# refused at the floor, and more lets a point give way.
-ADMITTED, UNHURRIED = 0.65, 0.8
+# Shares of the objective. A request is refused if its chance to take more than the first is above 1 in 400, even at the
+# floor; a point gives way if a request is expected to take more than the second.
+ADMITTED, UNHURRIED = 0.9, 0.8
+# Standard deviations above the mean that a normal variable exceeds once in 400 times.
+_SELDOM = 2.8
 # Seconds that a dearer point must have fitted before it is taken again.
 HOLD = 3.0
 # Of a new time in the running mean, once there are some.
@@ -75,7 +78,8 @@ class Controller:
         self._needed: deque[tuple[float, int]] = deque()  # cheapest first: see _need
         self._arrivals: deque[float] = deque()
         self._latencies: deque[tuple[float, float]] = deque()
-        self._computing: dict[int, tuple[int, float]] = {}  # by rung: how many, and the mean of their seconds
+        # By rung: how many, the mean of their seconds, and the mean of the squared distance to it.
+        self._computing: dict[int, tuple[int, float, float]] = {}
         self._beside = 0.0
         self._late: deque[tuple[float, float]] = deque()
         self._stepped = -WINDOW
@@ -98,8 +102,12 @@ class Controller:
         """
         if not self._computing:
             return None
-        known = min(self._computing, key=lambda seen: abs(seen - rung))
+        known = self._nearest(rung)
         return self._computing[known][1] * self.rungs[rung].cost / self.rungs[known].cost + self._beside
+
+    def _nearest(self, rung: int) -> int:
+        """The nearest rung at which a request was answered."""
+        return min(self._computing, key=lambda seen: abs(seen - rung))
 
     def admits(self, now: float, inside: int) -> bool:
         """Whether a request that comes ``now`` can be answered in time, while so many others wait or are answered.
@@ -110,7 +118,7 @@ class Controller:
         if self._expected(inside, self.current) > UNHURRIED * self.objective:
             self._need(now, self._cheapest_needed(inside))
         unseen = max((late for _, late in self._late), default=0.0)
-        in_time = self._expected(inside, len(self.rungs) - 1) + unseen <= ADMITTED * self.objective
+        in_time = self._slowest(inside, len(self.rungs) - 1) + unseen <= ADMITTED * self.objective
         # What was slow may be over; without an answer now and then nobody would know.
         unknown = not self._latencies or now - self._latencies[-1][0] >= WINDOW
         return in_time or (unknown and inside < self.parallel)
@@ -121,11 +129,13 @@ class Controller:
         ``inside`` others waited or were answered when it came.
         """
         self._latencies.append((now, latency))
-        count, mean = self._computing.get(rung, (0, 0.0))
+        count, mean, variance = self._computing.get(rung, (0, 0.0, 0.0))
         share = max(_MEMORY, 1 / (count + 1))
         # A stall of the machine is to be forgotten soon.
-        mean += share * (min(computing, self.objective) - mean)
-        self._computing[rung] = count + 1, mean
+        distance = min(computing, self.objective) - mean
+        mean += share * distance
+        variance = (1 - share) * (variance + share * distance * distance)
+        self._computing[rung] = count + 1, mean, variance
         beside = min(latency / self._turns(inside), self.objective) - mean
         self._beside += _MEMORY * (beside - self._beside)
 
@@ -167,6 +177,13 @@ class Controller:
     def _expected(self, inside: int, rung: int) -> float:
         """Seconds until a request that comes now is answered."""
         return self._turns(inside) * (self.seconds(rung) or 0.0)
+
+    def _slowest(self, inside: int, rung: int) -> float:
+        """Seconds within which 399 of 400 requests that come now are answered: those before it take longer now and then."""
+        if not self._computing:
+            return 0.0
+        spread = math.sqrt(self._computing[self._nearest(rung)][2] * self._turns(inside))
+        return self._expected(inside, rung) + _SELDOM * spread
 
     def _turns(self, inside: int) -> float:
         """How often a thread's time for a request passes until a request that comes now is answered."""
