@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from torch import Tensor, nn
 
 from erde.common.splits import TuneSplit
 from erde.exporting import exit_times
@@ -19,6 +20,25 @@ from erde.networks.attach import attach_exits
 from erde.networks.backbones import build_backbone
 from erde.networks.network import EarlyExitNetwork, keep_exits
 from erde.runtime.stages import StageRunner
+
+
+class Tokens(nn.Module):
+    """Patches as tokens; each step puts a token of its own before them, for as many images as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.mix = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.tokens = nn.Parameter(torch.randn(3, 1, 8))
+        self.classify = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, 32, 32) to (B, 10)."""
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        for mix, token in zip(self.mix, self.tokens, strict=True):
+            x = mix(torch.cat([token.expand(x.shape[0], -1, -1), x], dim=1)).relu()
+        return self.classify(x.mean(dim=1))
+
 
 MEAN, STD, SHAPE = (0.4, 0.5, 0.6), (0.3, 0.3, 0.3), (32, 32, 3)
 
@@ -33,6 +53,18 @@ def network_of(backbone: str, exits: Any) -> EarlyExitNetwork:
 def tune() -> TuneSplit:
     images = np.random.default_rng(1).integers(0, 256, (20, *SHAPE)).astype(np.uint8)
     return TuneSplit(images, np.arange(20, dtype=np.int64) % 10)
+
+
+def test_stages_that_ask_for_the_number_of_images(tune: TuneSplit) -> None:
+    torch.manual_seed(0)
+    network = attach_exits(Tokens(), ["mix.0", "mix.1"], input_size=(3, 32, 32)).eval()
+    times, logits = measure_exits(network, MEAN, STD, tune, threads=1, rounds=1)
+    assert not np.isnan(times.stages[np.triu_indices(3)]).any()
+    images = (
+        torch.from_numpy(np.array(tune.images)).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]
+    ) / torch.tensor(STD)[:, None, None]
+    with torch.no_grad():
+        assert_allclose(logits.logits, network(images).numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_graphs_that_are_timed_are_those_of_the_reduced_network(

@@ -58,22 +58,32 @@ def rename(graph: Any, names: Mapping[str, str]) -> None:
                 tensors[place] = names.get(name, name)
 
 
+def _counting_from(entry: str, node: Any, graph: Any) -> Any:
+    """``node``, or where it counts the images of the graph's input, the same for ``entry``."""
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if node.op_type != "Shape" or given != {"start": 0, "end": 1} or node.input[0] != graph.input[0].name:
+        return node
+    return helper.make_node("Shape", [entry], node.output, node.name, **given)
+
+
 def cut_graph(model: Any, entry: tuple[str, str], outputs: Mapping[str, str]) -> Any:
     """The part of ``model`` that computes ``outputs`` from the value ``entry``; both with a name and a new name.
 
-    All of them are inputs or outputs of ``model``, whose graph has no graphs inside.
+    All of them are inputs or outputs of ``model``, whose graph has no graphs inside. The number of images, which ``model``
+    may read from its input wherever it needs it, is read from ``entry``.
     """
     graph = model.graph
+    steps = [_counting_from(entry[0], node, graph) for node in graph.node]
     known = {value.name: value for value in (*graph.input, *graph.output)}
     renamed = {entry[0]: entry[1], **outputs}
-    makers = {name: node for node in graph.node for name in node.output}
+    makers = {name: node for node in steps for name in node.output}
     needed, waiting = set(), [name for name in outputs if name != entry[0]]
     while waiting:
         name = waiting.pop()
         if name in makers and name != entry[0] and name not in needed:
             needed.update(makers[name].output)
             waiting += makers[name].input
-    nodes = [node for node in graph.node if not needed.isdisjoint(node.output)]
+    nodes = [node for node in steps if not needed.isdisjoint(node.output)]
     used = {name for node in nodes for name in node.input}
 
     def value(name: str) -> Any:

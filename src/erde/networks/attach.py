@@ -26,7 +26,7 @@ from erde.networks.heads import (
     tokens_for,
 )
 from erde.networks.network import EarlyExitNetwork
-from erde.networks.places import Plan, plan_exits
+from erde.networks.places import Plan, plan_exits, wanted_share
 from erde.networks.shapes import Handed, InputSize, example_input, mode, new_modules_in_mode_of
 
 # float32 steps in another order differ in the last bits; relative to the largest logit.
@@ -57,7 +57,7 @@ def attach_exits(
         exits: their number, the final exit included, placed at equal shares of the model's MACs; or the paths of modules
             behind which intermediate exits stand, such as ``layer1`` or ``blocks.3``. Of a
             ``Backbone`` the names of blocks (``group1``: after its last block). ``auto``: as many as there are places,
-            at most 8; :func:`keep_exits` drops some of them after training.
+            at most 8, closer together near the image; :func:`keep_exits` drops some of them after training.
         input_size: (C, H, W) of the images.
         head: of the intermediate exits: ``erde``, ``linear``, ``conv``, ``tower``, ``native`` (a backbone's own heads), or
             ``auto``, which chooses by the features.
@@ -254,7 +254,7 @@ def _place_by_macs(
     own: Sequence[int] | None = None,
     at_most: bool = False,
 ) -> list[int]:
-    """Blocks after which the intermediate exits stand: nearest to equal shares of the MACs, all different.
+    """Blocks after which the intermediate exits stand: nearest to the wanted shares of the MACs, all different.
 
     ``own``: the blocks that bring a head along, and so the only places. ``at_most``: fewer where there are fewer places.
     """
@@ -273,7 +273,8 @@ def _place_by_macs(
         # Leave enough candidates for the exits that are still to be placed.
         free = [cut for cut in candidates if not cuts or cut > cuts[-1]]
         free = free[: len(free) - (exits - 1 - number)]
-        cuts.append(min(free, key=lambda cut: abs(ends[cut] - number / exits)))
+        share = wanted_share(number, exits, at_most)
+        cuts.append(min(free, key=lambda cut: abs(ends[cut] - share)))
     return cuts
 
 

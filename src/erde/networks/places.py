@@ -1,4 +1,4 @@
-"""Places of exits in a traced model: by name, or at equal shares of its MACs."""
+"""Places of exits in a traced model: by name, or at shares of its MACs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ _LITTLE = 0.03
 # The end of a block is preferred within this part of the distance between two exits.
 _BLOCK_END = 0.35
 _NO_BLOCK = 99
+
+
+def wanted_share(number: int, exits: int, at_most: bool) -> float:
+    """Where exit ``number`` (from 1) of ``exits`` is wanted, in shares of the MACs.
+
+    At equal shares; with ``at_most``, as many as there are places, closer together near the image: most images leave
+    there, and those that do not pay are dropped later.
+    """
+    return float((number / exits) ** (1.5 if at_most else 1.0))
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,10 @@ def _plan(opener: Opener, exits: int | Sequence[str], input_size: Sequence[int],
         if names.count(names[index]) > 1:
             names[index] = f"{names[index]}.{facts.nodes[cut.place].name}"
     if isinstance(exits, int):
-        distances = [abs(cut.share - number / (len(cuts) + 1)) for number, cut in enumerate(cuts, start=1)]
+        distances = [
+            abs(cut.share - wanted_share(number, len(cuts) + 1, at_most))
+            for number, cut in enumerate(cuts, start=1)
+        ]
     else:
         distances = map_of.distances
     return Plan(
@@ -273,7 +285,7 @@ class _Map:
     # ------------------------------------------------------------ shares
 
     def at_shares(self, exits: int, at_most: bool) -> list[Cut]:
-        """The cuts nearest to equal shares of the MACs; several tensors flow only where no cut of a single tensor is near.
+        """The cuts nearest to the wanted shares; several tensors flow only where no cut of a single tensor is near.
 
         With ``at_most`` there are fewer cuts rather than such of several tensors.
         """
@@ -282,7 +294,7 @@ class _Map:
         several = self._representatives([cut for cut in like_tail if cut.tensors > 1])
         places = {cut.share: cut for cut in single}
         for number in range(1, exits):
-            share = number / exits
+            share = wanted_share(number, exits, at_most)
             if min((abs(known - share) for known in places), default=1.0) > (
                 NEAR if at_most else 0.4 / exits
             ):
@@ -301,7 +313,7 @@ class _Map:
             )
         chosen: list[Cut] = []
         for number in range(1, exits):
-            share = number / exits
+            share = wanted_share(number, exits, at_most)
             free = [cut for cut in ordered if not chosen or cut.place > chosen[-1].place]
             free = free[: len(free) - (exits - 1 - number)]
             # At the end of a block rather than inside it, unless that is far.
