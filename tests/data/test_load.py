@@ -264,7 +264,7 @@ def test_tune_and_certify_of_the_test_split_leave_all_of_train(tmp_path: Path) -
     assert [len(images) for images in pixels[1:3]] == [8, 9]
     assert set.union(*pixels[1:]) == {image.tobytes() for image in whole.test.images}
     assert sum(len(images) for images in pixels[1:]) == len(whole.test)
-    with pytest.raises(UserError, match="asked for tune and certify, of .* and test needs some too"):
+    with pytest.raises(UserError, match=r"asked for tune and certify, of .* and test needs some too"):
         load(folder, held_out="test", tune_size=len(whole.test), certify_size=1)
 
 

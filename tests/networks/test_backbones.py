@@ -61,7 +61,7 @@ def by_formula(name: str, classes: int, channels: int = 3) -> int:
         projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
         return by_formula(name.removesuffix("-a"), classes, channels) - projections
     if name.endswith("-s2"):  # the stem's kernel has 4 x 4 weights and not 3 x 3
-        stem = {"resnet8-s2": 16, "resnet8x2-s2": 32}[name]
+        stem = 32 if "x2" in name else 16
         return by_formula(name.removesuffix("-s2"), classes, channels) + (16 - 9) * channels * stem
     depth, _, factor = name.removeprefix("resnet").partition("x")
     base = {"": 16, "0.25": 4, "0.5": 8, "0.75": 12, "2": 32, "4": 64}[factor]

@@ -84,6 +84,13 @@ BACKBONES: dict[str, BackboneEntry] = {
         widths=(32, 32, 64, 128),
         stride=2,
     ),
+    "resnet32x2-s2": _entry(
+        "ResNet of 32 layers whose stem halves the image, with twice the channels",
+        "resnet.cifar_resnet",
+        depth=32,
+        widths=(32, 32, 64, 128),
+        stride=2,
+    ),
     "resnet20x0.5": _entry(
         "CIFAR ResNet of 20 layers with half of the channels",
         "resnet.cifar_resnet",
