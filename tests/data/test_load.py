@@ -262,7 +262,7 @@ def test_tune_and_certify_of_the_test_split_leave_all_of_train(tmp_path: Path) -
     pixels = [{image.tobytes() for image in part.images} for part in parts(apart)]
     assert pixels[0] == {image.tobytes() for part in parts(whole)[:3] for image in part.images}
     assert [len(images) for images in pixels[1:3]] == [8, 9]
-    assert set.union(*pixels[1:]) == {image.tobytes() for image in whole.test.images}
+    assert set.union(*pixels[1:]) == {image.tobytes() for image in parts(whole)[3].images}
     assert sum(len(images) for images in pixels[1:]) == len(whole.test)
     with pytest.raises(UserError, match=r"asked for tune and certify, of .* and test needs some too"):
         load(folder, held_out="test", tune_size=len(whole.test), certify_size=1)
