@@ -60,8 +60,10 @@ def rename(graph: Any, names: Mapping[str, str]) -> None:
 
 def _counting_from(entry: str, node: Any, graph: Any) -> Any:
     """``node``, or where it counts the images of the graph's input, the same for ``entry``."""
+    if node.op_type != "Shape" or node.input[0] != graph.input[0].name:
+        return node
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if node.op_type != "Shape" or given != {"start": 0, "end": 1} or node.input[0] != graph.input[0].name:
+    if given != {"start": 0, "end": 1}:
         return node
     return helper.make_node("Shape", [entry], node.output, node.name, **given)
 
