@@ -128,6 +128,7 @@ def test_commands_of_the_tutorials_run(after_python: tuple[Path, str]) -> None:
     assert set(output["erde list recipes"].split()) >= set(shipped_recipes())
 
 
+@pytest.mark.slow
 def test_a_trained_model_gets_exits_as_in_the_readme(tmp_path: Path) -> None:
     (script,) = blocks(README, "python")
     (command,) = commands(README)
@@ -337,6 +338,7 @@ def test_no_file_speaks_of_the_place_where_it_was_written() -> None:
     assert not hits
 
 
+@pytest.mark.slow
 def test_python_of_backbones_runs(tmp_path: Path) -> None:
     examples = blocks(ROOT / "docs" / "backbones.md", "python")
     assert len(examples) == 6

@@ -105,6 +105,7 @@ def shape_of(model: Any) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.slow
 def test_stages_that_hand_over_several_tensors_are_cut_too(tune: TuneSplit) -> None:
     network = network_of("msdnet", 4)
     times, logits = measure_exits(network, MEAN, STD, tune, threads=1, rounds=1)
