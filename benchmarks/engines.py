@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -38,10 +39,14 @@ BATCH = 64
 TURN = 100
 
 
-def single_file(bundle: Path, point: str, folder: Path) -> Callable[[Images], Answer]:
-    """The bundle as one ONNX file in ONNX Runtime."""
+def single_file(bundle: Path, point: str, folder: Path, taken: bool = True) -> Callable[[Images], Answer]:
+    """The bundle as one ONNX file in ONNX Runtime; with ``taken=False`` no image reaches a threshold."""
     path = folder / f"{point}.onnx"
     write_single_file(bundle, path, point)
+    if not taken:
+        model = onnx.load(str(path))
+        put_out_of_reach(model.graph)
+        onnx.save(model, str(path))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     graph = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -51,6 +56,17 @@ def single_file(bundle: Path, point: str, folder: Path) -> Callable[[Images], An
         return int(label[0]), probabilities[0], int(exit[0])
 
     return answer
+
+
+def put_out_of_reach(graph: Any) -> None:
+    """Raise the thresholds of a single file's graph and of its branches."""
+    for weight in graph.initializer:
+        if weight.name.startswith("threshold_"):
+            weight.CopyFrom(onnx.numpy_helper.from_array(np.float64(np.inf).reshape(()), weight.name))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                put_out_of_reach(attribute.g)
 
 
 def one_by_one(session: Session, point: str) -> Callable[[Images], Answer]:
@@ -136,7 +152,6 @@ class Engines:
 
     def times(self) -> dict[str, Any]:
         """Milliseconds of a single image, and within each round the ratio to the bundle in ONNX Runtime."""
-        generator = np.random.default_rng(0)
         results: dict[str, Any] = {}
         for name in dict.fromkeys((self.default, "no-exit")):
             contenders = {
@@ -148,27 +163,57 @@ class Engines:
                 contenders["bundle in OpenVINO"] = one_by_one(session, name)
             except UserError as error:
                 print(f"{self.bundle}: no time in OpenVINO: {error}", flush=True)
-            seconds: dict[str, list[NDArray[np.float64]]] = {who: [] for who in contenders}
-            for _ in range(self.rounds):
-                images = self.images[generator.integers(0, len(self.images), TURN)]
-                for place in generator.permutation(len(contenders)):
-                    who = list(contenders)[place]
-                    contenders[who](images[:1])  # the one before left its own data in the caches
-                    taken = np.zeros(TURN)
-                    for row in range(TURN):
-                        started = time.perf_counter()
-                        contenders[who](images[row : row + 1])
-                        taken[row] = time.perf_counter() - started
-                    seconds[who].append(taken)
-            totals = {who: np.array([taken.sum() for taken in rounds]) for who, rounds in seconds.items()}
+            seconds = self._in_turns(contenders)
+            bundle = seconds["bundle"].sum(axis=1)
             results[name] = {
                 who: {
-                    "p50_ms": 1000 * float(np.median(seconds[who])),
-                    "times_bundle": np.quantile(totals[who] / totals["bundle"], [0.25, 0.5, 0.75]).tolist(),
+                    "p50_ms": 1000 * float(np.median(taken)),
+                    "times_bundle": np.quantile(taken.sum(axis=1) / bundle, [0.25, 0.5, 0.75]).tolist(),
                 }
-                for who in contenders
+                for who, taken in seconds.items()
             }
         return results
+
+    def untaken(self) -> dict[str, Any]:
+        """Microseconds of an exit of the default operating point that is computed and not taken.
+
+        Every threshold is out of reach; what that takes longer than the single file without exits is shared out.
+        """
+        thresholds = self.session.manifest.point(self.default).thresholds
+        out_of_reach = [None if threshold is None else np.inf for threshold in thresholds]
+        contenders = {
+            "no exits": single_file(self.bundle, "no-exit", self.scratch),
+            "bundle": lambda image: self.session.predict(image, thresholds=out_of_reach),
+            "single file": single_file(self.bundle, self.default, self.scratch, taken=False),
+        }
+        seconds = {who: taken.mean(axis=1) for who, taken in self._in_turns(contenders).items()}
+        exits = sum(threshold is not None for threshold in thresholds)
+        return {
+            "exits": exits,
+            "no_exits_ms": 1000 * float(np.median(seconds["no exits"])),
+            "microseconds": {
+                who: (1e6 * np.quantile(taken - seconds["no exits"], [0.25, 0.5, 0.75]) / exits).tolist()
+                for who, taken in seconds.items()
+                if who != "no exits"
+            },
+        }
+
+    def _in_turns(self, contenders: dict[str, Callable[[Images], Any]]) -> dict[str, NDArray[np.float64]]:
+        """Seconds of each contender and image, (rounds, TURN): the same images for all, in an order of each round's own."""
+        generator = np.random.default_rng(0)
+        seconds: dict[str, list[NDArray[np.float64]]] = {who: [] for who in contenders}
+        for _ in range(self.rounds):
+            images = self.images[generator.integers(0, len(self.images), TURN)]
+            for place in generator.permutation(len(contenders)):
+                who = list(contenders)[place]
+                contenders[who](images[:1])  # the one before left its own data in the caches
+                taken = np.zeros(TURN)
+                for row in range(TURN):
+                    started = time.perf_counter()
+                    contenders[who](images[row : row + 1])
+                    taken[row] = time.perf_counter() - started
+                seconds[who].append(taken)
+        return {who: np.array(rounds) for who, rounds in seconds.items()}
 
 
 def main() -> None:

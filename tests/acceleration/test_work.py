@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erde.acceleration import images as material_images
 from erde.acceleration import work
 from erde.acceleration.fronts import affordable_trial, affordable_views
-from erde.acceleration.images import FEWEST_IMAGES, load_material, read_pool
+from erde.acceleration.images import Pool, load_material, read_pool
 from erde.acceleration.work import accelerate
 from erde.bundle.sealing import read
 from erde.chains.preprocessing import Preprocessing
@@ -23,6 +24,7 @@ from tests.helpers.checks import user_error
 from tests.helpers.command import run_command
 
 BIG = Preprocessing(mean=(MEAN,), std=(STD,))
+BIG_AND_BRIGHT = Preprocessing(size=(8, 8), mean=(MEAN + 0.1,), std=(STD,))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,8 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     value = json.loads(captured.out.splitlines()[-1])
     offer, gain, promise = captured.out.splitlines()[2:5]
     assert offer.endswith(
-        f"erde calibrate {out / 'bundle'} --data OTHERS --labels-out ask.csv (OTHERS: images that trained neither network)"
+        f"erde calibrate {out / 'bundle'} --data OTHERS --labels-out ask.csv (OTHERS: images that trained neither network, "
+        "and that this command has not seen)"
     )
     assert "ms an image in the mean" in gain
     assert "at most 5 % of images get another answer than the last network alone gives them" in promise
@@ -106,12 +109,14 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     assert (out / "bundle" / "manifest.json").read_bytes() == before
     with user_error("was begun with other settings .max_risk."):
         accelerate(big, photos, out, max_risk=0.02, resume=True)
+    with user_error("was begun with other settings .preprocessing."):
+        accelerate(big, photos, out, max_risk=0.05, resume=True, preprocessing=BIG_AND_BRIGHT)
 
 
 def test_images_are_split_once_and_apart(photos: Path, digits: DataSplits, tmp_path: Path) -> None:
     classes = list(digits.classes)
     pool = read_pool(photos, classes)
-    material = load_material(pool, None, (8, 8, 1), seed=3)
+    material = load_material(pool, None, (8, 8, 1), seed=3, max_risk=0.01)
     splits = material.calibration.splits
     parts = [material.train, splits.tune.images, splits.certify.images, material.test.images]
     seen = [{image.tobytes() for image in np.asarray(part)} for part in parts]
@@ -119,17 +124,54 @@ def test_images_are_split_once_and_apart(photos: Path, digits: DataSplits, tmp_p
     assert sizes == [len(pool) - sum(sizes[1:]), 270, 270, 180]
     assert len(set().union(*seen)) == sum(map(len, seen))
     assert not material.calibration.labelled
-    again = load_material(pool, None, (8, 8, 1), seed=3)
+    again = load_material(pool, None, (8, 8, 1), seed=3, max_risk=0.01)
     assert np.array_equal(material.train, again.train)
-    # A folder of other images is for all but the training; without labels there, none are used.
+
+
+def rows_of(pool: Pool, rows: slice) -> Pool:
+    return Pool(pool.paths[rows], pool.labels[rows], pool.digests[rows])
+
+
+def test_held_out_images_are_for_all_but_the_training(
+    photos: Path, digits: DataSplits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = list(digits.classes)
+    pool = read_pool(photos, classes)
     labelled = read_pool(write_photos(digits, tmp_path / "labelled", True), classes)
     assert set(labelled.labels.tolist()) == set(range(10))
-    whole = load_material(labelled, pool, (8, 8, 1), seed=3)
-    assert len(whole.train) == len(labelled)
-    assert set(whole.train_labels.tolist()) == {-1}
-    both = load_material(labelled, labelled, (8, 8, 1), seed=3)
+    # Where one side has no labels, none are used.
+    train = rows_of(labelled, slice(800))
+    mixed = load_material(train, pool.without(train), (8, 8, 1), 3, 0.01)
+    assert set(mixed.train_labels.tolist()) == {-1}
+    capsys.readouterr()
+    # What is in both folders does not train.
+    both = load_material(labelled, rows_of(labelled, slice(1000, None)), (8, 8, 1), 3, 0.02)
+    assert "797 images are held out too, and do not train" in capsys.readouterr().err
     assert both.calibration.labelled
-    assert len(both.test) == len(labelled) - 2 * round(0.25 * len(labelled))
+    splits = both.calibration.splits
+    parts = [both.train, splits.tune.images, splits.certify.images, both.test.images]
+    assert [len(part) for part in parts] == [1000, 199, 199, 399]
+    with user_error("0 images to train on: a front needs 500 or more"):
+        load_material(labelled, labelled, (8, 8, 1), 3, 0.02)
+    with user_error("199 images to certify on: a promise of 1 % with 90 % confidence needs 230 at the least"):
+        load_material(labelled, rows_of(labelled, slice(1000, None)), (8, 8, 1), 3, 0.01)
+
+
+def test_images_fit_into_memory(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = read_pool(photos, [])
+    monkeypatch.setattr(material_images, "MEMORY_BYTES", 1500 * 64)
+    material = load_material(pool, None, (8, 8, 1), 3, 0.02)
+    assert "1,500 of 1,797 images, at random: more do not fit into memory" in capsys.readouterr().err
+    splits = material.calibration.splits
+    parts = [material.train, splits.tune.images, splits.certify.images, material.test.images]
+    assert [len(part) for part in parts] == [900, 225, 225, 150]
+    material = load_material(rows_of(pool, slice(900)), rows_of(pool, slice(900, None)), (8, 8, 1), 3, 0.02)
+    printed = capsys.readouterr().err
+    assert "750 of 900 train images" in printed
+    assert "750 of 897 held-out images" in printed
+    assert len(material.train) == 750
 
 
 def test_a_slow_model_is_asked_about_fewer_views() -> None:
@@ -152,6 +194,8 @@ def test_what_is_refused(
     big: Path, photos: Path, tiny_bundle: Path, digits: DataSplits, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
+    with user_error("inf minutes: expected a finite number"):
+        accelerate(big, photos, out, minutes=float("inf"))
     with user_error("is a bundle: give the ONNX file of a classifier"):
         accelerate(tiny_bundle, photos, out)
     with user_error("no folder at .*none"):
@@ -160,8 +204,10 @@ def test_what_is_refused(
     few.mkdir()
     for path in sorted(photos.iterdir())[:20]:
         (few / path.name).write_bytes(path.read_bytes())
-    with user_error(f"20 images: a front needs {FEWEST_IMAGES:,} or more"):
+    with user_error("12 images to train on: a front needs 500 or more"):
         accelerate(big, few, out)
+    # The same place is free for another try.
+    assert not out.exists()
     with user_error("holds nothing that could be continued"):
         accelerate(big, photos, tmp_path / "nowhere", resume=True)
     assert not (tmp_path / "nowhere").exists()

@@ -14,10 +14,13 @@ from PIL import Image
 
 from erde import bundle
 from erde.bench import race, real_images, show
+from erde.chains.cascading import cascade
+from erde.chains.preprocessing import Preprocessing
 from erde.data.load import DataSplits
 from erde.exporting.onnx_files import export_plain
 from erde.networks.network import EarlyExitNetwork
 from erde.runtime.session import Session
+from tests.helpers.big_network import MEAN, STD, write_big_network, write_photos
 from tests.helpers.checks import save_by_class, user_error
 
 
@@ -173,6 +176,23 @@ def test_a_bundle_alone_is_its_own_reference(tiny_bundle: Path, images: NDArray[
     assert result.reference == "no-exit"
     shares = {measurement.contender: measurement.time_share for measurement in result.measurements}
     assert shares["no-exit"] == 1.0
+
+
+def test_a_chain_is_not_held_against_its_front(
+    folder: Path, digits: DataSplits, images: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    big = write_big_network(digits, tmp_path / "big.onnx")
+    chain = folder.parent / "bundle-cascade"
+    preprocessing = [Preprocessing(mean=(MEAN,), std=(STD,))]
+    cascade(
+        [folder, big], write_photos(digits, tmp_path / "photos", True), chain, preprocessing=preprocessing
+    )
+    raced = race.bench(
+        chain, images, data="digits", points=["no-exit"], batch_sizes=(1,), threads=(1,), rounds=1
+    )
+    kinds = {contender.name: contender.kind for contender in raced.contenders}
+    assert kinds["no-exit.onnx"] == "fixed"
+    assert raced.reference == "no-exit"
 
 
 def test_what_lies_beside_a_bundle(tmp_path: Path) -> None:

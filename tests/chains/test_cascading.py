@@ -241,6 +241,7 @@ def test_what_is_refused(
         preprocessing=[BIG],
         classes=[*"x123456789"],
     )
+    refused("belongs to an ONNX file, and none is given", [tiny_bundle, tiny_bundle], preprocessing=[BIG])
     refused("3 preprocessings for 1 ONNX files", [tiny_bundle, big], preprocessing=[BIG] * 3)
     refused(
         "the guarantee 'net_drop' needs labels",

@@ -160,6 +160,7 @@ def test_stopping_by_hand_is_no_traceback(
     [
         (("run", "digits"), "stopped; it continues with --resume"),
         (("--x", "train"), "stopped; it continues with --resume"),
+        (("accelerate", "m.onnx"), "stopped; it continues with --resume"),
         (("distill", "runs/a"), "stopped; the same command continues it"),
         (("predict", "b", "x.png"), "stopped; with --out it continues with --resume"),
         (("ledger", "l.yaml"), "stopped; the same command continues it"),

@@ -121,7 +121,11 @@ def test_npm_that_is_not_there_or_fails(
 
 
 def test_nothing_else_is_written_over(
-    bundle: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path,
+    package: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"mine")
@@ -135,6 +139,8 @@ def test_nothing_else_is_written_over(
         )
         == 0
     )
+    assert run_command(monkeypatch, "demo", str(bundle), "--out", "page", "--port", "80") == 2
+    assert "--port is the server's: give --serve too" in capsys.readouterr().err
     assert run_command(monkeypatch, "demo", str(bundle)) == 2
 
 

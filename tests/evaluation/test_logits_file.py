@@ -20,6 +20,7 @@ from erde.evaluation.logits_file import (
 )
 from erde.policy.cost import Cost
 from tests.helpers.checks import user_error
+from tests.helpers.command import run_command
 from tests.helpers.oracles import synthetic_logits
 
 MACS = (42, 71, 104)
@@ -48,6 +49,13 @@ def whole(tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------- what it does
+
+
+def test_how_to_split_what_is_split_already_is_refused(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(monkeypatch, "calibrate", str(whole), "--seed", "3") == 2
+    assert f"--seed does not apply: {whole} has its tune and certify images" in capsys.readouterr().err
 
 
 def test_a_file_is_calibrated_like_its_arrays(whole: Path) -> None:

@@ -331,6 +331,22 @@ def test_a_promise_of_the_net_drop_is_held_against_the_net_drop(results: Results
     assert Page(render(replaced(results, operating_points=worse))).part(data_kept="no").startswith("1.11 ")
 
 
+def test_a_promise_of_other_answers_is_not_held_against_the_risk(results: Results) -> None:
+    points = results.arms["erde"].operating_points
+    assert points[1].test is not None
+    assert points[1].certificate is not None
+    proof = points[1].certificate.model_copy(update={"guarantee": "disagreement"})
+    changed = [points[0], points[1].model_copy(update={"certificate": proof})]
+    page = Page(render(replaced(make_results(names=("erde",)), operating_points=changed)))
+    row = page.part(data_arm="erde", data_point="risk-1")
+    assert (
+        "other answers ≤ 1 % with 90 % confidence 0.68 bound 0.96 – other answers are not counted on test"
+        in row
+    )
+    assert page.values("data-kept") == []
+    assert "the promise is about other answers" in page.parts(class_="tiles")[0]
+
+
 def test_a_promise_in_expectation_names_no_confidence(results: Results) -> None:
     points = results.arms["erde"].operating_points
     assert points[1].certificate is not None

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from erde.calibration.certificates import images_needed
 from erde.calibration.labelled_images import TuneAndCertify, distinct_files, set_fingerprint
+from erde.calibration.settings import Settings
 from erde.chains.cascading import Images, is_labelled
 from erde.common import progress
 from erde.common.environment import available_cpus
@@ -24,12 +26,12 @@ from erde.common.splits import Images as Pixels
 UNKNOWN = -1
 # Of the images, where there is no other folder for them; and at most so many.
 SHARES = {"tune": (0.15, 2500), "certify": (0.15, 2500), "test": (0.1, 5000)}
-# Of a folder of their own.
+# Of a folder of their own; test has the rest.
 HELD_OUT_SHARES = {"tune": 0.25, "certify": 0.25}
-# Images are held in memory: of more than this a random part is taken.
+# Images are held in memory: of more than this a random part is taken, of held-out ones at half of it.
 MEMORY_BYTES = 4 * 2**30
-# With fewer a front learns next to nothing, and a promise of 1 % needs 230 certify images.
-FEWEST_IMAGES = 1000
+# With fewer to train on, a front learns next to nothing.
+FEWEST_IMAGES = 500
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,25 @@ class Pool:
 
     paths: tuple[Path, ...]
     labels: Labels
-    digest: str
+    digests: tuple[bytes, ...]
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the whole set."""
+        return set_fingerprint(self.digests)
+
+    def without(self, other: Pool) -> Pool:
+        """The images that ``other`` does not have."""
+        taken = set(other.digests)
+        rows = [row for row, digest in enumerate(self.digests) if digest not in taken]
+        return Pool(
+            tuple(self.paths[row] for row in rows),
+            self.labels[rows],
+            tuple(self.digests[row] for row in rows),
+        )
 
     def take(self, rows: NDArray[np.int64]) -> tuple[tuple[Path, ...], Labels]:
         """Files and labels at ``rows``."""
@@ -73,48 +90,50 @@ def read_pool(folder: Path, classes: Sequence[str]) -> Pool:
                 f"{path} is in no folder of a class: the folders of {folder} give the labels; move it"
             )
         labels[row] = classes.index(name)
-    return Pool(tuple(by_digest.values()), labels, set_fingerprint(by_digest))
+    return Pool(tuple(by_digest.values()), labels, tuple(by_digest))
 
 
-def load_material(pool: Pool, held_out: Pool | None, shape: tuple[int, int, int], seed: int) -> Material:
-    """Split and decode the images; with ``held_out`` all of ``pool`` trains.
+def load_material(
+    pool: Pool, held_out: Pool | None, shape: tuple[int, int, int], seed: int, max_risk: float
+) -> Material:
+    """Split and decode the images; with ``held_out`` all others train.
 
     Raises:
-        UserError: too few images, or images with labels on one side only.
+        UserError: too few images for a front, or to certify ``max_risk``.
     """
     generator = np.random.default_rng(seed)
-    whole = len(pool) + (0 if held_out is None else len(held_out))
-    if whole < FEWEST_IMAGES:
-        raise UserError(
-            f"{whole:,} images: a front needs {FEWEST_IMAGES:,} or more to learn from and to be certified on, and gets better "
-            "with tens of thousands; no labels are needed"
-        )
-    order = generator.permutation(len(pool))
+    if held_out is not None:
+        others = pool.without(held_out)
+        if len(others) < len(pool):
+            progress.say(f"data: {len(pool) - len(others):,} images are held out too, and do not train")
+        pool = others
+    room = MEMORY_BYTES // int(np.prod(shape))
     parts: dict[str, tuple[tuple[Path, ...], Labels]] = {}
     if held_out is None:
+        order = _some(generator, pool, room, "images")
+        whole = len(order)
         for name, (share, most) in SHARES.items():
-            size = min(most, round(share * len(pool)))
+            size = min(most, round(share * whole))
             parts[name] = pool.take(np.sort(order[:size]))
             order = order[size:]
     else:
-        if (held_out.labels[0] == UNKNOWN) != (pool.labels[0] == UNKNOWN):
+        if (held_out.labels[0] == UNKNOWN) != (len(pool) == 0 or pool.labels[0] == UNKNOWN):
             # Train labels without labels to certify are of no use, and the other way round the model's answers do.
-            pool = Pool(pool.paths, np.full(len(pool), UNKNOWN), pool.digest)
-        others = generator.permutation(len(held_out))
+            pool = Pool(pool.paths, np.full(len(pool), UNKNOWN), pool.digests)
+        whole = min(len(held_out), room // 2)
+        order = _some(generator, pool, room - whole, "train images")
+        left = _some(generator, held_out, whole, "held-out images")
         for name, share in HELD_OUT_SHARES.items():
-            size = round(share * len(held_out))
-            parts[name] = held_out.take(np.sort(others[:size]))
-            others = others[size:]
-        parts["test"] = held_out.take(np.sort(others))
-    room = MEMORY_BYTES // int(np.prod(shape)) - sum(len(paths) for paths, _ in parts.values())
-    if len(order) > room:
-        progress.say(f"data: {room:,} of {len(order):,} train images, at random: more do not fit into memory")
-        order = order[: max(room, 0)]
+            size = round(share * whole)
+            parts[name] = held_out.take(np.sort(left[:size]))
+            left = left[size:]
+        parts["test"] = held_out.take(np.sort(left))
+    _check_enough(len(order), len(parts["certify"][0]), max_risk)
     train_paths, train_labels = pool.take(np.sort(order))
     decoded = {name: decode(paths, shape) for name, (paths, _) in parts.items()}
     labels = {name: values for name, (_, values) in parts.items()}
     labelled = bool((labels["certify"] != UNKNOWN).all())
-    fingerprint = pool.digest if held_out is None else held_out.digest
+    fingerprint = (pool if held_out is None else held_out).fingerprint
     progress.say(
         f"data: {len(train_paths):,} images to train, {len(labels['tune']):,} to tune, {len(labels['certify']):,} to "
         f"certify, {len(labels['test']):,} to measure, {'with' if labelled else 'without'} labels"
@@ -130,8 +149,32 @@ def load_material(pool: Pool, held_out: Pool | None, shape: tuple[int, int, int]
         train_labels=train_labels,
         calibration=Images(splits, labelled),
         test=TestSplit(decoded["test"], labels["test"]),
-        fingerprint=hashlib.sha256(f"{pool.digest} {fingerprint} {seed}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(f"{pool.fingerprint} {fingerprint} {seed}".encode()).hexdigest(),
     )
+
+
+def _some(generator: np.random.Generator, pool: Pool, most: int, images: str) -> NDArray[np.int64]:
+    """Rows of ``pool`` in random order, ``most`` of them at most."""
+    order = generator.permutation(len(pool))
+    if len(order) > most:
+        progress.say(f"data: {most:,} of {len(order):,} {images}, at random: more do not fit into memory")
+    return order[:most]
+
+
+def _check_enough(train: int, certify: int, max_risk: float) -> None:
+    """Refuse what hours of training could not help."""
+    if train < FEWEST_IMAGES:
+        raise UserError(
+            f"{train:,} images to train on: a front needs {FEWEST_IMAGES:,} or more, and gets better with tens of thousands; "
+            "no labels are needed"
+        )
+    confidence = Settings().confidence
+    needed = images_needed(max_risk, confidence)
+    if certify < needed:
+        raise UserError(
+            f"{certify:,} images to certify on: a promise of {100 * max_risk:g} % with {100 * confidence:g} % "
+            f"confidence needs {needed:,} at the least. Give more images, or a larger --max-risk"
+        )
 
 
 def decode(paths: Sequence[Path], shape: tuple[int, int, int]) -> Pixels:

@@ -43,6 +43,7 @@ from erde.common.environment import erde_version
 from erde.common.errors import UserError
 from erde.common.files import make_folder, replacing_file, write_json, write_text
 from erde.common.splits import TestLogits, TrainSplit
+from erde.common.time_limit import check_minutes
 from erde.data.load import DataSplits, measure_pixels
 from erde.exporting.api import export
 from erde.policy.points import Agreement, Measured, OperatingPoint
@@ -136,6 +137,7 @@ def accelerate(
                 preprocessing=preprocessing, classes=classes, loss=loss, seed=seed, resume=resume,
             )  # fmt: skip
     resolve_loss(loss)  # an unknown name is said before hours of work
+    check_minutes(minutes)
     out, model = Path(out), Path(model)
     network = open_network(model, preprocessing)
     if network.manifest is not None:
@@ -148,29 +150,32 @@ def accelerate(
     asked = {
         "erde": erde_version(),
         "model": file_hash(model),
-        "images": pool.digest,
-        "held_out": None if others is None else others.digest,
+        "preprocessing": network.origin["preprocessing"],
+        "images": pool.fingerprint,
+        "held_out": None if others is None else others.fingerprint,
         "max_risk": max_risk,
         "loss": loss,
         "seed": seed,
         "classes": names,
     }
-    _begin(out, asked, resume)
-    material = load_material(pool, others, common_shape([network]), seed)
+    _check_place(out, asked, resume)
+    material = load_material(pool, others, common_shape([network]), seed, max_risk)
+    if not resume:
+        make_folder(out)
+        write_json(out / SETTINGS, asked)
     work = _Work(out, network, names, material, loss, seed)
     front = work.train_front(minutes, 60 * minutes - (time.monotonic() - started))
     return work.finish(front, max_risk)
 
 
-def _begin(out: Path, asked: dict[str, Any], resume: bool) -> None:
+def _check_place(out: Path, asked: dict[str, Any], resume: bool) -> None:
+    """Refuse a folder that is there already, or to continue what was begun otherwise."""
     path = out / SETTINGS
     if not resume:
         if out.exists():
             raise UserError(
                 f"{out} is there already: give another place with --out, or continue with --resume"
             )
-        make_folder(out)
-        write_json(path, asked)
         return
     if not path.is_file():
         raise UserError(f"{out} holds nothing that could be continued: leave out --resume")

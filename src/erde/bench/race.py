@@ -281,8 +281,8 @@ def _plain_entry(
     if not path.is_file():
         raise UserError(f"nothing at {path}: expected a bundle's folder or an ONNX file to hold it against")
     shape = manifest.input_shape
-    # Only what the run itself wrote is known to be the same network.
-    own = beside_bundle and path.stem in ("no-exit", "no-exit-int8")
+    # Only what the run itself wrote is known to be the same network; of a chain it is the front alone.
+    own = beside_bundle and len(manifest.networks()) == 1 and path.stem in ("no-exit", "no-exit-int8")
     # Of files of the run's, others that are called so are arms, in float.
     is_int8 = path.stem == "no-exit-int8" if beside_bundle else path.stem.endswith("int8")
 

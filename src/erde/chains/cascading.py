@@ -86,6 +86,8 @@ def seal_chain(
 def open_networks(paths: Sequence[Path], preprocessing: Sequence[Preprocessing] = ()) -> list[Network]:
     """The networks at ``paths``; each ONNX file takes the next of ``preprocessing``, a single one is for all."""
     files = [path for path in paths if path.suffix == ".onnx"]
+    if preprocessing and not files:
+        raise UserError("a preprocessing belongs to an ONNX file, and none is given: bundles have their own")
     if len(preprocessing) not in (0, 1, len(files)):
         raise UserError(
             f"{len(preprocessing)} preprocessings for {len(files)} ONNX files: give one for each, in their order, or one "

@@ -107,6 +107,7 @@ def onnx_network(classifier: OnnxClassifier) -> Network:
             "sha256": bundle.file_hash(classifier.path),
             "opset": classifier.opset,
             "gives": classifier.output_kind,
+            "preprocessing": classifier.preprocessing.summary(),
             "uncounted": list(classifier.uncounted),
         },
         write=write,

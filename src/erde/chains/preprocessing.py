@@ -76,6 +76,11 @@ class Preprocessing:
         if self.channels not in ("RGB", "BGR"):
             raise UserError(f"channels is '{self.channels}', expected RGB or BGR")
 
+    def summary(self) -> dict[str, Any]:
+        """All but the warnings, as JSON has it."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "warnings"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
 
 def preprocessing_beside(path: Path) -> Preprocessing | None:
     """What a file beside the network ``path`` says, or one folder up from a folder ``onnx``; None without one."""

@@ -293,8 +293,8 @@ def accelerate(
     if isinstance(result.test, Agreement) and result.gains:
         print(
             "labels of the few images where the networks differ give a promise about accuracy: "
-            f"erde calibrate {result.bundle} --data {held_out or 'OTHERS'} --labels-out ask.csv"
-            + ("" if held_out else " (OTHERS: images that trained neither network)")
+            f"erde calibrate {result.bundle} --data OTHERS --labels-out ask.csv (OTHERS: images that trained neither network, "
+            "and that this command has not seen)"
         )
     for line in result.lines():
         print(line)

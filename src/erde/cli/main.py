@@ -138,6 +138,7 @@ def _print_stopped() -> None:
         "run": "; it continues with --resume",
         "train": "; it continues with --resume",
         "study": "; it continues with --resume",
+        "accelerate": "; it continues with --resume",
         "ledger": "; the same command continues it",
         "distill": "; the same command continues it",
         "export": "; the same command continues it",

@@ -201,6 +201,8 @@ def calibrate(
             )
         _refuse({key: given[key] for key in ("--macs", "--no-exit-macs")}, f"{target} knows its own MACs")
         resolved = target.resolve() if named == target else Path(target.name).resolve()
+        if labels_out is not None:
+            _refuse({"--out": out}, "--labels-out writes a list of images, and no bundle")
         out = out or resolved.with_name(f"{resolved.name}-recalibrated")
         if few:
             unused = {key: given[key] for key in ("--score", "--sharpness", "--ensemble")}
@@ -216,8 +218,10 @@ def calibrate(
         precision = read_bundle(out).precision
         print(f"bundle: {out}")
     else:
-        from erde.evaluation.logits_file import calibrate_file, default_policy_path
+        from erde.evaluation.logits_file import LogitsFile, calibrate_file, default_policy_path
 
+        if LogitsFile(target).has("tune"):
+            _refuse({"--tune-share": tune_share, "--seed": seed}, f"{target} has its tune and certify images")
         _refuse(
             {"--data": data, "--labels": labels, "--labels-out": labels_out},
             f"{target} holds logits, not a bundle",
@@ -275,6 +279,8 @@ def evaluate(
             promise = f"promised: at most {point.certificate.max_risk:.2%}"
             if point.certificate.guarantee == "net_drop":
                 measure, share = "net drop", measured.net_drop
+            elif point.certificate.guarantee == "disagreement":
+                promise = f"promised: at most {point.certificate.max_risk:.2%} other answers, which are not counted here"
         print(
             f"{point.name}: accuracy {measured.accuracy:.2%}, MACs saved {measured.macs_saved:.1%}, "
             f"{measure} {share:.2%} ({promise})"

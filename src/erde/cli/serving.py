@@ -94,7 +94,9 @@ def demo(
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the folder on this machine, until stopped.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 for a free one.")] = 8080,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="With --serve: 8080 without it, 0 for a free one.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a page that runs a bundle in a browser: which exit an image takes, and what that saves.
@@ -106,6 +108,8 @@ def demo(
     from erde.demo.server import serve_folder
     from erde.demo.writing import write_demo
 
+    if port is not None and not serve:
+        raise UserError("--port is the server's: give --serve too, or leave it out")
     if out is None and not serve:
         raise UserError("nowhere to write the page: give --out FOLDER, or --serve to look at it at once")
     with tempfile.TemporaryDirectory(prefix="erde-demo-") as scratch:
@@ -115,6 +119,8 @@ def demo(
             print(f"{out / 'index.html'} (a browser wants it from a web server: --serve is one)")
         if serve:
             serve_folder(
-                folder, port, lambda address: print(f"serving {address} (Ctrl-C stops it)", flush=True)
+                folder,
+                8080 if port is None else port,
+                lambda address: print(f"serving {address} (Ctrl-C stops it)", flush=True),
             )
     finish(as_json, {"bundle": str(bundle), "out": None if out is None else str(out)})

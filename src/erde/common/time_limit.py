@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 from collections.abc import Iterator
+
+from erde.common.errors import UserError
 
 
 class TimeIsUpError(BaseException):
     """No error, as an interrupt from the keyboard is none; unfinished files are removed on its way."""
 
 
+def check_minutes(minutes: float) -> None:
+    """Refuse what is no finite number."""
+    if not math.isfinite(minutes):
+        raise UserError(f"{minutes} minutes: expected a finite number")
+
+
 @contextlib.contextmanager
 def time_limit(minutes: float | None) -> Iterator[None]:
-    """Raise :class:`TimeIsUpError` in the block after so many minutes; None is no limit. For the main thread only."""
+    """Raise :class:`TimeIsUpError` in the block after so many minutes; None is no limit. For the main thread only.
+
+    Raises:
+        UserError: minutes that are no finite number.
+    """
     if minutes is None:
         yield
         return
+    check_minutes(minutes)
 
     def end(*_: object) -> None:
         raise TimeIsUpError

@@ -159,10 +159,11 @@ def spread(runs: Runs, group: SeedGroup) -> dict[str, Any]:
         values = [_values(arm) for arm in arms]
         columns = {key: [row[key] for row in values] for key in values[0] if key != "macs"}
         kept = [
-            promised_on(point.certificate, point.test) <= point.certificate.max_risk
+            seen <= point.certificate.max_risk
             for arm in arms
             for point in arm.operating_points
             if point.certificate is not None and point.test is not None
+            if (seen := promised_on(point.certificate, point.test)) is not None
         ]
         rows.append(
             {

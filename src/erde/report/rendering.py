@@ -22,6 +22,11 @@ FILTERS = (
     "signed_between", "significant", "thousands",
 )  # fmt: skip
 
+# The share that a promise limits, by its guarantee.
+PROMISED = {
+    "risk": "risk", "expected_risk": "risk", "net_drop": "accuracy drop", "disagreement": "other answers",
+}  # fmt: skip
+
 
 def page(template: str, scripts: Sequence[str], figures: Any, **values: Any) -> str:
     """A whole page: ``values`` and ``figures`` are data, the scripts and the style are files of ``assets``."""
@@ -55,7 +60,12 @@ def environment() -> Environment:
     # Jinja's tojson escapes what could close a <script>.
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     made.filters |= {name: _or_dash(getattr(numbers, name)) for name in FILTERS}
-    made.globals |= {"NONE": numbers.NONE, "rule": rule_in_words, "promised_on": promised_on}
+    made.globals |= {
+        "NONE": numbers.NONE,
+        "rule": rule_in_words,
+        "promised_on": promised_on,
+        "PROMISED": PROMISED,
+    }
     return made
 
 
@@ -68,6 +78,8 @@ def rule_in_words(arm: Arm) -> str:
     return ExitRule(arm.score, arm.sharpness, arm.ensemble).in_words()
 
 
-def promised_on(certificate: Certificate, measured: Measured) -> float:
-    """The measured share that the certificate limits."""
+def promised_on(certificate: Certificate, measured: Measured) -> float | None:
+    """The measured share that the certificate limits; None for a disagreement, of which test has no number."""
+    if certificate.guarantee == "disagreement":
+        return None
     return measured.net_drop if certificate.guarantee == "net_drop" else measured.risk

@@ -122,10 +122,9 @@ def _outcome(results: Results, arm: Arm, measured: Measured) -> str:
         f"the {measured.images:,} test images of {results.data.name}, "
         "which had no part in training or in choosing the setting"
     )
-    # A disagreement is about answers, right or wrong: the risk says something else.
-    if proof is None or proof.guarantee == "disagreement":
+    seen = None if proof is None else promised_on(proof, measured)
+    if proof is None or seen is None:
         return f"All this was measured on {where}."
-    seen = promised_on(proof, measured)
     kept = "within the promise" if seen <= proof.max_risk else "more than promised"
     return f"Measured on {where}, it was {points(seen, 2)} of 100: {kept}."
 
