@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 
 from erde.runtime import Session
-from erde.serving.log import request_id
+from erde.serving.log import Log, request_id
 from erde.serving.messages import CLASSES, SERVICE
 from tests.helpers.hand_made_bundle import pixel_bundle
 from tests.helpers.served import Served, as_json, serving, some_images
@@ -103,6 +105,25 @@ def test_an_event_is_a_line_too(tmp_path: Path) -> None:
     assert "stage 0 fails" in request["error"]
     assert (event["event"], event["model"]) == ("bundle_refused", "a")
     assert "stage_1.onnx does not match" in event["message"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("closed file")])
+def test_a_line_that_cannot_be_written_is_lost(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, as_json: bool
+) -> None:
+    tried = []
+
+    class Full:
+        def write(self, text: str) -> None:
+            tried.append(text)
+            raise error
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    log = Log(as_json)
+    log.event("drift", "a", "it drifts")
+    log.request("a", "failed", "it fails")
+    assert len(tried) == 2
 
 
 def test_an_id_is_short_and_of_plain_characters() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import math
@@ -23,8 +24,11 @@ import pytest
 
 from erde.bundle import read, seal, seal_of
 from erde.runtime import Session
+from erde.serving import server as the_server
 from erde.serving.messages import CLASSES, SERVICE
-from erde.serving.models import Model
+from erde.serving.models import Loaded, Model
+from erde.serving.service import Load, Service
+from erde.serving.workers import Workers
 from tests.helpers.command import run_command
 from tests.helpers.hand_made_bundle import convolution_bundle, pixel_bundle
 from tests.helpers.served import (
@@ -327,6 +331,89 @@ def test_without_its_extra_the_command_names_it(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run_command(monkeypatch, "serve", str(bundle_a)) == 2
     assert "pip install 'erde[serve]'" in capsys.readouterr().err
+
+
+def test_what_changes_beside_the_seal_leaves_the_alarm_and_load_control(
+    bundle_a: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(bundle_a, tmp_path / "a"))
+    version = seal_of(read(folder))[:12]
+    black = as_json(np.zeros((32, 8, 8, 3), dtype=np.uint8))
+    with serving([folder], "--slo-ms", "2000", "--floor", "risk-5") as server:
+        for _ in range(10):
+            server.infer(black)
+        (folder / "bench.json").write_text("{}")
+        time.sleep(1)  # ten looks
+        samples = metrics(server)
+        assert samples['erde_drift_alarm{model="a"}'] == 1
+        assert samples['erde_drift_images{model="a"}'] == 320
+        _, _, err = server.stop()
+    assert err.count(" drift after ") == 1
+    assert err.count(f"a: bundle {version} opened again: its folder changed") == 1
+    assert "in place of" not in err
+
+
+def test_the_same_bundle_again_is_no_exchange(tmp_path: Path) -> None:
+    folder = certified_bundle(tmp_path / "a")
+    model = Model("a", folder, threads=1)
+    old = model.loaded
+    (folder / "bench.json").write_text("{}")
+    assert not model.refresh()
+    # A profile may have come.
+    assert model.loaded.session is not old.session
+    assert model.loaded.monitor is old.monitor
+
+
+def test_a_bundle_that_was_refused_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, new = certified_bundle(tmp_path / "a"), certified_bundle(tmp_path / "new", seed=1)
+    model = Model("a", folder, threads=1)
+    _replace(folder, new)
+
+    def no_memory(*_: Any) -> Loaded:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("erde.serving.models.RETRY_SECONDS", 0.0)
+    with monkeypatch.context() as short:
+        short.setattr(Loaded, "open", no_memory)
+        assert not model.refresh()
+        assert not model.refresh()
+    assert model.refresh()
+    lines = capsys.readouterr().err.splitlines()
+    assert ["no memory" in line for line in lines] == [True, False]
+
+
+def test_a_look_that_fails_is_logged_once_and_the_next_one_comes(
+    bundle_a: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model("a", bundle_a, threads=1)
+    load = Load(model, "risk-5", 1.0, 1)
+    looks: list[None] = []
+
+    def look(*_: Any) -> None:
+        looks.append(None)
+        raise RuntimeError("it fails")
+
+    monkeypatch.setattr(load, "look", look)
+    monkeypatch.setattr(model, "refresh", look)
+    monkeypatch.setattr(the_server, "POLL_SECONDS", 0.01)
+
+    async def some_looks() -> None:
+        workers = Workers(1, 1)
+        service = Service({"a": model}, workers, 8, 2**20)
+        for loop in (the_server._control(load, workers), the_server._watch(service)):
+            looks.clear()
+            task = asyncio.create_task(loop)
+            while len(looks) < 3:
+                assert not task.done()
+                await asyncio.sleep(0.01)
+            task.cancel()
+        workers.close()
+
+    asyncio.run(some_looks())
+    line = "a: an error of the server: RuntimeError: it fails"
+    assert capsys.readouterr().err.splitlines() == [line] * 2
 
 
 def test_a_failing_bundle_is_the_servers_fault_and_no_traceback(tmp_path: Path) -> None:

@@ -93,6 +93,59 @@ def test_processes_end_with_a_server_that_is_killed(bundle_a: Path) -> None:
         until(lambda: not any(Path(f"/proc/{process}").exists() for process in processes))
 
 
+def test_no_process_can_be_started_in_the_place_of_a_dead_one(tmp_path: Path) -> None:
+    folder = certified_bundle(tmp_path / "a")
+    stage = folder / "stage_1.onnx"
+    content = stage.read_bytes()
+    with serving([folder], "--processes", "--parallel", "1") as server:
+
+        def is_ready() -> bool:
+            return server.request("GET", "/v2/health/ready").status == 200
+
+        for _ in range(2):
+            assert is_ready()
+            stage.write_bytes(content + b"!")
+            (process,) = processes_of(server.process.pid)
+            os.kill(process, signal.SIGKILL)
+            # This one waits until it is known that there will be none.
+            reply = server.infer(as_json(IMAGES))
+            assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+            assert "have died, and none can be started" in reply.json["error"]
+            assert not is_ready()
+            started = time.monotonic()
+            assert server.infer(as_json(IMAGES)).status == 503
+            assert time.monotonic() - started < 0.2
+            stage.write_bytes(content)
+            until(is_ready)
+            assert is_answered(server)
+        stage.write_bytes(content + b"!")
+        (process,) = processes_of(server.process.pid)
+        os.kill(process, signal.SIGKILL)
+        until(lambda: not is_ready())
+        code, out, err = server.stop()
+    assert code == 0
+    assert "stopped after 6 requests (2 answered, 4 overloaded)" in out
+    assert "Traceback" not in err
+    # Said once, however often it is tried; and then by the server and the process that see the folder change.
+    missing = [line for line in err.splitlines() if "no process starts in its place" in line]
+    assert len(missing) == 3
+    assert "stage_1.onnx does not match its checksum" in missing[0]
+
+
+def test_a_process_that_cannot_open_a_changed_bundle_says_so(tmp_path: Path) -> None:
+    folder = certified_bundle(tmp_path / "a")
+    with serving([folder], "--processes", "--parallel", "1") as server:
+        (process,) = processes_of(server.process.pid)
+        with (folder / "stage_1.onnx").open("ab") as file:
+            file.write(b"!")
+        time.sleep(1)
+        assert is_answered(server)
+        _, _, err = server.stop()
+    of_server, of_process = sorted(err.splitlines(), key=lambda line: ": process " in line)
+    assert of_server.startswith("a: the changed bundle is not taken")
+    assert of_process.startswith(f"a: process {process}: the changed bundle is not taken")
+
+
 def test_processes_take_a_changed_bundle(tmp_path: Path) -> None:
     old, new = certified_bundle(tmp_path / "a"), certified_bundle(tmp_path / "new", seed=1)
     with serving([old], "--processes", "--parallel", "2") as server:
@@ -182,5 +235,5 @@ def test_a_request_that_kills_fails_at_the_second_process(processes: Processes) 
 
 
 def test_a_process_that_does_not_start(tmp_path: Path) -> None:
-    with user_error("a process of the server did not start: it ended"):
+    with user_error("a process of the server did not start: no bundle at "):
         Processes([str(tmp_path / "nothing")], threads=1, max_batch=4, count=2, poll=60.0, log=Log())

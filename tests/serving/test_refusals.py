@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import struct
+import tracemalloc
 from typing import Any
 
 import grpc
@@ -15,7 +16,9 @@ import pytest
 from PIL import Image
 
 from erde.runtime import Session
+from erde.serving.errors import RequestError
 from erde.serving.messages import CLASSES, SERVICE
+from erde.serving.tensors import Tensor, read_images
 from tests.helpers.served import Reply, Served, as_json, some_images
 
 IMAGES = some_images(2)
@@ -112,6 +115,8 @@ def one_line(reply: Reply) -> str:
         (tensor(data=["0"] * 384), "from 0 to 255"),
         (tensor(data=[10**30] * 384), "from 0 to 255"),
         (tensor(data=[None] * 384), "from 0 to 255"),
+        (tensor(data=[True] + [1] * 383), "from 0 to 255"),
+        (tensor(data=[[[1, 2], [3]], [[4], [5]]]), "from 0 to 255"),
         (tensor(data=[[0, 1], [2]]), "from 0 to 255"),
         (tensor(data=[]), "from 0 to 255"),
         (tensor(parameters={"shared_memory_region": "x"}), "shared_memory_region"),
@@ -130,6 +135,19 @@ def test_a_bad_body_is_refused(server: Served, session_a: Session, body: Any, sa
     assert reply.status == 400
     assert says in one_line(reply)
     is_well(server, session_a)
+
+
+@pytest.mark.parametrize("letter", ["a", b"a"])
+def test_a_long_text_among_numbers_takes_no_memory(letter: str | bytes) -> None:
+    data = [letter * 100_000, *[letter] * 383]
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="from 0 to 255"):
+            read_images(Tensor("images", "UINT8", [2, 8, 8, 3], data), (8, 8, 3), 8)
+        # NumPy would take 100,000 bytes or more for each element.
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -269,6 +287,26 @@ def test_a_head_without_an_end_is_refused(
         # The answer may be lost with the connection.
         with pytest.raises(ConnectionError):
             raw.sendall(piece * 500)
+    is_well(server, session_a)
+
+
+@pytest.mark.parametrize("piece", [b"X: a\r\n" * 10000, b"a" * 65536], ids=["trailers", "trailer"])
+def test_trailers_without_an_end_are_refused(server: Served, session_a: Session, piece: bytes) -> None:
+    head = b"POST /v2/models/a/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=30) as raw:
+        raw.sendall(head + b"1\r\n{\r\n0\r\nX: ")
+        with pytest.raises(ConnectionError):
+            raw.sendall(piece * 500)
+    is_well(server, session_a)
+
+
+def test_small_parts_of_a_body_are_no_head(server: Served, session_a: Session) -> None:
+    head = b"POST /v2/models/a/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = json.dumps(as_json(IMAGES)).encode().ljust(300_000)
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=30) as raw:
+        # 1.8 MB for 0.3 of body.
+        raw.sendall(head + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\nX: a\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 200 ")
     is_well(server, session_a)
 
 

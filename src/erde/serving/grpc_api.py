@@ -16,7 +16,8 @@ from erde.serving.messages import CLASSES, SERVICE
 from erde.serving.service import Service
 from erde.serving.tensors import OUTPUTS, Tensor
 
-# Beyond those that may wait: questions for health, and requests that are told at once that the queue is full.
+# Beyond those that may wait: questions for health, and requests that are told at once that the queue is full. grpc keeps
+# the whole message of each.
 SPARE_CALLS = 200
 # The message as it came, and grpc's context.
 Method = Callable[[bytes, Any], Awaitable[bytes]]

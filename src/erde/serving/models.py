@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from erde.serving.log import Log
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 # Each bounds the risk: an image that is lost is one that is answered otherwise.
 _BOUNDS_RISK = ("risk", "disagreement")
+# A bundle that was refused is tried again, if nothing changed: memory may have been short.
+RETRY_SECONDS = 10.0
 Stamp = tuple[tuple[str, int, int, int], ...]
 
 
@@ -54,8 +57,10 @@ class Model:
     def __init__(self, name: str, path: Path, threads: int | None, log: Log | None = None) -> None:
         self.name, self.path, self._threads = name, path, threads
         self.log = log or Log()
-        self._alarmed: Loaded | None = None  # the bundle whose drift was logged
+        self._alarmed: Monitor | None = None  # whose drift was logged
         self._stamp = _stamp(path)
+        self._refused: Stamp = ()
+        self._retry = 0.0  # when the refused one is tried again
         self.loaded = Loaded.open(path, threads)
         # Where load control will set a cheaper point; None for the bundle's own default.
         self.default_point: str | None = None
@@ -105,34 +110,45 @@ class Model:
         return moved or loaded.session.manifest.default_operating_point
 
     def refresh(self) -> bool:
-        """Exchange the bundle if its folder has changed; True if it was. What cannot be loaded is logged once."""
+        """Open the bundle again if its folder has changed; True if it is another one now.
+
+        What cannot be loaded is logged once, and tried again now and then. The same bundle, of which a file beside the
+        seal has changed, keeps its drift watch.
+        """
         stamp = _stamp(self.path)
         # While a folder is being renamed there is none.
-        if stamp in (self._stamp, ()):
+        if stamp in (self._stamp, ()) or (stamp == self._refused and time.monotonic() < self._retry):
             return False
-        self._stamp = stamp
         try:
             loaded = Loaded.open(self.path, self._threads)
         except Exception as error:  # files may vanish while they are read
+            if stamp != self._refused:
+                self.log.event(
+                    "bundle_refused",
+                    self.name,
+                    f"the changed bundle is not taken, {self.loaded.version} stays: {in_one_line(str(error))}",
+                )
+            self._refused, self._retry = stamp, time.monotonic() + RETRY_SECONDS
+            return False
+        self._stamp = stamp
+        old = self.loaded
+        if loaded.version == old.version:
+            self.loaded = replace(loaded, monitor=old.monitor)
             self.log.event(
-                "bundle_refused",
-                self.name,
-                f"the changed bundle is not taken, {self.loaded.version} stays: {in_one_line(str(error))}",
+                "bundle_reopened", self.name, f"bundle {old.version} opened again: its folder changed"
             )
             return False
-        self.log.event(
-            "bundle_exchanged", self.name, f"bundle {loaded.version} in place of {self.loaded.version}"
-        )
+        self.log.event("bundle_exchanged", self.name, f"bundle {loaded.version} in place of {old.version}")
         self.loaded = loaded
         return True
 
     def look_for_drift(self) -> None:
         """Log an alarm of the drift watch, once for a bundle."""
-        loaded = self.loaded
-        if loaded.monitor is not None and loaded is not self._alarmed:
-            report = loaded.monitor.report()
+        monitor = self.loaded.monitor
+        if monitor is not None and monitor is not self._alarmed:
+            report = monitor.report()
             if report.drifted:
-                self._alarmed = loaded
+                self._alarmed = monitor
                 self.log.event("drift", self.name, report.message)
 
     def properties(self, loaded: Loaded) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from erde.common.environment import available_cpus
 from erde.common.errors import UserError
+from erde.serving.errors import as_request_error
 from erde.serving.grpc_api import SPARE_CALLS, grpc_server
 from erde.serving.http_api import http_app
 from erde.serving.log import Log
@@ -30,7 +31,8 @@ LOOK_SECONDS = 0.02
 GRACE_SECONDS = 30
 # Longer than load balancers keep an idle connection, so that they close it and not the server.
 KEEP_ALIVE_SECONDS = 75
-# Of a request before its body: URL and headers. Larger than what is read at once, of which a part may be another request.
+# Of a request before its body: URL and headers; and between and after the parts of a chunked one. Larger than what is read
+# at once, of which a part may be another request.
 MOST_HEAD_BYTES = 2**20
 
 
@@ -155,12 +157,14 @@ async def _serve(
     gc.freeze()
     when_ready(list(models), port.getsockname()[1], grpc_port)
     await asyncio.wait([running, asyncio.ensure_future(stopped.wait())], return_when=asyncio.FIRST_COMPLETED)
-    service.ready = False
+    service.stopping = True
     for task in tasks:
         task.cancel()
     http.should_exit = True
     # Both at once: each stops taking requests and waits for those under way.
     await asyncio.gather(running, grpc.stop(GRACE_SECONDS))
+    if processes is not None:
+        processes.start_no_more()
     workers.close()
     outcomes: dict[str, int] = {}
     for (_, outcome), count in service.metrics.requests.items():
@@ -177,27 +181,34 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 
 class _Connection(HttpToolsProtocol):
-    """uvicorn's, which would keep URL and headers however long they are."""
+    """uvicorn's, which would keep URL, headers and the trailers of a chunked body however long they are."""
 
-    _head_bytes: int | None = None  # while the head of a request is incomplete
+    _head_bytes: int | None = None  # of a request that is incomplete, since its last bytes of body
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and refuse a head that has no end."""
+        """Parse what came, and refuse a head, or trailers, without an end."""
         super().data_received(data)
         if self._head_bytes is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
-                self.send_400_response(f"URL and headers are longer than {MOST_HEAD_BYTES:,} bytes.")
+                self.send_400_response(
+                    f"URL and headers, or trailers, are longer than {MOST_HEAD_BYTES:,} bytes."
+                )
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
         self._head_bytes = 0
 
-    def on_headers_complete(self) -> None:
-        """The body comes next."""
+    def on_body(self, body: bytes) -> None:
+        """A part of the body came."""
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is complete."""
         self._head_bytes = None
-        super().on_headers_complete()
+        super().on_message_complete()
 
 
 class _Http(uvicorn.Server):
@@ -210,23 +221,39 @@ class _Http(uvicorn.Server):
 
 
 async def _watch(service: Service) -> None:
+    said: dict[str, str] = {}
     while True:
         await asyncio.sleep(POLL_SECONDS)
         for model in service.models.values():
-            if await asyncio.to_thread(model.refresh):
-                points = model.loaded.session.manifest.operating_points
-                service.metrics.keep_only(model.name, {point.name for point in points})
-                if service.load is not None:
-                    service.load.renew()
-            model.look_for_drift()
+            with _going_on(model, said):
+                if await asyncio.to_thread(model.refresh):
+                    points = model.loaded.session.manifest.operating_points
+                    service.metrics.keep_only(model.name, {point.name for point in points})
+                    if service.load is not None:
+                        service.load.renew()
+                model.look_for_drift()
 
 
 async def _control(load: Load, workers: Workers) -> None:
+    said: dict[str, str] = {}
     while True:
         due = time.perf_counter() + LOOK_SECONDS
         await asyncio.sleep(LOOK_SECONDS)
         now = time.perf_counter()
-        load.look(now, workers.inside, max(0.0, now - due))
+        with _going_on(load.model, said):
+            load.look(now, workers.inside, max(0.0, now - due))
+
+
+@contextlib.contextmanager
+def _going_on(model: Model, said: dict[str, str]) -> Iterator[None]:
+    """Log what is raised, unless it was ``said`` of the model last time: a loop that ends would be missed for ever."""
+    try:
+        yield
+    except Exception as error:
+        line = str(as_request_error(error))
+        if said.get(model.name) != line:
+            said[model.name] = line
+            model.log.event("error", model.name, line)
 
 
 @contextlib.contextmanager

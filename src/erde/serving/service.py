@@ -85,7 +85,12 @@ class Service:
         self.started = time.perf_counter()
         # Requests for which no model is known are kept under "".
         self.recent = {name: Recent(self.started) for name in ("", *models)}
-        self.ready = True
+        self.stopping = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered: the server is not about to stop, and has processes if it needs any."""
+        return not self.stopping and (self.processes is None or self.processes.alive)
 
     def model(self, name: str, version: str = "") -> Model:
         """See :meth:`Answering.model`."""

@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -76,18 +77,28 @@ def _pixels(data: bytes | memoryview | list[Any], shape: tuple[int, ...]) -> NDA
             raise bad(f"'{INPUT}' has {len(data):,} bytes, its shape needs {count:,}")
         return np.frombuffer(data, dtype=np.uint8).reshape(shape)
     try:
-        values = np.array(data)
-    except (ValueError, OverflowError):  # lists of several lengths, or far too deep
-        values = np.array(None)
-    if values.size == 0 and count == 0:
-        return np.zeros(shape, dtype=np.uint8)
-    if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255:
+        values = _whole_numbers(data)
+    except ValueError as error:
         raise bad(
             f"the data of '{INPUT}' are not whole numbers from 0 to 255, flat or as nested as its shape"
-        )
-    if values.size != count:
-        raise bad(f"'{INPUT}' has {values.size:,} numbers, its shape needs {count:,}")
-    return values.astype(np.uint8).reshape(shape)
+        ) from error
+    if len(values) != count:
+        raise bad(f"'{INPUT}' has {len(values):,} whole numbers from 0 to 255, its shape needs {count:,}")
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def _whole_numbers(values: list[Any]) -> bytes:
+    """The numbers of a list, or of lists of one length; :class:`ValueError` for all else.
+
+    NumPy is not asked: of a long text among many values it would make an array that has room for as many long ones.
+    """
+    while values and type(values[0]) is list:
+        if set(map(type, values)) != {list} or len(set(map(len, values))) > 1:
+            raise ValueError
+        values = list(chain.from_iterable(values))
+    if not set(map(type, values)) <= {int}:  # True is none
+        raise ValueError
+    return bytes(values)
 
 
 def _decoded(

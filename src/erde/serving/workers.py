@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import multiprocessing
+import os
 import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from erde.common.errors import UserError
+from erde.common.errors import UserError, in_one_line
 from erde.serving.answering import Answer, Answering, Encoded, Exchange
 from erde.serving.errors import Reason, RequestError, as_request_error
 from erde.serving.log import Log
@@ -26,8 +27,11 @@ Result = TypeVar("Result")
 # Its bundles are verified and warmed.
 _START_SECONDS = 120.0
 _STOP_SECONDS = 5.0
-# Between two attempts to start a process in the place of a dead one.
-_RETRY_SECONDS = 1.0
+# Between two attempts to start a process in the place of a dead one: at first, and twice as long each time up to the most.
+_RETRY_SECONDS, _MOST_RETRY_SECONDS = 1.0, 10.0
+# Between two looks of a request that waits for a process at whether there will be one.
+_LOOK_SECONDS = 0.2
+_READY = "ready"
 
 
 class Workers:
@@ -95,6 +99,7 @@ class _Settings:
     threads: int
     max_batch: int
     poll: float
+    log_json: bool
 
 
 class Processes:
@@ -115,16 +120,23 @@ class Processes:
     def __init__(
         self, bundles: Sequence[str], threads: int, max_batch: int, count: int, poll: float, log: Log
     ) -> None:
-        self._settings = _Settings(bundles, threads, max_batch, poll)
+        self._settings = _Settings(bundles, threads, max_batch, poll, log.as_json)
         self._log, self._closed = log, threading.Event()
+        # Of each process that died: whether another one could not be started in its place.
+        self._missing = [False] * count
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         try:
             with ThreadPoolExecutor(count) as pool:
                 first = list(pool.map(_Process, [self._settings] * count))
         except OSError as error:
             raise UserError(f"a process of the server did not start: {error}") from error
-        for process in first:
-            threading.Thread(target=self._keep, args=(process,), daemon=True).start()
+        for number, process in enumerate(first):
+            threading.Thread(target=self._keep, args=(number, process), daemon=True).start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process answers, or will soon: false once all have died and none could be started in their place."""
+        return not all(self._missing)
 
     def respond(
         self, exchange: Exchange[Encoded], content: bytes, points: Mapping[str, str | None]
@@ -134,12 +146,10 @@ class Processes:
         A process that dies may have been killed by somebody: another one is asked.
 
         Raises:
-            RequestError: as there, or two processes died.
+            RequestError: as there, or two processes died, or none is :attr:`alive`.
         """
         for _ in range(2):
-            process = self._idle.get()
-            while process.is_dead():
-                process = self._idle.get()
+            process = self._next()
             try:
                 result, exchange.id, exchange.model = process.ask(exchange, content, dict(points))
             except OSError:
@@ -151,15 +161,31 @@ class Processes:
             return encoded, answer, seconds
         raise RequestError(Reason.FAILED, "two processes died while they answered this request")
 
+    def _next(self) -> _Process:
+        """A process that has nothing to do, once there is one; :class:`RequestError` if none will come."""
+        while self.alive and not self._closed.is_set():
+            with suppress(queue.Empty):
+                process = self._idle.get(timeout=_LOOK_SECONDS)
+                if not process.is_dead():
+                    return process
+        raise RequestError(
+            Reason.BUSY, "the processes that answer have died, and none can be started; try again later"
+        )
+
+    def start_no_more(self) -> None:
+        """Start no process in the place of a dead one, and let no request wait for that."""
+        self._closed.set()
+
     def close(self) -> None:
         """End all processes, none of which may be asked any more."""
         self._closed.set()
         while not self._idle.empty():
             self._idle.get().close()
 
-    def _keep(self, process: _Process) -> None:
+    def _keep(self, number: int, process: _Process) -> None:
         """Offer a process until it dies, then another one in its place."""
         while not self._closed.is_set():
+            self._missing[number] = False
             self._idle.put(process)
             process.wait()
             process.close()
@@ -167,17 +193,26 @@ class Processes:
                 self._log.event(
                     "process_died", "the server", "a process that answers died: another one starts"
                 )
+            said, pause = "", _RETRY_SECONDS
             while not self._closed.is_set():
                 try:
                     process = _Process(self._settings)
                     self._log.event("process_started", "the server", "a new process answers")
                     break
-                except OSError:
-                    self._closed.wait(_RETRY_SECONDS)
+                except Exception as error:
+                    self._missing[number] = True
+                    if str(error) != said:
+                        said = str(error)
+                        message = f"no process starts in its place, it is tried again: {in_one_line(said)}"
+                        self._log.event("process_missing", "the server", message)
+                    self._closed.wait(pause)
+                    pause = min(2 * pause, _MOST_RETRY_SECONDS)
+        # It may have started while the server stopped.
+        process.close()
 
 
 class _Process:
-    """A process that is ready to answer; :class:`OSError` if it does not get there."""
+    """A process that is ready to answer; :class:`OSError`, in one line, if it does not get there."""
 
     def __init__(self, settings: _Settings) -> None:
         # Threads, such as ONNX Runtime's, do not survive a fork.
@@ -190,7 +225,9 @@ class _Process:
         try:
             if not self._connection.poll(_START_SECONDS):
                 raise TimeoutError(f"it was not ready within {_START_SECONDS:g} seconds")
-            self._receive()
+            said = self._receive()
+            if said != _READY:
+                raise OSError(said)
         except OSError:
             self.close(patience=0)
             raise
@@ -223,11 +260,13 @@ class _Process:
             self._process.join()
 
 
-class _Silent(Log):
-    """For a process: what happens to a bundle, the server says itself."""
+class _Quiet(Log):
+    """For a process: what happens to a bundle, the server says itself, but not that this process could not open it."""
 
     def event(self, event: str, model: str, message: str) -> None:
-        """Say nothing."""
+        """Say nothing else."""
+        if event == "bundle_refused":
+            super().event(event, model, f"process {os.getpid()}: {message}")
 
 
 def _serve(connection: Connection, settings: _Settings) -> None:
@@ -238,12 +277,16 @@ def _serve(connection: Connection, settings: _Settings) -> None:
     # Now, and not with the first request: what is needed to read it.
     from erde.serving import grpc_api, http_api  # noqa: F401
 
-    models = open_models(settings.bundles, settings.threads, _Silent())
+    try:
+        models = open_models(settings.bundles, settings.threads, _Quiet(settings.log_json))
+    except Exception as error:  # the server says it, in a line
+        connection.send(str(as_request_error(error)))
+        return
     threading.Thread(target=_watch, args=(list(models.values()), settings.poll), daemon=True).start()
     answering = Answering(models, settings.max_batch)
     gc.collect()
     gc.freeze()  # as the server does
-    connection.send("ready")
+    connection.send(_READY)
     while True:
         try:
             exchange, content, points = connection.recv()
