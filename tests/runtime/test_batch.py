@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,47 @@ def test_a_process_opens_a_bundle_once_with_one_thread(
     assert opened == [{"threads": 1, "spinning": False, "engine": "onnxruntime"}]
     for part in answers:
         check_parity(part, bundle, images)
+
+
+FORK = """
+import multiprocessing, os, sys, threading
+import numpy as np
+import erde
+from erde.runtime import batch
+images = np.load(sys.argv[2])
+predictor = erde.Predictor(sys.argv[1], threads=2)
+labels = predictor({"image": images})["label"].tolist()
+first, process, begun = predictor.session, os.getpid(), threading.Event()
+class Waiting(batch.Session):
+    def __init__(self, *arguments, **keywords):
+        if os.getpid() == process:
+            begun.set()
+            threading.Event().wait()
+        super().__init__(*arguments, **keywords)
+batch.Session = Waiting
+threading.Thread(target=lambda: erde.Predictor(sys.argv[1], threads=1).session, daemon=True).start()
+begun.wait()
+context = multiprocessing.get_context("fork")
+reader, writer = context.Pipe(False)
+def answer():
+    writer.send((predictor({"image": images})["label"].tolist(), predictor.session is first))
+child = context.Process(target=answer)
+child.start()
+given = reader.recv() if reader.poll(30) else "nothing"
+child.kill()
+assert given == (labels, False), given
+assert predictor.session is first
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_opens_the_bundle_itself(tmp_path: Path) -> None:
+    # It is forked while another thread opens a bundle, and so holds the lock.
+    bundle = convolution_bundle(tmp_path / "bundle")
+    np.save(tmp_path / "images.npy", some_images(40))
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(bundle), str(tmp_path / "images.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_another_bundle_in_its_place_is_for_new_predictors(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from erde.bundle.profile import PROFILE
 from erde.bundle.sealing import read
 from erde.policy import rule as policy
 from erde.policy.rule import ExitRule
@@ -93,6 +94,29 @@ def test_without_early_exits_the_last_network_runs_alone(tmp_path: Path) -> None
     # Where a limit keeps the last network out, the first one answers.
     with user_error("stage 0 fails on a batch of 7"):
         session.predict(images, operating_point="no-exit", max_exit=1)
+
+
+def test_limits_count_what_runs_where_the_last_network_runs_alone(tmp_path: Path) -> None:
+    folder = pixel_bundle(tmp_path / "chain", EXITS, networks=(0, 2))
+    profile = Session(folder, threads=1).profile(batch_sizes=(1,), rounds=1)
+    profile.model_copy(update={"milliseconds": {1: [1.0, 2.0, 3.0, 4.0]}}).write(folder / PROFILE)
+    session = Session(folder, threads=1)
+    # Its stages cost 200 MACs and 7 ms; to the exits before the final one all stages run: 300 and 6 ms at the third.
+    for limits, last, macs in (
+        ({"max_macs": 250}, 3, 200),
+        ({"max_macs": 200, "deadline_ms": 7}, 3, 200),
+        ({"deadline_ms": 8}, 3, 200),
+        ({"deadline_ms": 6.5}, 2, 300),
+        ({"max_macs": 199}, 0, 100),
+        ({"max_macs": 250, "max_exit": 2}, 1, 200),
+        ({"max_macs": 250, "deadline_ms": 6.5}, 1, 200),
+    ):
+        answer = session.predict(draw(1, 1), operating_point="no-exit", **limits)
+        assert (answer.exits.tolist(), answer.macs.tolist()) == ([last], [macs])
+        assert answer.capped is (last < 3)
+    # An exit that is enabled needs the first network.
+    for limits in ({"max_macs": 250}, {"deadline_ms": 5}):
+        assert session.plan(1, operating_point="half", **limits)[1] == 1
 
 
 def test_all_logits_and_streams_and_profiles(tmp_path: Path) -> None:

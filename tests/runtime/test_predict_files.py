@@ -719,6 +719,75 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(
     assert len(rows_of(out)) == 7
 
 
+@pytest.mark.parametrize("failing", ["skipped.txt", "reading"])
+def test_what_is_done_outlives_a_resume_that_fails_at_once(
+    failing: str,
+    digit_files: tuple[list[Path], NDArray[np.uint8]],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "some.csv"
+    stop_after(2, monkeypatch)
+    with pytest.raises(Stopped):
+        predict_files(tiny_bundle, digit_files[0], out, batch_size=2, threads=1)
+    begun = unfinished_of(out).read_bytes()
+    with monkeypatch.context() as patch:
+        if failing == "skipped.txt":
+            (tmp_path / "some.csv.skipped.txt").mkdir()
+            with user_error("some.csv.skipped.txt is a folder: .*remove it, or choose another name"):
+                predict_files(tiny_bundle, digit_files[0], out, threads=1, resume=True)
+            (tmp_path / "some.csv.skipped.txt").rmdir()
+        else:
+
+            def broken(*_: Any) -> None:
+                raise OSError(5, "Input/output error")
+
+            patch.setattr("erde.runtime.predict_files._read_rows", broken)
+            with pytest.raises(OSError, match="Input/output"):
+                predict_files(tiny_bundle, digit_files[0], out, threads=1, resume=True)
+    assert unfinished_of(out).read_bytes() == begun
+    predict_files(tiny_bundle, digit_files[0], out, threads=1, resume=True)
+    assert len(rows_of(out)) == 7
+
+
+def test_older_answers_keep_their_list_until_the_new_ones_are_there(
+    mixed_files: tuple[list[Path], list[str]],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths, reasons = mixed_files
+    out = tmp_path / "answers" / "some.csv"
+    listed = tmp_path / "answers" / "some.csv.skipped.txt"
+    settings: dict[str, Any] = {"batch_size": 3, "threads": 1}
+    predict_files(tiny_bundle, [*paths[3:], paths[0]], out, **settings)
+    older = out.read_bytes(), listed.read_bytes()
+    assert len(listed.read_text().splitlines()) == 4
+    stop_after(1, monkeypatch)
+    with pytest.raises(Stopped):
+        predict_files(tiny_bundle, paths, out, **settings)
+    assert (out.read_bytes(), listed.read_bytes()) == older
+    with user_error("continue it with --resume"):
+        predict_files(tiny_bundle, paths, out, **settings)
+    assert (out.read_bytes(), listed.read_bytes()) == older
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == out:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    # The list comes first: were the answers there without it, nothing would be left to resume.
+    with monkeypatch.context() as patch, user_error("some.csv cannot be written: permission denied"):
+        patch.setattr("erde.runtime.predict_files.os.replace", refuse)
+        predict_files(tiny_bundle, paths, out, resume=True, **settings)
+    predict_files(tiny_bundle, paths, out, resume=True, **settings)
+    assert listed.read_text().splitlines() == reasons
+    assert len(rows_of(out)) == 7
+    assert entries(out.parent) == [out.name, listed.name]
+
+
 def test_memory_does_not_grow_with_the_folder(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

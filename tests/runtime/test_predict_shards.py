@@ -96,6 +96,44 @@ def test_bytes_paths_and_no_rows(bundle: Path, tmp_path: Path) -> None:
     assert pq.read_metadata(tmp_path / "answers" / "2.parquet").num_rows == 0
 
 
+@pytest.mark.parametrize("kind", ["path", "struct"])
+def test_the_column_of_images_can_be_kept(kind: str, bundle: Path, tmp_path: Path) -> None:
+    images = some_images(4)
+    for number, image in enumerate(images):
+        (tmp_path / f"{number}.png").write_bytes(png(image))
+    paths = [str(tmp_path / f"{number}.png") for number in range(4)]
+    cells: list[Any] = paths if kind == "path" else [{"bytes": None, "path": path} for path in paths]
+    pq.write_table(pa.table({"seen": cells, "id": range(4)}), tmp_path / "0.parquet")
+    out = tmp_path / "answers"
+    predict_shards(bundle, [tmp_path / "0.parquet"], out, column="seen", keep=["id", "seen"])
+    answers = read(out)
+    check_parity(answers, bundle, images)
+    assert list(answers)[:2] == ["id", "seen"]
+    assert answers["seen"].tolist() == cells
+
+
+def test_text_that_is_not_utf_8_is_a_row_with_a_reason(bundle: Path, tmp_path: Path) -> None:
+    images = some_images(2)
+    (tmp_path / "0.png").write_bytes(png(images[0]))
+    raw = [os.fsencode(tmp_path / "0.png"), b"gone-\xff.png", None]
+    paths = pa.array(raw, pa.binary()).view(pa.string())
+    content = pa.array([None, png(images[1]), b"none"], pa.binary())
+    pq.write_table(pa.table({"image": paths}), tmp_path / "0.parquet")
+    structs = pa.StructArray.from_arrays([content, paths], ["bytes", "path"])
+    pq.write_table(pa.table({"image": structs}), tmp_path / "1.parquet")
+    files = [tmp_path / f"{number}.parquet" for number in range(2)]
+    assert predict_shards(bundle, files, tmp_path / "answers", keep=["image"])["images"] == 3
+    texts, pairs = (
+        pq.read_table(tmp_path / "answers" / file.name, columns=["error"])["error"] for file in files
+    )
+    first, second, third = texts.to_pylist()
+    assert first == ""
+    assert "gone-\\udcff.png cannot be read" in second
+    assert third == "there is no image: the row is empty"
+    # Bytes are an image whatever their name is.
+    assert pairs.to_pylist()[:2] == ["", ""]
+
+
 def test_a_broken_image_is_a_row_and_the_exit_code_is_3(bundle: Path, tmp_path: Path) -> None:
     good = png(some_images(1)[0])
     table = pa.table({"picture": pa.array([good, b"no image", None], pa.binary()), "id": ["a", "b", "c"]})
@@ -207,6 +245,40 @@ def test_resume_refuses_what_was_begun_otherwise(bundle: Path, tmp_path: Path) -
         predict_shards(bundle, [folder], tmp_path / "full", resume=True)
 
 
+def test_a_folder_named_as_a_shard_is_searched(bundle: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", 2, 5)
+    write_shards(folder / "train.parquet", 1, 3)  # as Spark and Dask write
+    out = tmp_path / "answers"
+    assert predict_shards(bundle, [folder], out)["shards"] == 3
+    assert entries(out / "train.parquet") == ["0.parquet"]
+    assert predict_shards(bundle, [folder], out, resume=True)["images"] == 13
+
+
+def test_answers_below_the_shards_are_no_shards(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_shards(tmp_path / "shards", 2, 5)
+    predict_shards(bundle, [folder], folder / "answers")
+    (folder / "answers" / "1.parquet").unlink()  # as a command that was stopped leaves it
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder / "answers")
+    for out in (folder / "answers", Path("link"), Path("shards/../shards/answers")):
+        assert predict_shards(bundle, [Path("shards")], out, resume=True)["shards"] == 2
+    assert entries(folder / "answers") == ["0.parquet", "1.parquet", SETTINGS]
+
+
+def test_the_folder_of_answers_may_be_the_present_one(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_shards(tmp_path / "shards", 1, 3)
+    (tmp_path / "answers").mkdir()
+    monkeypatch.chdir(tmp_path / "answers")
+    assert predict_shards(bundle, [folder], Path("."))["images"] == 3
+    assert entries(tmp_path / "answers") == ["0.parquet", SETTINGS]
+    with user_error("--out is /: expected a folder of its own for the answers"):
+        predict_shards(bundle, [folder], Path("/"))
+
+
 def test_refusals_write_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = write_shards(tmp_path / "shards", 2, 3), tmp_path / "answers"
 
@@ -219,6 +291,7 @@ def test_refusals_write_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytes
     refused("0.parquet has no column 'number'.*name it with --keep", keep=["number"])
     refused("column 'id' of .* holds int32, expected encoded images", column="id")
     refused("operating point", operating_point="fast")
+    refused("max_macs is inf, expected a finite number", max_macs=float("inf"))
     refused("no shard at ", tmp_path / "gone.parquet")
     (tmp_path / "empty").mkdir()
     refused("no shard below the folder ", tmp_path / "empty")

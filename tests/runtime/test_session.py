@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import scipy.special
 from hypothesis import assume, given, settings
@@ -247,6 +248,8 @@ def test_a_limit_on_macs_is_one_on_exits(session: Session, images: NDArray[np.ui
         ({"max_exit": 3}, "max_exit is 3, this bundle has exits 0 to 2"),
         ({"max_exit": -1}, "max_exit is -1, this bundle has exits 0 to 2"),
         ({"max_macs": 10}, "max_macs is 10, the first exit already takes"),
+        ({"max_macs": float("inf")}, "max_macs is inf, expected a finite number"),
+        ({"max_macs": float("nan")}, "max_macs is nan, expected a finite number"),
     ],
 )
 def test_wrong_limits(
@@ -453,6 +456,24 @@ def test_capped_is_what_no_operating_point_decides(timed: Session, images: NDArr
         for arguments in capped:
             if count == 10 or "deadline_ms" not in arguments:
                 assert timed.predict(images[:count], **arguments).capped is True
+
+
+def test_int8_is_certified_on_the_cpu_of_onnx_runtime_only(
+    tiny_bundle: Path, bundle_copy: Path, images: NDArray[np.uint8]
+) -> None:
+    cpu = "CPUExecutionProvider"
+    others = [name for name in onnxruntime.get_available_providers() if name != cpu]
+    if not others:
+        pytest.skip("this ONNX Runtime has no provider but the CPU")
+    bundle.seal(bundle_copy, bundle.read(bundle_copy).model_copy(update={"precision": "int8"}))
+    for folder, providers, capped in (
+        (bundle_copy, None, False),
+        (bundle_copy, [(cpu, {})], False),
+        (bundle_copy, [others[-1], cpu], True),
+        (tiny_bundle, [others[-1], cpu], False),
+    ):
+        session = Session(folder, threads=1, providers=providers)
+        assert session.predict(images[:2]).capped is capped
 
 
 def test_milliseconds_are_those_of_each_stage(

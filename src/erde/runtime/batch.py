@@ -26,9 +26,10 @@ ANSWERS: dict[str, type] = {
 UNANSWERED: tuple[Any, ...] = (-1, "", float("nan"), -1, "", 0)
 
 # The sessions of this process: (process, bundle, threads, engine) -> (state of the manifest, session). A forked worker
-# has a copy of the table, and no threads of ONNX Runtime: the process's id keeps it from using one.
+# has a copy of the table, and no threads of ONNX Runtime: the process's id keeps it from using one, or closing it.
 _sessions: dict[tuple[Any, ...], tuple[tuple[int, ...], Session]] = {}
-_opening = threading.Lock()
+# By process: a fork may copy a lock that is held, and nobody would release the copy.
+_opening: dict[int, threading.Lock] = {}
 
 
 class Predictor:
@@ -76,11 +77,11 @@ class Predictor:
         }  # fmt: skip
         self.threads = threads
         self._batch_size, self._engine = batch_size, engine
-        self._session: Session | None = None
+        self._opened: dict[int, Session] = {}  # by process, as above
 
     def __getstate__(self) -> dict[str, Any]:
         # A session cannot be pickled, and is large.
-        return {**self.__dict__, "_session": None}
+        return {**self.__dict__, "_opened": {}}
 
     @property
     def session(self) -> Session:
@@ -89,11 +90,12 @@ class Predictor:
         Raises:
             UserError: no bundle there, a damaged one, or an operating point or a limit that it does not have.
         """
-        if self._session is None:
+        session = self._opened.get(os.getpid())
+        if session is None:
             session = _session_at(self.bundle, self.threads, self._engine)
             session.plan(1, **self._limits)
-            self._session = session
-        return self._session
+            self._opened[os.getpid()] = session
+        return session
 
     def __call__(self, columns: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Answer N images: the columns ``ANSWERS`` and those of ``keep``, N values each.
@@ -168,7 +170,7 @@ def _session_at(bundle: str, threads: int | None, engine: str) -> Session:
         ) from error
     state = (about.st_mtime_ns, about.st_size, about.st_ino)
     key = (os.getpid(), str(folder), threads, engine)
-    with _opening:
+    with _opening.setdefault(os.getpid(), threading.Lock()):
         kept = _sessions.get(key)
         if kept is None or kept[0] != state:
             kept = state, Session(folder, threads=threads, spinning=False, engine=engine)

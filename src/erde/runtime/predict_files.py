@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from erde.bundle.sealing import seal_of
 from erde.common import progress
 from erde.common.errors import UserError, printable
-from erde.common.files import Lock, explain_full_disk, make_folder
+from erde.common.files import Lock, explain_full_disk, make_folder, replacing_file
 from erde.common.images import SUFFIXES, load_image
 from erde.runtime.prediction import Prediction
 from erde.runtime.session import Session
@@ -140,6 +141,10 @@ def _check_out(out: Path | None, resume: bool) -> None:
         )
     if out.is_dir():
         raise UserError(f"--out is {out}, which is a folder: expected the name of a file")
+    if (skipped := _beside(out, "skipped.txt")).is_dir():
+        raise UserError(
+            f"{skipped} is a folder: images that cannot be read are listed there; remove it, or choose another name"
+        )
 
 
 def _load(
@@ -257,9 +262,12 @@ def _write_file(out: Path, options: str, tally: _Tally, resume: bool) -> Iterato
                 f"{begun} was begun with another bundle or other options: give what was given then and --resume, or delete "
                 "the file to start anew"
             )
+    empty = False
     try:
-        with unfinished.open("ab+") as rows, skipped.open("wb+") as reasons:
+        # The reasons have no name until all is done: an older ``out`` keeps its own, and --resume gathers them anew.
+        with tempfile.TemporaryFile(dir=out.parent) as reasons, unfinished.open("ab+") as rows:
             done, end = _read_rows(rows, out.suffix, tally)
+            empty = not done
             if done and not resume:
                 raise UserError(
                     f"{unfinished} has {tally.answered:,} images of a command that was stopped: continue it with --resume, "
@@ -271,6 +279,13 @@ def _write_file(out: Path, options: str, tally: _Tally, resume: bool) -> Iterato
             yield _Output(_row_writer(rows, out.suffix), reasons, tally, out.suffix, done)
             rows.flush()
             os.fsync(rows.fileno())
+            # Before the rows: after a kill in between --resume sets it right.
+            if tally.skipped:
+                reasons.seek(0)
+                with replacing_file(skipped) as beside, beside.open("wb") as file:
+                    shutil.copyfileobj(reasons, file)
+            else:
+                skipped.unlink(missing_ok=True)
         os.replace(unfinished, out)
     except PermissionError as error:
         raise UserError(f"{out} cannot be written: permission denied; choose another place") from error
@@ -278,11 +293,9 @@ def _write_file(out: Path, options: str, tally: _Tally, resume: bool) -> Iterato
         explain_full_disk(error, out)
         raise
     finally:
-        # What was begun is kept for --resume, unless it holds nothing.
-        if not tally.answered:
+        # What was begun is kept for --resume, unless it was read and holds nothing.
+        if empty and not tally.answered:
             unfinished.unlink(missing_ok=True)
-        if not (tally.answered and tally.skipped):
-            skipped.unlink(missing_ok=True)
 
 
 def _beside(out: Path, ending: str) -> Path:

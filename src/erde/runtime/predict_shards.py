@@ -83,6 +83,9 @@ def predict_shards(
             settings or from other shards, and what :class:`Predictor` raises.
     """
     _import_parquet()
+    place = out.resolve()
+    if not place.name:
+        raise UserError(f"--out is {out}: expected a folder of its own for the answers")
     predictor = Predictor(
         bundle.absolute(), column=column, operating_point=operating_point, max_exit=max_exit, max_macs=max_macs,
         batch_size=batch_size, threads=threads, engine=engine, keep=keep,
@@ -100,8 +103,8 @@ def predict_shards(
         import_ray()
     tally = Tally(0, 0, [0] * len(manifest.stages), 0)
     check_folder(out)
-    make_folder(out.parent)
-    with Lock(out.with_name(f"{out.name}.lock"), str(out)):
+    make_folder(place.parent)
+    with Lock(place.with_name(f"{place.name}.lock"), str(out)):
         _begin(out, settings, resume)
         waiting = []
         for shard in tasks:
@@ -148,11 +151,20 @@ def _import_parquet() -> Any:
 
 
 def _find_shards(paths: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
-    """Files as given and those below folders, sorted, each with the place of its answers."""
+    """Files as given and those below folders, sorted, each with the place of its answers.
+
+    Folders may be named as shards are, and hold shards. What lies below ``out``, itself below a folder, is answers.
+    """
+    answers = out.resolve()
     pairs: list[tuple[Path, Path]] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(path.rglob(f"*{SUFFIX}"))
+            own = path.resolve() in answers.parents
+            inside = sorted(
+                file
+                for file in path.rglob(f"*{SUFFIX}")
+                if not file.is_dir() and not (own and file.parent.resolve().is_relative_to(answers))
+            )
             if not inside:
                 raise UserError(f"no shard below the folder {path}: expected files ending in {SUFFIX}")
             pairs += [(file.absolute(), out.absolute() / file.relative_to(path)) for file in inside]
@@ -281,10 +293,11 @@ def _answer_batch(predictor: Predictor, batch: Any, schema: Any, tally: Tally) -
     import numpy as np
     import pyarrow as pa
 
-    # What is kept stays in Arrow, with its type: the predictor sees its names only.
+    # What is kept stays in Arrow, with its type: the predictor sees its names only. The images may be among it; as
+    # objects they are not copied.
     kept = [batch.column(name) for name in predictor.keep]
-    images = batch.column(predictor.column).to_pylist()
-    answers = predictor({predictor.column: images, **dict.fromkeys(predictor.keep, ())})
+    images = np.array(_cells(batch.column(predictor.column)), dtype=object)
+    answers = predictor({**dict.fromkeys(predictor.keep, ()), predictor.column: images})
     good = answers["error"] == ""
     tally.rows += len(good)
     tally.failed += int(np.count_nonzero(~good))
@@ -292,3 +305,20 @@ def _answer_batch(predictor: Predictor, batch: Any, schema: Any, tally: Tally) -
     tally.exits = [int(count) + before for count, before in zip(exits, tally.exits, strict=True)]
     tally.macs += int(answers["macs"].sum())
     return pa.record_batch([*kept, *(pa.array(answers[name]) for name in ANSWERS)], schema=schema)
+
+
+def _cells(column: Any) -> list[Any]:
+    """The values of a column; text that is not UTF-8, which Parquet lets pass, as Python has it of file names."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_cell(value) for value in column]
+
+
+def _cell(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        if hasattr(value, "as_buffer"):
+            return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+        return {name: _cell(field) for name, field in value.items()}

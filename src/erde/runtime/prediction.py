@@ -24,9 +24,9 @@ class Prediction:
     an image that was carried along with its batch because that was quicker (:meth:`Session.profile`).
 
     ``capped`` is a matter of what was asked, not of the images: True if thresholds were given, if a limit (``max_exit``,
-    ``max_macs``, ``deadline_ms``) left the final exit out, or if int8 stages ran in another engine than the one that
-    they were certified in. Then no certificate speaks of these answers. Otherwise each is what the operating point
-    alone decides, and its certificate, if it has one, does.
+    ``max_macs``, ``deadline_ms``) left the final exit out, or if int8 stages ran elsewhere than where they are
+    certified, which is in ONNX Runtime's CPU provider. Then no certificate speaks of these answers. Otherwise each is
+    what the operating point alone decides, and its certificate, if it has one, does.
 
     ``milliseconds`` are measured: one number per stage that ran, for the whole batch, decision included.
 

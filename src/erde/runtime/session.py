@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from erde.runtime.engines import check_engine, open_stages
 from erde.runtime.inputs import ImageLike, read_images
 from erde.runtime.monitor import Monitor
 from erde.runtime.prediction import Prediction
-from erde.runtime.stages import Providers
+from erde.runtime.stages import CPU, Providers
 
 # More than any machine has; ONNX Runtime would start them all the same, and wait for them.
 MAX_THREADS = 1024
@@ -38,7 +39,8 @@ class Session:
         path: the bundle's folder; or ``digits-demo``, which comes with erde, or ``hf://OWNER/NAME[@REVISION]`` on the
             Hugging Face hub (the extra ``hub``), downloaded once.
         threads: of the engine; None leaves the choice to it.
-        providers: ONNX Runtime's execution providers; the CPU by default.
+        providers: ONNX Runtime's execution providers; the CPU by default, for which alone int8 stages are certified:
+            with any other their answers are ``capped``.
         spinning: whether idle threads of ONNX Runtime wait actively; False leaves the cores to others.
         engine: ``onnxruntime``, or ``openvino`` (the extra of that name). Int8 stages round otherwise in
             OpenVINO than where they were certified, so that their answers are ``capped``.
@@ -73,8 +75,11 @@ class Session:
             spinning,
             self.manifest.takes_image(),
         )
-        # Certificates are of ONNX Runtime's logits, which another engine has in float up to the last bits only.
-        self._certified = engine == "onnxruntime" or self.manifest.precision == "fp32"
+        # Certificates are of ONNX Runtime's logits on the CPU. Another library has them in float up to the last bits;
+        # int8 values it rounds otherwise.
+        named = {name if isinstance(name, str) else name[0] for name in providers or [CPU]}
+        on_cpu = engine == "onnxruntime" and named == {CPU}
+        self._certified = on_cpu or self.manifest.precision == "fp32"
         self._networks = self.manifest.networks()
         self._macs = np.asarray([stage.macs for stage in self.manifest.stages], dtype=np.int64)
         # MACs where every early exit is disabled: of a chain the last network runs alone.
@@ -276,10 +281,26 @@ class Session:
 
         It raises what ``predict`` raises of its settings, before there is an image.
         """
-        last = self._last_exit(max_exit, max_macs)
+        chosen, final = self._thresholds(operating_point, thresholds), len(self._stages) - 1
+        if max_exit is None and max_macs is None and deadline_ms is None:
+            return chosen, final
+        if max_exit is not None and not 0 <= max_exit <= final:
+            raise UserError(f"max_exit is {max_exit}, this bundle has exits 0 to {final}")
+        within = np.arange(final + 1) <= (final if max_exit is None else max_exit)
+        # To the final exit of a chain its last network may run alone; to those before it all stages run.
+        start = first_stage(self._networks, chosen)
+        if max_macs is not None:
+            if not math.isfinite(max_macs):
+                raise UserError(f"max_macs is {max_macs}, expected a finite number of MACs per image")
+            macs = np.append(self._macs[:-1], (self._alone_macs if start else self._macs)[-1])
+            within &= macs <= max_macs
+            if not (macs <= max_macs).any():
+                raise UserError(f"max_macs is {max_macs:,.0f}, the first exit already takes {macs[0]:,}")
         if deadline_ms is not None:
-            last = min(last, self._last_exit_within(deadline_ms, count))
-        return self._thresholds(operating_point, thresholds), last
+            within &= self._in_time(deadline_ms, count, start)
+        if not within.any():
+            raise UserError("no exit is within all of these limits: raise one of them, or leave it out")
+        return chosen, int(np.flatnonzero(within)[-1])
 
     def monitor(self, *, false_alarm: float = 0.01) -> Monitor:
         """A drift watch for this session's answers; ``false_alarm`` bounds its whole life."""
@@ -484,36 +505,22 @@ class Session:
             )
         return np.ascontiguousarray(images)
 
-    def _last_exit(self, max_exit: int | None, max_macs: float | None) -> int:
-        last = len(self._stages) - 1
-        if max_exit is not None:
-            if not 0 <= max_exit <= last:
-                raise UserError(f"max_exit is {max_exit}, this bundle has exits 0 to {last}")
-            last = max_exit
-        if max_macs is not None:
-            affordable = int((self._macs <= max_macs).sum()) - 1
-            if affordable < 0:
-                raise UserError(
-                    f"max_macs is {max_macs:,.0f}, the first exit already takes {self._macs[0]:,}"
-                )
-            last = min(last, affordable)
-        return last
-
-    def _last_exit_within(self, deadline_ms: float, count: int) -> int:
-        """The furthest exit that a batch of ``count`` images reaches in time, by the profile."""
+    def _in_time(self, deadline_ms: float, count: int, start: int) -> NDArray[np.bool_]:
+        """Whether ``count`` images reach each exit in time, by the profile; the final one from stage ``start``."""
         profile = self._profile or self._read_profile()
         count = max(1, count)
         size = min(
             (size for size in profile.milliseconds if size >= count), default=max(profile.milliseconds)
         )
         times = np.cumsum(profile.milliseconds[size]) * max(1.0, count / size)
-        last = int((times <= deadline_ms).sum()) - 1
-        if last < 0:
+        times[-1] -= times[start - 1] if start else 0
+        if not (times <= deadline_ms).any():
             raise UserError(
                 f"deadline_ms is {deadline_ms:g}, by {self.folder / PROFILE} the first exit takes {times[0]:.3g} ms "
                 f"for a batch of {count}: allow more time, or give fewer images at once"
             )
-        return last
+        in_time: NDArray[np.bool_] = times <= deadline_ms
+        return in_time
 
     def _thresholds(self, name: str | None, thresholds: policy.Thresholds | None) -> policy.Thresholds:
         if thresholds is None:
