@@ -10,6 +10,7 @@ import pytest
 from erde.calibration.exit_choice import HAIR, ExitChoice, ExitSubset, ExitTimes, choose_exits, pick
 from erde.calibration.settings import Settings
 from erde.common.splits import TuneLogits
+from tests.helpers.checks import user_error
 from tests.helpers.oracles import softmax, synthetic_logits
 
 NAMES = ("first", "second", "third")
@@ -140,6 +141,8 @@ def test_subsets_that_could_not_keep_a_budget_are_left_out() -> None:
     for budgets, first in (((0.7,), {"first", "second"}), ((0.7, 0.35), {"first"})):
         choice = choose(logits_of(5), times, budgets=budgets)
         assert all(subset.exits and subset.exits[0] in first for subset in choice.best_of_size)
+    with user_error(r"a budget of 20 % of the MACs cannot be met: leaving at the first exit takes 30 %"):
+        choose(logits_of(5), times, budgets=(0.7, 0.2))
 
 
 def test_with_the_guarantee_of_disagreement_no_label_is_looked_at() -> None:

@@ -852,6 +852,29 @@ def test_copies_stand_on_one_side(tmp_path: Path, streaming: str, capsys: pytest
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("streaming", ["never", "always"])
+def test_images_that_weights_have_seen_are_not_held_out(
+    tmp_path: Path, streaming: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_set(tmp_path / "set", train=60, test=None)
+    # The first 60 of the test pictures are in train too; two of the others are there twice.
+    rows = [*range(200), 100, 101]
+    path = folder / "data" / "test-00000-of-00001.parquet"
+    write_split(path, [png(picture(row)) for row in rows], [row % 10 for row in rows])
+    splits = load(folder, held_out="test", streaming=streaming)
+    train, tune, certify, test = seen_in(splits)
+    assert len(train) == 60
+    assert set(train).isdisjoint([*tune, *certify, *test])
+    assert set(tune).isdisjoint([*certify, *test])
+    assert set(tune) | set(certify) | set(test) == {picture(row).tobytes() for row in range(60, 200)}
+    said = capsys.readouterr().err
+    assert "(0 of train, " in said
+    assert " of certify, " in said
+    path.write_bytes(next(folder.rglob("train-*")).read_bytes())
+    sizes = {"tune_size": 20, "certify_size": 20}
+    assert "no image of tune is left: all are copies" in refusal(folder, held_out="test", **sizes)
+
+
 def test_a_run_that_began_with_copies_goes_on(tmp_path: Path) -> None:
     encoded = [png(picture(row % 220)) for row in range(240)]
     write_split(tmp_path / "set" / "train.parquet", encoded, [row % 10 for row in range(240)])
@@ -880,7 +903,7 @@ def test_streamed_files_of_one_size_are_no_copies(tmp_path: Path) -> None:
     assert [len(part) for part in parts(splits)] == [90, 30, 40, 40]
 
 
-def write_groups(folder: Path, groups: list[Any]) -> Path:
+def write_groups(folder: Path, groups: list[Any], split: str = "train", first: int = 0) -> Path:
     import datasets
 
     features = datasets.Features(
@@ -892,12 +915,12 @@ def write_groups(folder: Path, groups: list[Any]) -> Path:
     )
     count = len(groups)
     rows = {
-        "image": [{"bytes": png(picture(row)), "path": None} for row in range(count)],
+        "image": [{"bytes": png(picture(first + row)), "path": None} for row in range(count)],
         "label": [row % 3 for row in range(count)],
         "patient": groups,
     }
-    folder.mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -918,6 +941,18 @@ def test_a_group_stays_in_one_split(tmp_path: Path, streaming: str) -> None:
         load(folder, group="patient", test_size=40, seed=seed).fingerprints() for seed in (0, 1)
     )
     assert again["tune"] == splits.fingerprints()["tune"] != other_seed["tune"]
+
+
+def test_a_group_of_the_test_split_stays_in_one_part(tmp_path: Path) -> None:
+    groups = [f"patient {row // 7}" for row in range(240)]
+    folder = write_groups(tmp_path / "set", groups, "test")
+    write_groups(folder, ["of train"] * 60, first=900)
+    group_of = {picture(row).tobytes(): groups[row] for row in range(240)}
+    splits = load(folder, group="patient", held_out="test")
+    kept = [{group_of[image] for image in part} for part in seen_in(splits)[1:]]
+    assert sum(len(part) for part in parts(splits)[1:]) == 240
+    for first, second in itertools.combinations(kept, 2):
+        assert not first & second
 
 
 def test_groups_that_do_not_fit(tmp_path: Path) -> None:

@@ -4,8 +4,24 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from erde.evaluation.study import ArmMeasure, Estimate, Study, _compared, estimate, holm, paired_p_value
+from erde.common.splits import TestLogits
+from erde.evaluation.results import SplitInfo
+from erde.evaluation.study import (
+    ArmMeasure,
+    ArmSeed,
+    Estimate,
+    Study,
+    _compared,
+    estimate,
+    holm,
+    measures,
+    paired_p_value,
+    summarise,
+)
+from erde.policy.cost import Cost
 from erde.report.study_text import study_text
+from tests.helpers.hand_made import COST, hand_made_exit_choice, hand_made_policy, hand_made_results
+from tests.helpers.oracles import synthetic_logits
 
 
 def test_holm_as_in_the_textbook() -> None:
@@ -67,3 +83,45 @@ def test_text_shows_means_and_differences() -> None:
         update={"seeds": [0], "measures": {"risk at risk-1": _compared({"kd": [0.01]}, "kd", ["kd"])}}
     )
     assert "| kd | 1.0 |" in study_text(single)
+
+
+def test_exits_that_were_chosen_by_the_clock_are_compared_by_their_places() -> None:
+    logits, labels = synthetic_logits(1, 200, signals=(0.9, 1.6, 2.2))
+    # As many exits in each seed, at other places; and in the last seed the final one alone.
+    kept = {0: ["group1", "group2", "final"], 1: ["group1", "group3", "final"], 2: ["final"]}
+    seeds = {}
+    for seed, names in kept.items():
+        own = logits[-len(names) :]
+        cost = COST if len(names) > 1 else Cost(COST.exit_macs[-1:], COST.no_exit_macs)
+        auto = (TestLogits(own, labels), hand_made_policy(cost=cost), cost)
+        made = hand_made_results(
+            {"auto": auto, "plain": (TestLogits(logits, labels), hand_made_policy(), COST)}
+        )
+        places = [
+            exit.model_copy(update={"name": name})
+            for exit, name in zip(made.arms["auto"].cost, names, strict=True)
+        ]
+        chosen = made.arms["auto"].model_copy(update={"cost": places, "exit_choice": hand_made_exit_choice()})
+        made = made.model_copy(
+            update={
+                "arms": {**made.arms, "auto": chosen},
+                "recipe": {"calibration": {"max_risks": [0.01, 0.02]}},
+            }
+        )
+        seeds[seed] = {
+            arm: ArmSeed(
+                role="student", test=SplitInfo(size=200, fingerprint="f"), measures=measures(made, arm)
+            )
+            for arm in made.arms
+        }
+    study = summarise("small", "plain", seeds).measures
+    assert study["accuracy of exit 1"]["auto"].values == [None, None, None]
+    assert study["accuracy of exit 1"]["plain"].estimate is not None
+    accuracy = (logits.argmax(axis=-1) == labels).mean(axis=1)
+    assert study["accuracy of exit group1"]["auto"].values == [accuracy[0], accuracy[0], None]
+    assert study["accuracy of exit group2"]["auto"].values == [accuracy[1], None, None]
+    assert study["accuracy of the final exit"]["auto"].values == [accuracy[2]] * 3
+    assert study["AUROC of exit group1"]["auto"].estimate is None
+    # Where no early exit was kept, nothing is saved.
+    assert study["MACs saved at risk-1"]["auto"].values[2] == 0.0
+    assert study["accuracy of the final exit"]["plain"].values == [None, None, None]

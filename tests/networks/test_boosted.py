@@ -15,6 +15,7 @@ import erde
 from erde.common.splits import TrainSplit, TuneSplit
 from erde.data.load import DataSplits
 from erde.exporting.onnx_files import export_int8_stages, export_plain, export_stages
+from erde.networks import checkpoint
 from erde.networks.cost import network_cost
 from erde.networks.network import EarlyExitNetwork
 from erde.runtime.stages import StageRunner
@@ -125,3 +126,24 @@ def test_boosted_exits_are_trained_together(settings: dict[str, Any], digits: Da
     message = rf"train.{next(iter(settings))} and boosted exits do not go together in 'network'"
     with user_error(message):
         erde.train(make(), digits, epochs=2, batch_size=64, **settings)
+
+
+def test_boosted_weights_are_for_boosted_networks(digits: DataSplits, tmp_path: Path) -> None:
+    erde.train(make(), digits, folder=tmp_path, epochs=1, batch_size=512)
+    path = tmp_path / "final.safetensors"
+    plain, message = (
+        make(boosted=False),
+        r"final\.safetensors is of a network with boosted exits, and this one is not boosted: set boosted=true",
+    )
+    before = [value.clone() for value in plain.state_dict().values()]
+    for load in (checkpoint.load_weights, erde.load_teacher_weights):
+        load(make(), path)
+        with user_error(message):
+            load(plain, path)
+    with user_error(message):
+        erde.train(plain, digits, folder=tmp_path, epochs=1, batch_size=512)
+    assert all(map(torch.equal, before, plain.state_dict().values()))
+    # Of one exit both are the same; and who wrote no such mark is believed.
+    checkpoint.save(path, plain.state_dict(), {})
+    checkpoint.load_weights(make(), path)
+    assert not checkpoint.is_boosted(make(exits=1))

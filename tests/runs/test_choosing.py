@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from erde.bundle.sealing import read as read_bundle
 from erde.calibration.exit_choice import ExitTimes
 from erde.common.splits import TuneLogits
 from erde.evaluation import run_folder
@@ -22,8 +24,11 @@ from erde.networks.network import EarlyExitNetwork
 from erde.recipe.load import load_config
 from erde.recipe.schema import Config
 from erde.runs import chain, choosing, exporting
+from erde.runs.calibrating import calibrate
+from erde.runs.evaluating import evaluate
 from erde.runs.networks import network_as_trained, trained_network
 from erde.runs.opening import existing_run
+from erde.runtime import Session
 from tests.helpers.checks import user_error
 from tests.runs.test_runs import SMALL
 
@@ -147,6 +152,33 @@ def test_where_no_exit_saves_time_the_final_one_alone_is_kept_and_the_chain_goes
         assert not arm.exit_choice.chosen.exits
     assert [path.name for path in (tmp_path / "run" / "bundle").glob("*.onnx")] == ["stage_0.onnx"]
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_exits_that_are_chosen_anew_leave_nothing_of_the_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        with_times(patch, (0.0, 50.0))
+        chain.run(recipe(tmp_path, "export.precisions=[fp32, int8]"), folder)
+    assert len(read_bundle(folder / "bundle-int8").stages) == 2
+    Session(folder / "bundle", threads=1).profile(rounds=1)
+    # As docs/formats.md says.
+    for name in ("exits.json", "logits.npz", "policy.json"):
+        (folder / "arms" / "early" / name).unlink()
+    shutil.rmtree(folder / "arms" / "early" / "stages")
+    with_times(monkeypatch, (50.0, 50.0))
+    with existing_run(folder) as run:
+        exporting.export(run)
+        calibrate(run)
+        evaluate(run)
+    results = Results.read(folder / "results.json")
+    for name, bundle in (("early", "bundle"), ("early-int8", "bundle-int8")):
+        assert [cost.name for cost in results.arms[name].cost] == ["final"]
+        assert [stage.exit_name for stage in read_bundle(folder / bundle).stages] == ["final"]
+    # Times of other stages are no times of these.
+    assert results.arms["early"].curve.milliseconds is None
+    assert not (folder / "bundle" / "profile.json").exists()
 
 
 def test_a_backbone_without_a_place_is_refused_before_anything_is_trained(

@@ -29,7 +29,7 @@ from erde.runs.evaluating import evaluate
 from erde.runs.exporting import export, export_without_exits
 from erde.runs.folder import Run
 from erde.runs.networks import trained_network
-from erde.runs.opening import existing_run, open_run
+from erde.runs.opening import existing_run, open_run, with_whole_paths
 from erde.runs.training import distill
 from tests.helpers.checks import entries, user_error
 
@@ -283,6 +283,18 @@ def test_finished_arms_need_neither_their_starting_weights_nor_timms(
     (run_copy / "arms/early/checkpoints/final.safetensors").unlink()
     with user_error("gone.safetensors"):
         open_run(recipe(tmp_path, *overrides), run_copy, resume=True)
+
+
+def test_weights_of_an_arm_are_named_by_their_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("start.safetensors").touch()
+    config = recipe(tmp_path, "arms.early.student={weights: start.safetensors, exits: 2}")
+    arms = with_whole_paths(config).arms
+    assert arms["early"].student == {"weights": str(tmp_path / "start.safetensors"), "exits": 2}
+    assert arms["no-exit"] == config.arms["no-exit"]
+    assert with_whole_paths(recipe(tmp_path)) == recipe(tmp_path)
 
 
 def test_calibrating_does_not_read_the_bundle(run_copy: Path) -> None:

@@ -54,6 +54,18 @@ def test_runs_share_splits_and_are_trained_in_one_go() -> None:
     assert TINY.config(3, ["data.split_seed=9"]).data.split_seed == 9
 
 
+def test_a_whole_section_leaves_the_shared_splits() -> None:
+    study = TINY.model_copy(update={"keys": {**TINY.keys, "data": {"tune_size": 90}, "train": {"epochs": 4}}})
+    config = study.config(4)
+    assert (config.data.tune_size, config.data.split_seed) == (90, 3)
+    assert (config.train.epochs, config.train.together) == (4, True)
+    # Also from the command line; what a mapping sets counts.
+    assert study.config(4, ["data={tune_size: 80}"]).data.split_seed == 3
+    own = {"data": {"split_seed": 7}, "train": {"together": False}}
+    config = study.model_copy(update={"keys": {**TINY.keys, **own}}).config(4)
+    assert (config.data.split_seed, config.train.together) == (7, False)
+
+
 def test_the_first_teacher_is_not_trained_again(tmp_path: Path) -> None:
     config = load_config("cifar10-subset")
     taught = taught_by(config, tmp_path)
@@ -75,6 +87,10 @@ def test_the_first_teacher_is_not_trained_again(tmp_path: Path) -> None:
         ("{name: a, recipe: digit, seeds: [0], reference: kd}", "no recipe 'digit'"),
         ("{name: a, recipe: digits, seeds: [0], reference: kb}", "no arm 'kb' in the recipe"),
         ("{name: a, recipe: digits, seeds: [0], reference: kd, keys: {train.epoch: 3}}", "train.epoch"),
+        (
+            "{name: a, recipe: digits, seeds: [0], reference: kd, keys: {name: 2026-12-01}}",
+            "keys: the value of 'name', or one in it, is no text",
+        ),
     ],
 )
 def test_bad_studies_are_refused_before_any_work(text: str, said: str, tmp_path: Path) -> None:
@@ -85,6 +101,18 @@ def test_bad_studies_are_refused_before_any_work(text: str, said: str, tmp_path:
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not folder.exists()
+
+
+def test_one_teacher_has_no_held_out_answers(tmp_path: Path) -> None:
+    arms = {"held": {"loss": {"name": "erde", "wrong_test": "held_out"}}}
+    keys = {**TINY.keys, "arms": arms, "export": {"arm": "held"}}
+    study = TINY.model_copy(update={"keys": keys, "reference": "held"})
+    assert study.config(3)  # a study of one seed may be so
+    with pytest.raises(UserError, match="study tiny: one_teacher gives seed 4 a trained teacher"):
+        study.config(4)
+    with pytest.raises(UserError, match="one_teacher"):
+        run_study(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_file_and_a_full_folder_are_refused(tmp_path: Path) -> None:

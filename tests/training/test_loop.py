@@ -516,6 +516,30 @@ def test_frozen_from_the_start_only_heads_change(optimizer: str, digits: DataSpl
     assert all(parameter.requires_grad for parameter in job.network.backbone_parameters())
 
 
+def test_phase_one_alone_ends_with_the_average(digits: DataSplits) -> None:
+    network = new_network(digits, exits=1)
+    settings: dict[str, Any] = {"epochs": 2, "ema": 0.3}
+    joint = make_job(digits, make_criterion(digits, "ce", network, None), network=network, **settings)
+    alone = make_job(digits, network=new_network(digits, exits=1), backbone_epochs=2, **settings)
+    raw = make_job(digits, network=new_network(digits, exits=1), epochs=2, backbone_epochs=2)
+    for job in (joint, alone, raw):
+        train_network(job)
+    assert not differing(snapshot(alone.network), snapshot(joint.network))
+    assert differing(snapshot(alone.network), snapshot(raw.network))
+
+
+def test_phase_one_smooths_labels_as_the_arm_does(digits: DataSplits) -> None:
+    def first_loss(smoothing: float, **settings: Any) -> Any:
+        network = new_network(digits, exits=1)
+        criterion = build_criterion(
+            resolve_loss("ce"), DistillationConfig(), network, None, digits, label_smoothing=smoothing
+        )
+        job = make_job(digits, criterion, network=network, epochs=1, images=BATCH, **settings)
+        return train_network(job).history[0].parts["loss"]
+
+    assert first_loss(0.3, backbone_epochs=1) == first_loss(0.3) != first_loss(0.0)
+
+
 def test_frozen_after_phase_one(digits: DataSplits) -> None:
     first = make_job(digits, epochs=1, backbone_epochs=1)
     train_network(first)

@@ -15,6 +15,7 @@ from erde.calibration.logits import answers_as_labels
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import best_within_risk
 from erde.common import progress
+from erde.common.errors import UserError
 from erde.common.model import Frozen
 from erde.common.splits import TuneLogits
 from erde.policy.cost import Cost
@@ -150,6 +151,9 @@ def choose_exits(
         names: of the intermediate exits (E-1).
         first_shares: the MACs of leaving at each intermediate exit, with no exit before, as a share of the network
             without exits: subsets that could not keep within ``settings.budgets`` are left out.
+
+    Raises:
+        UserError: a budget that no subset could keep within.
     """
     if settings.guarantee == "disagreement":
         tune = answers_as_labels(tune)
@@ -163,6 +167,12 @@ def choose_exits(
         for subset in itertools.combinations(everything, size)
         if _keeps_budgets(subset, settings, first_shares)
     ]
+    if not subsets:
+        assert first_shares is not None
+        raise UserError(
+            f"a budget of {min(settings.budgets) * 100:g} % of the MACs cannot be met: leaving at the first exit takes "
+            f"{min(first_shares) * 100:.0f} %; give a larger budget"
+        )
     with progress.task("subsets of the exits", len(subsets)) as task:
         for number, subset in enumerate(subsets):
             cost = times.cost(subset)

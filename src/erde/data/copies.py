@@ -68,19 +68,21 @@ def _numbered(keys: Iterable[Hashable]) -> Index:
     return np.asarray([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
 
 
-def separate(parts: Sequence[ImageSource]) -> list[Index]:
-    """Positions of the images of train, tune, certify and test that stay, so that no two splits share an image.
+def separate(parts: Sequence[ImageSource], train_was_seen: bool = False) -> list[Index]:
+    """Positions of the images of train, tune, certify and test that stay, so that none was seen before it is held out.
 
     The split that is used later keeps the image: train loses images that another split has, tune those that certify
-    or test has, certify its own repetitions (each image is to be one draw). Test stays as it is.
+    or test has, certify its own repetitions (each image is to be one draw). Test stays as it is. If weights from elsewhere
+    have seen all of train, train stays as it is, and the others lose its images.
     """
     train, tune, certify, test = image_numbers(parts)
     first = np.zeros(len(certify), dtype=bool)
     first[np.unique(certify, return_index=True)[1]] = True
+    seen = train if train_was_seen else train[:0]
     keep = (
-        ~np.isin(train, np.concatenate([tune, certify, test])),
-        ~np.isin(tune, np.concatenate([certify, test])),
-        first,
-        np.ones(len(test), dtype=bool),
+        train_was_seen | ~np.isin(train, np.concatenate([tune, certify, test])),
+        ~np.isin(tune, np.concatenate([seen, certify, test])),
+        first & ~np.isin(certify, seen),
+        ~np.isin(test, seen),
     )
     return [np.flatnonzero(mask) for mask in keep]

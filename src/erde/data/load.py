@@ -114,7 +114,7 @@ def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> Dat
     rest = whole.take(order[held_out:])
     train, test = (rest, test) if config.held_out == "train" else (pool, rest)
     if copies_apart:
-        train, tune, certify, test = _separate(train, tune, certify, test)
+        train, tune, certify, test = _separate(config, train, tune, certify, test)
     # Only train needs every class: promises and measurements are about images as they come.
     missing = sorted(set(range(len(classes))) - set(train.labels.tolist()))
     if missing:
@@ -185,16 +185,22 @@ def _as_begun(
     return replace(data, mean=mean, std=std, train_fingerprint=began)
 
 
-def _separate(*parts: Columns) -> tuple[Columns, ...]:
-    remaining = separate([part.images for part in parts])
+def _separate(config: DataConfig, *parts: Columns) -> tuple[Columns, ...]:
+    remaining = separate([part.images for part in parts], train_was_seen=config.held_out == "test")
     left_out = [len(part.labels) - len(rows) for part, rows in zip(parts, remaining, strict=True)]
     if not any(left_out):
         return parts
-    train, tune, certify, _ = left_out
+    train, tune, certify, test = left_out
     say(
         f"copies of images in more than one split, or twice in certify: {sum(left_out):,} left out "
-        f"({train:,} of train, {tune:,} of tune, {certify:,} of certify)"
+        f"({train:,} of train, {tune:,} of tune, {certify:,} of certify{f', {test:,} of test' if test else ''})"
     )
+    for name, rows in zip(("tune", "certify", "test"), remaining[1:], strict=True):
+        if not len(rows):
+            raise UserError(
+                f"data set '{config.name}': no image of {name} is left: all are copies of images of other splits; give a set "
+                "whose splits differ"
+            )
     return tuple(
         part.take(rows) if count else part
         for part, rows, count in zip(parts, remaining, left_out, strict=True)

@@ -207,8 +207,9 @@ def _columns(
     if len(table) == 0:
         raise UserError(f"{where} is empty")
     labels = _labels(table, label_column, where, classes)
-    # A set's own test split is not split further: its groups do not matter.
-    groups = _groups(table, config.group, where) if config.group is not None and shape is None else None
+    # A set's own test split is split further with `held_out: test` only: else its groups do not matter.
+    is_split = shape is None or config.held_out == "test"
+    groups = _groups(table, config.group, where) if config.group is not None and is_split else None
     table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     folder = _folder(config.name)
     if folder.is_dir():

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from erde.calibration.logits import point_name
 from erde.common.errors import UserError
 from erde.common.files import write_json
 from erde.common.model import Frozen
@@ -52,7 +53,7 @@ class ArmSeed(Frozen):
 
 
 class Study(Frozen):
-    """``study.json``: nothing in it depends on when or how fast the study ran."""
+    """``study.json``: nothing in it depends on when or how fast the study ran, but with ``exits: auto``."""
 
     format_version: Literal[1] = 1
     name: str
@@ -170,14 +171,23 @@ def _known(values: Sequence[float | None]) -> list[float] | None:
 
 
 def measures(results: Results, name: str) -> dict[str, float | None]:
-    """An arm's measures on test, shares of one; a certified saving is 0 where the promise could not be given."""
+    """An arm's measures on test, shares of one; a certified saving is 0 where the promise could not be given.
+
+    With ``exits: auto`` seeds keep different exits: these are named by their places, not by number.
+    """
     arm = results.arms[name]
     exits = {f"exit {number}": measured for number, measured in enumerate(arm.exits)}
+    if arm.exit_choice is not None:
+        places = [*(f"exit {cost.name}" for cost in arm.cost[:-1]), "the final exit"]
+        exits = dict(zip(places, arm.exits, strict=True))
     values: dict[str, float | None] = {
         f"accuracy of {exit}": measured.accuracy for exit, measured in exits.items()
     }
     values["accuracy of exits, mean"] = float(np.mean([measured.accuracy for measured in arm.exits]))
     if len(arm.exits) == 1:
+        if arm.exit_choice is not None:
+            max_risks = results.recipe.get("calibration", {}).get("max_risks", [])
+            values |= {f"MACs saved at {point_name(max_risk)}": 0.0 for max_risk in max_risks}
         return values
     values["area under the curve"] = arm.curve.area
     values |= {f"accuracy at {100 * share:g} % of the MACs": at_macs(arm, share) for share in SHARES}

@@ -107,9 +107,24 @@ def check_finite(path: Path, name: str, tensor: Tensor) -> None:
         raise UserError(f"{path}: '{name}' has values that are not finite: give another file of weights")
 
 
+def is_boosted(network: nn.Module) -> bool:
+    """Whether exits add to the answers of those before them: names and shapes of the weights do not tell."""
+    return bool(getattr(network, "boosted", False)) and len(getattr(network, "stages", ())) > 1
+
+
+def check_boosted(path: Path, network: nn.Module, state: Mapping[str, Any]) -> None:
+    """:class:`UserError` for weights that are known to be boosted where the network is not, or the reverse."""
+    boosted = state.get("boosted")
+    if boosted is not None and boosted != is_boosted(network):
+        raise UserError(
+            f"{path} is of a network {'with' if boosted else 'without'} boosted exits, and this one is "
+            f"{'not ' if boosted else ''}boosted: set boosted={str(boosted).lower()} for it, or give other weights"
+        )
+
+
 def load_weights(network: nn.Module, path: Path) -> None:
     """Load a network's weights from a checkpoint of erde's or a plain safetensors state dict."""
-    tensors, _ = load(path)
+    tensors, state = load(path)
     weights = under_prefix("network", tensors) or tensors
     expected = network.state_dict()
     for name, tensor in expected.items():
@@ -121,4 +136,5 @@ def load_weights(network: nn.Module, path: Path) -> None:
                 f"expected {tuple(tensor.shape)}"
             )
         check_finite(path, name, weights[name])
+    check_boosted(path, network, state)
     network.load_state_dict({name: weights[name] for name in expected})

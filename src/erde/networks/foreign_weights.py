@@ -71,13 +71,14 @@ def load_teacher_weights(
     file's tensors one after another, each with the shape that is next; npz only, a safetensors file has no order.
 
     Raises:
-        UserError: no such file or not one of these, no name that matches, a tensor that is missing or has another shape.
+        UserError: no such file or not one of these, no name that matches, a tensor that is missing or has another shape,
+            weights of boosted exits for others, or the reverse.
     """
     if match == "order" and path.suffix == ".safetensors":
         raise UserError(
             f"teacher.match is 'order', and {path} has none: safetensors files are sorted; use an .npz or 'name'"
         )
-    tensors = _read(path)
+    tensors, state = _read(path)
     pairs = (_by_order if match == "order" else _by_name)(network, tensors, path)
     own = network.state_dict()
     for name, source in pairs.items():
@@ -87,6 +88,7 @@ def load_teacher_weights(
                 f"'{name}' needs {tuple(own[name].shape)}{_class_hint(name, own[name], tensors[source])}"
             )
         checkpoint.check_finite(path, source, tensors[source])
+    checkpoint.check_boosted(path, network, state)
     # A network that was half replaced would be worse than none: all is checked first.
     network.load_state_dict({**own, **{name: tensors[source] for name, source in pairs.items()}})
     loaded = set(pairs.values())
@@ -105,15 +107,16 @@ def _class_hint(name: str, own: Tensor, loaded: Tensor) -> str:
     return f" (a network for {len(loaded)} classes, the data has {len(own)})" if last else ""
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, and the state of a checkpoint of erde's."""
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".tar", ".pkl"):
         raise UserError(
             f"{path} is a pickle, which can run code when it is read: convert it once with "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'weights.safetensors')"
         )
     if path.suffix != ".npz":
-        tensors, _ = checkpoint.load(path)
-        return checkpoint.under_prefix("network", tensors) or tensors
+        tensors, state = checkpoint.load(path)
+        return checkpoint.under_prefix("network", tensors) or tensors, state
     try:
         arrays = read_npz(path)
     except FileNotFoundError as error:
@@ -122,7 +125,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a readable .npz file of plain arrays: {reason}") from error
     numbers = {name: array for name, array in arrays.items() if array.dtype.kind in "fiu"}
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in numbers.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in numbers.items()}, {}
 
 
 def _by_name(network: EarlyExitNetwork, tensors: dict[str, Tensor], path: Path) -> dict[str, str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from erde.common.errors import UserError, nearest
-from erde.common.yaml_reader import read_yaml_file
+from erde.common.yaml_reader import read_yaml, read_yaml_file
 from erde.recipe.load import load_config
 from erde.recipe.schema import Config
 from erde.recipe.types import Section
@@ -42,16 +42,33 @@ class StudyConfig(Section):
 
     def config(self, seed: int, overrides: Iterable[str] = ()) -> Config:
         """The recipe of one run. Arms are trained in one go, on the same batches; all runs have the same splits."""
-        keys = {"train.together": True, "data.split_seed": self.seeds[0], **self.keys}
-        config = load_config(
-            self.recipe,
-            [*(f"{key}={json.dumps(value)}" for key, value in keys.items()), *overrides, f"seed={seed}"],
-        )
+        keys = [f"{key}={_as_text(key, value)}" for key, value in self.keys.items()]
+        config = load_config(self.recipe, [*self._shared([*keys, *overrides]), f"seed={seed}"])
         if self.reference not in config.arms:
             raise UserError(
                 f"reference: no arm '{self.reference}' in the recipe{nearest(self.reference, config.arms)}"
             )
+        asks = any("held_out_logits" in arm.loss.extras for arm in config.arms.values())
+        if self.one_teacher and seed != self.seeds[0] and asks and not config.teacher.trained:
+            raise UserError(
+                f"study {self.name}: one_teacher gives seed {seed} a trained teacher, without the answers to unseen images that "
+                "erde's wrong_test 'held_out' asks for: set one_teacher: false, or another wrong_test"
+            )
         return config
+
+    def _shared(self, overrides: Iterable[str]) -> Iterator[str]:
+        """``overrides``, with what all runs share where they do not set it."""
+        shared = {"train": ("together", "true"), "data": ("split_seed", str(self.seeds[0]))}
+        yield from (f"{section}.{key}={value}" for section, (key, value) in shared.items())
+        for override in overrides:
+            yield override
+            section, _, text = override.partition("=")
+            if section in shared:
+                # The whole section was replaced.
+                key, value = shared[section]
+                given = read_yaml(text, f"the value of '{override[:200]}'")
+                if isinstance(given, dict) and key not in given:
+                    yield f"{section}.{key}={value}"
 
 
 class LedgerConfig(Section):
@@ -88,6 +105,16 @@ def load_ledger(path: Path) -> LedgerConfig:
             load_study(path.parent / study) if isinstance(study, str) else study for study in studies
         ]
     return validate(LedgerConfig, tree)
+
+
+def _as_text(key: str, value: Any) -> str:
+    """A key's value as JSON, which is YAML."""
+    try:
+        return json.dumps(value)
+    except TypeError as error:  # YAML also has dates, sets and bytes
+        raise UserError(
+            f"keys: the value of '{key}', or one in it, is no text, number, list or mapping ({error}): put a date in quotes"
+        ) from error
 
 
 def _read_keys(path: Path) -> dict[str, Any]:

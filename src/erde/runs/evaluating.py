@@ -114,9 +114,9 @@ def _seal_bundle(run: Run, arm: str, inputs: ArmInput, measured: Arm) -> tuple[s
         stages, name=f"{run.config.name}-{arm}", classes=run.data.classes, provenance=provenance
     )
     manifest = apply(manifest, inputs.policy, measured.operating_points)
-    # The stages stay, so do the times of this machine.
+    # Where the stages stay, so do the times of this machine.
     profile = run.profile(arm)
-    kept = [profile] if profile.is_file() else []
+    kept = [] if profile is None else [profile]
     with replacing_folder(run.bundle_folder(arm)) as partial:
         seal = bundle.write(partial, manifest, run.stage_files(arm), beside_seal=kept)
         agreement = check_runtime(partial, run.data.test, inputs, run.threads)

@@ -88,6 +88,15 @@ def _export_int8(run: Run, arm: str) -> None:
     """The exported arm's stages, logits and plain baseline in int8, with ranges from the students' train images."""
     folder, source = make_folder(run.arm_folder(arm)), run.arm_folder(run.config.export.arm)
     train, seed = run.data.train_share(run.config.data.train_subset), run.config.seed
+    baseline = run.baseline(run.config.export.arm)
+    path = baseline.with_name(f"{NO_EXIT_INT8}.onnx")
+    if (folder / "stages" / STAGES).exists():
+        made = dataclasses.replace(run.stages(arm), quantisation=None)
+        if made != run.stages(run.config.export.arm):
+            # The float stages have other exits since: nothing that was made of the earlier ones holds.
+            names = (run_folder.LOGITS, run_folder.POLICY, f"stages/{STAGES}")
+            for outdated in (path, *(folder / name for name in names)):
+                outdated.unlink(missing_ok=True)
     if not (folder / "stages" / STAGES).exists():
         progress.say(f"{arm}: quantise")
         export_int8_stages(source / "stages", folder / "stages", train, run.data.tune, seed)
@@ -96,8 +105,6 @@ def _export_int8(run: Run, arm: str) -> None:
     if not (folder / run_folder.LOGITS).exists():
         _write_logits(run, arm)
         run.log.write("quantised", arm=arm, **dataclasses.asdict(quantisation))
-    baseline = run.baseline(run.config.export.arm)
-    path = baseline.with_name(f"{NO_EXIT_INT8}.onnx")
     if not path.exists():
         export_int8_plain(baseline, path, train, quantisation.kept_in_float, seed)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from erde.bundle.profile import PROFILE, Profile
+from erde.bundle.sealing import file_hash, stages_hash
 from erde.bundle.sealing import read as read_bundle
-from erde.bundle.sealing import stages_hash
 from erde.calibration.exit_choice import ExitChoice
 from erde.common import environment, progress
 from erde.common.errors import UserError
@@ -83,9 +83,17 @@ class Run:
         """The bundle of the exported arm, in float or int8."""
         return self.folder / ("bundle-int8" if arm == self.config.export.int8_arm else "bundle")
 
-    def profile(self, arm: str) -> Path:
-        """The file in which ``Session.profile()`` leaves the times of an exported arm's bundle."""
-        return self.bundle_folder(arm) / PROFILE
+    def profile(self, arm: str) -> Path | None:
+        """The file in which ``Session.profile()`` left the times of an exported arm's bundle; None where it did not.
+
+        A bundle of earlier stages, whose exits were chosen anew since, has no times of today's.
+        """
+        path = self.bundle_folder(arm) / PROFILE
+        if self.config.trained_as(arm) != self.config.export.arm or not path.is_file():
+            return None
+        manifest = read_bundle(path.parent)
+        sealed = {stage.file: manifest.files[stage.file] for stage in manifest.stages}
+        return path if sealed == {stage.name: file_hash(stage) for stage in self.stage_files(arm)} else None
 
     def baseline(self, arm: str) -> Path:
         """The ordinary ONNX file of an arm; ``no-exit`` is the exported arm's, whatever others are called."""
@@ -122,7 +130,7 @@ class Run:
         cost = self.stages(arm).cost
         milliseconds = None
         path = self.profile(arm)
-        if self.config.trained_as(arm) == self.config.export.arm and path.is_file():
+        if path is not None:
             manifest = read_bundle(path.parent)
             milliseconds = Profile.read(path, stages_hash(manifest), len(cost.macs)).exit_milliseconds()
         return Cost(cost.macs, cost.no_exit_macs, milliseconds)

@@ -127,7 +127,14 @@ def with_whole_paths(config: Config) -> Config:
     cache = str(Path(cache).resolve()) if isinstance(cache, str) else cache
     teacher = changed(config.teacher, weights=whole(config.teacher.weights), cache=cache)
     student = changed(config.student, weights=whole(config.student.weights))
-    sections = {"data": data, "teacher": teacher, "student": student}
+    arms = {
+        name: changed(
+            arm,
+            student={key: whole(value) if key == "weights" else value for key, value in arm.student.items()},
+        )
+        for name, arm in config.arms.items()
+    }
+    sections = {"data": data, "teacher": teacher, "student": student, "arms": arms}
     return config.changed(
         **{name: section for name, section in sections.items() if section != getattr(config, name)}
     )

@@ -138,7 +138,7 @@ def _take_teacher(run: Run) -> None:
     write_json(folder / "timing.json", {"seconds": 0.0, "images_per_second": 0.0})
     # Last: it says that the teacher is there.
     tensors = checkpoint.with_prefix("network", network.state_dict())
-    checkpoint.save(run.checkpoints(TEACHER) / FINAL, tensors, {})
+    checkpoint.save(run.checkpoints(TEACHER) / FINAL, tensors, {"boosted": checkpoint.is_boosted(network)})
     run.log.write("teacher", file=report.file, tune_accuracy=accuracy)
 
 

@@ -56,8 +56,9 @@ PhaseName = Literal["backbone", "joint", "refit"]
 class Phase:
     """The epochs from ``first`` up to ``end``, with a learning rate schedule of their own.
 
-    ``backbone``: the final exit alone. ``joint``: all exits, by the criterion. ``refit``: new intermediate heads, by
-    the criterion too, on the backbone that the phases before have left; the final exit's answers stay as they are.
+    ``backbone``: the final exit alone, by cross-entropy. ``joint``: all exits, by the criterion. ``refit``: new
+    intermediate heads, by the criterion too, on the backbone that the phases before have left; the final exit's answers
+    stay as they are.
     """
 
     name: PhaseName
@@ -103,7 +104,9 @@ class _Step(nn.Module):
             else:
                 logits = self.network(images)
         if self.phase == "backbone":
-            return cross_entropy_loss(logits, labels), logits
+            # A method's loss needs its exits; the arm's label smoothing holds here too.
+            smoothing = getattr(self.criterion, "label_smoothing", 0.0)
+            return cross_entropy_loss(logits, labels, label_smoothing=smoothing), logits
         weighed = logits
         if self.by_reach:
             # Losses are means over images of terms of their own logits: a factor of the gradient is a weight of the image.
@@ -185,7 +188,7 @@ class Learner:
         self.optimizer = _build_optimizer(self.job)
 
     def _use_average(self) -> None:
-        """Give the network its averaged weights, if there are any: the joint phase is done."""
+        """Give the network its averaged weights, if there are any: the joint phase, or the only one, is done."""
         if self.average is not None:
             self.network.load_state_dict(self.average)
             self.average = None
@@ -284,7 +287,8 @@ class Learner:
         """Record the epoch's means, at the end of a phase also the heads' health, and move on to the next epoch."""
         epoch, phase = self.position[0], self.phase
         ends = epoch + 1 == phase.end and phase.name != "backbone"
-        if ends:
+        # A network of one exit may have the backbone phase alone.
+        if ends or epoch + 1 == self.epochs:
             self._use_average()
         self.position = (epoch, self._steps - 1)  # the learning rate of the last step
         entry = Epoch(
@@ -364,6 +368,7 @@ class Learner:
             "history": [entry.model_dump() for entry in self.outcome.history],
             "seconds": self.outcome.seconds,
             "images": self.outcome.images,
+            "boosted": checkpoint.is_boosted(self.network),
         }
 
     def restore(self) -> bool:
@@ -380,6 +385,7 @@ class Learner:
         if not path.exists():
             return False
         tensors, state = checkpoint.load(path)
+        checkpoint.check_boosted(path, self.network, state)
         try:
             self.network.load_state_dict(checkpoint.under_prefix("network", tensors))
             self.criterion.load_state_dict(checkpoint.under_prefix("criterion", tensors))
