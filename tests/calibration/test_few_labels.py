@@ -266,7 +266,9 @@ def test_the_command(
         "80%",
     )
     assert run(*options, "--labels-out", str(ask), "--out", str(tmp_path / "no")) == 2
-    assert "--out does not apply: --labels-out writes a list of images, and no bundle" in capsys.readouterr().err
+    assert (
+        "--out does not apply: --labels-out writes a list of images, and no bundle" in capsys.readouterr().err
+    )
     assert run(*options, "--labels-out", str(ask)) == 0
     assert "of 250 certify images need one; fill the column 'label'" in capsys.readouterr().out
     fill(ask, truth)
