@@ -220,14 +220,14 @@ def calibrate(
     else:
         from erde.evaluation.logits_file import LogitsFile, calibrate_file, default_policy_path
 
-        if LogitsFile(target).has("tune"):
-            _refuse({"--tune-share": tune_share, "--seed": seed}, f"{target} has its tune and certify images")
         _refuse(
             {"--data": data, "--labels": labels, "--labels-out": labels_out},
             f"{target} holds logits, not a bundle",
         )
         out = out or default_policy_path(target)
         per_exit = None if macs is None else _numbers(macs, "--macs")
+        if LogitsFile(target).has("tune"):
+            _refuse({"--tune-share": tune_share, "--seed": seed}, f"{target} has its tune and certify images")
         calibrated = calibrate_file(
             target, settings, out, macs=per_exit, no_exit_macs=no_exit_macs, tune_share=share, seed=seed or 0
         )
