@@ -103,6 +103,21 @@ def test_points_and_what_the_file_says(tiny_bundle: Path, digits: DataSplits, tm
     assert not any(tensor.name.startswith(("stage_1", "stage_2")) for tensor in model.graph.initializer)
 
 
+def test_disabled_exits_are_not_computed(tiny_bundle: Path, tmp_path: Path) -> None:
+    stages = [onnx.load(stage) for stage in sorted(tiny_bundle.glob("stage_*.onnx"))]
+    heads = [
+        {name for node in stage.graph.node if node.op_type == "Gemm" for name in node.input}
+        for stage in stages
+    ]
+    assert all(heads)
+    write_single_file(tiny_bundle, tmp_path / "alone.onnx", "no-exit")
+    model = onnx.load(tmp_path / "alone.onnx")
+    assert [node.op_type for node in model.graph.node].count("Gemm") == 1
+    weights = {tensor.name for tensor in model.graph.initializer}
+    assert not any(f"stage_{index}/{name}" in weights for index in (0, 1) for name in heads[index])
+    assert weights <= {name for node in model.graph.node for name in node.input}
+
+
 def test_int8_and_chains(
     tiny_network: EarlyExitNetwork, tiny_bundle: Path, digits: DataSplits, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ class _Single:
             graph.nodes.append(helper.make_node("Identity", [own], [name]))
         image = helper.make_tensor_value_info("images", kinds.UINT8, [1, *self.manifest.input_shape])
         proto = helper.make_graph(graph.nodes, "erde", [image], self._values(OUTPUTS), graph.weights)
+        _keep_needed(proto)
         opsets = [helper.make_opsetid("", max(map(opset_of, self.stages)))]
         model = helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="erde")
         notes = {
@@ -293,6 +294,24 @@ class _Single:
         amount = self._constant(graph, np.array([count]))
         graph.nodes.append(self.onnx.helper.make_node("TopK", [x, amount], [values, places], axis=1))
         return values
+
+
+def _keep_needed(graph: Any) -> set[str]:
+    """Drop what no output needs, such as heads of disabled exits, which ONNX Runtime would compute; the names that are left."""
+    needed = {value.name for value in graph.output}
+    for index in reversed(range(len(graph.node))):
+        node = graph.node[index]
+        if needed.isdisjoint(node.output):
+            del graph.node[index]
+            continue
+        needed.update(node.input)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                needed |= _keep_needed(attribute.g)
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in needed:
+            del graph.initializer[index]
+    return needed
 
 
 def _check(file: Path, path: Path, session: Session, point: OperatingPoint) -> None:
