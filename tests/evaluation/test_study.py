@@ -85,6 +85,13 @@ def test_text_shows_means_and_differences() -> None:
     assert "| kd | 1.0 |" in study_text(single)
 
 
+def test_operating_points_stand_in_the_order_of_their_risk() -> None:
+    points = ("risk-1", "risk-0.25", "risk-10", "risk-1, before the teacher", "risk-2")
+    measures = {f"MACs saved at {point}": _compared({"kd": [0.3]}, "kd", ["kd"]) for point in points}
+    text = study_text(Study(name="small", reference="kd", seeds=[0], test_images=100, measures=measures))
+    assert "| arm | risk-0.25 | risk-1 | risk-2 | risk-10 | risk-1, before the teacher |" in text
+
+
 def test_exits_that_were_chosen_by_the_clock_are_compared_by_their_places() -> None:
     logits, labels = synthetic_logits(1, 200, signals=(0.9, 1.6, 2.2))
     # As many exits in each seed, at other places; and in the last seed the final one alone.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from erde.common import environment, progress
 from erde.common.time_limit import TimeIsUpError
 from erde.evaluation.ledger import Ledger
 from erde.evaluation.study import Study
 from erde.recipe.schema import Config
 from erde.recipe.study import LedgerConfig, StudyConfig
 from erde.runs.study import fill_ledger, run_study
+from erde.training import loop
 from tests.helpers.checks import entries, user_error
 from tests.helpers.command import run_command
 from tests.helpers.hand_made_runs import cut_at, hand_made_run
@@ -81,6 +84,31 @@ def test_only_what_is_empty_is_trained(trained: Trained, tmp_path: Path) -> None
     assert len(trained.places) == 3
 
 
+def test_seeds_at_a_time_fill_the_same_rows(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(work: Any, seeds: Any, workers: int) -> Any:
+        assert workers == 2
+        yield from map(work, reversed(seeds))
+
+    monkeypatch.setattr("erde.runs.study.in_processes", here)
+    for module, name in ((environment, "most_cpus"), (progress, "prefix"), (loop, "keeps_memory")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    config = LedgerConfig(studies=[FIRST.model_copy(update={"seeds": [0, 1, 2]}), OTHER])
+    serial, beside = tmp_path / "serial", tmp_path / "beside"
+    fill_ledger(Ledger.read(config, serial), serial, tmp_path / "runs")
+    trained.places.clear()
+    ledger = tmp_path / "ledger.yaml"
+    ledger.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    folders = ["--results", str(beside), "--runs", str(tmp_path / "runs-beside")]
+    assert run_command(monkeypatch, "ledger", str(ledger), "--run", "--workers", "2", *folders) == 0
+    # The common teacher first, alone.
+    assert trained.places == ["first/seed0", "first/seed2", "first/seed1", "other/seed5"]
+    assert entries(serial) == entries(beside)
+    for row in serial.iterdir():
+        assert row.read_bytes() == (beside / row.name).read_bytes()
+
+
 def test_a_teacher_that_is_elsewhere_is_not_trained_again(trained: Trained, tmp_path: Path) -> None:
     results, runs = tmp_path / "results", tmp_path / "runs"
     trained.stop_at = "first/seed1"
@@ -90,6 +118,13 @@ def test_a_teacher_that_is_elsewhere_is_not_trained_again(trained: Trained, tmp_
     with user_error(r"study first has one teacher, that of seed 0, and .*seed0 does not hold it"):
         fill_ledger(Ledger.read(CONFIG, results), results, runs)
     assert trained.places == ["first/seed0"]
+
+
+def test_without_ray_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with user_error("--ray needs Ray, which is not installed"):
+        fill_ledger(Ledger.read(CONFIG, tmp_path), tmp_path / "results", tmp_path / "runs", ray=True)
+    assert entries(tmp_path) == []
 
 
 def test_the_command(

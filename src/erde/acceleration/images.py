@@ -46,6 +46,11 @@ class Pool:
         return len(self.paths)
 
     @property
+    def labelled(self) -> bool:
+        """Whether its images have labels: all have, or none."""
+        return bool(np.any(self.labels != UNKNOWN))
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the whole set."""
         return set_fingerprint(self.digests)
@@ -117,7 +122,7 @@ def load_material(
             parts[name] = pool.take(np.sort(order[:size]))
             order = order[size:]
     else:
-        if (held_out.labels[0] == UNKNOWN) != (len(pool) == 0 or pool.labels[0] == UNKNOWN):
+        if held_out.labelled != pool.labelled:
             # Train labels without labels to certify are of no use, and the other way round the model's answers do.
             pool = Pool(pool.paths, np.full(len(pool), UNKNOWN), pool.digests)
         whole = min(len(held_out), room // 2)

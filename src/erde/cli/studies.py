@@ -14,6 +14,15 @@ from erde.cli.options import Json, finish
 if TYPE_CHECKING:
     from erde.evaluation.ledger import Ledger, Planned
 
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_THREADS, help="Seeds at a time, each in a process; one without it."),
+]
+WithRay = Annotated[
+    bool,
+    typer.Option("--ray", help="Run the seeds in Ray's processes (the extra ray); all without --workers."),
+]
+
 
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Recipe, seeds and reference.")],
@@ -28,16 +37,8 @@ def study(
     minutes: Annotated[
         float | None, typer.Option(min=0.1, help="Stop after so long; --resume continues.")
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, max=MAX_THREADS, help="Seeds at a time, each in a process; one without it."),
-    ] = None,
-    ray: Annotated[
-        bool,
-        typer.Option(
-            "--ray", help="Run the seeds in Ray's processes (the extra ray); all without --workers."
-        ),
-    ] = False,
+    workers: Workers = None,
+    ray: WithRay = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe with several seeds, and hold its arms against one of them: means, intervals, paired tests.
@@ -76,6 +77,8 @@ def ledger(
     ] = None,
     results: Annotated[Path, typer.Option(help="The folder of the rows' files.")] = Path("results"),
     runs: Annotated[Path, typer.Option(help="The folder of run folders.")] = Path("runs/ledger"),
+    workers: Workers = None,
+    ray: WithRay = False,
     table: Annotated[
         Path | None, typer.Option(metavar="FILE.md", help="Write the tables of all filled seeds as Markdown.")
     ] = None,
@@ -108,7 +111,7 @@ def ledger(
         loop.keeps_memory = True
         try:
             with time_limit(minutes):
-                fill_ledger(read, results, runs)
+                fill_ledger(read, results, runs, workers=workers, ray=ray)
         except TimeIsUpError:
             finished = False
         read = Ledger.read(config, results)

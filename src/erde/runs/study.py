@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,19 +62,37 @@ def run_study(
         UserError: bad input, a folder that holds something and no ``resume``, runs that do not fit together, a process
             that was killed.
     """
-    folder = Path(folder).absolute() if ray else Path(folder)
-    _check_alone("study")
+    folder = Path(folder)
+    _check_processes("study", ray)
     configs = {seed: study.config(seed, overrides) for seed in study.seeds}
-    if ray:
-        import_ray()
-        # Ray's processes have another working folder.
-        configs = {seed: with_whole_paths(config) for seed, config in configs.items()}
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: continue it with --resume, or choose another with --out")
     make_folder(folder)
     measured: dict[int, dict[str, ArmSeed]] = {}
-    # A teacher of all seeds is trained before them.
-    parts = [study.seeds[:1], study.seeds[1:]] if study.one_teacher else [study.seeds]
+    with closing(_finish_seeds(study, configs, folder, workers, ray)) as finished:
+        for seed in finished:
+            place = run_place(folder, seed)
+            measured[seed] = arm_seeds(place, Results.read(place / RESULTS))
+            # In the study's order, whichever was first.
+            in_order = {known: measured[known] for known in study.seeds if known in measured}
+            summary = summarise(study.name, study.reference, in_order)
+            summary.write(folder / STUDY)
+            write_text(folder / TEXT, study_text(summary))
+    return summary
+
+
+def _finish_seeds(
+    study: StudyConfig, configs: Mapping[int, Config], folder: Path, workers: int | None, ray: bool
+) -> Generator[int, None, None]:
+    """Run the seeds of ``configs``; the number of each when it is finished. A teacher of all is trained before them."""
+    if ray:
+        # Ray's processes have another working folder.
+        folder = folder.absolute()
+        configs = {seed: with_whole_paths(config) for seed, config in configs.items()}
+    first = study.seeds[0]
+    parts = [list(configs)]
+    if study.one_teacher:
+        parts = [[seed for seed in configs if seed == first], [seed for seed in configs if seed != first]]
     for part in filter(None, parts):
         # On this machine they share its CPUs.
         cpus = 1 if ray else max(1, environment.available_cpus() // min(workers or 1, len(part)))
@@ -82,15 +100,7 @@ def run_study(
             Seed(_with_teacher(study, configs[seed], folder), run_place(folder, seed), cpus) for seed in part
         ]
         with closing(_finish(study, seeds, workers, ray)) as finished:
-            for seed in finished:
-                place = run_place(folder, seed)
-                measured[seed] = arm_seeds(place, Results.read(place / RESULTS))
-                # In the study's order, whichever was first.
-                in_order = {known: measured[known] for known in study.seeds if known in measured}
-                summary = summarise(study.name, study.reference, in_order)
-                summary.write(folder / STUDY)
-                write_text(folder / TEXT, study_text(summary))
-    return summary
+            yield from finished
 
 
 def _finish(
@@ -125,27 +135,30 @@ def _run_beside_others(seed: Seed) -> int:
     return seed.config.seed
 
 
-def fill_ledger(ledger: Ledger, results: Path, runs: Path) -> None:
+def fill_ledger(
+    ledger: Ledger, results: Path, runs: Path, *, workers: int | None = None, ray: bool = False
+) -> None:
     """Run every seed that has unfilled rows, in the ledger's order, and write its rows as it finishes.
 
     Args:
         results: the folder of the rows.
         runs: where the run folders are, ``<study>/seed<seed>``; those that are there are continued.
+        workers, ray: as of :func:`run_study`, for the seeds of each study.
 
     Raises:
         UserError: bad input, a run folder of another recipe, a teacher that is not here.
     """
-    _check_alone("ledger")
+    _check_processes("ledger", ray)
     check_folder(results)
-    waiting = [(study, seed) for study in ledger.config.studies for seed in ledger.seeds(study, filled=False)]
-    for number, (study, seed) in enumerate(waiting, 1):
-        progress.say(f"ledger: run {number} of {len(waiting)}, study {study.name}, seed {seed}")
-        folder, config = runs / study.name, study.config(seed)
-        place = run_place(folder, seed)
-        finished = _run(_with_teacher(study, config, folder), place)
-        make_folder(results)
-        for row in rows_of(study, config, place, finished):
-            row.write(results / row.file)
+    for study in ledger.config.studies:
+        folder = runs / study.name
+        configs = {seed: study.config(seed) for seed in ledger.seeds(study, filled=False)}
+        with closing(_finish_seeds(study, configs, folder, workers, ray)) as finished:
+            for seed in finished:
+                place = run_place(folder, seed)
+                make_folder(results)
+                for row in rows_of(study, configs[seed], place, Results.read(place / RESULTS)):
+                    row.write(results / row.file)
 
 
 def run_place(folder: Path, seed: int) -> Path:
@@ -153,17 +166,17 @@ def run_place(folder: Path, seed: int) -> Path:
     return folder / f"seed{seed}"
 
 
-def _check_alone(command: str) -> None:
+def _check_processes(command: str, ray: bool) -> None:
+    if ray:
+        import_ray()
     # Its runs would have to join and leave the other processes again.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"erde {command} is one process: start it without torchrun; erde run takes several")
 
 
-def _run(config: Config, place: Path) -> Results:
+def _run(config: Config, place: Path) -> None:
     """Run a seed, or continue it."""
-    finished = run(config, place, resume=(place / CONFIG).is_file())
-    assert finished is not None
-    return finished
+    run(config, place, resume=(place / CONFIG).is_file())
 
 
 def _with_teacher(study: StudyConfig, config: Config, folder: Path) -> Config:
