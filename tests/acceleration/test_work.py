@@ -13,10 +13,11 @@ from erde.acceleration import images as material_images
 from erde.acceleration import work
 from erde.acceleration.fronts import affordable_trial, affordable_views
 from erde.acceleration.images import Pool, load_material, read_pool
-from erde.acceleration.work import accelerate
+from erde.acceleration.work import NO_GAIN, Accelerated, accelerate
 from erde.bundle.sealing import read
 from erde.chains.preprocessing import Preprocessing
 from erde.data.load import DataSplits
+from erde.policy.points import Agreement, OperatingPoint
 from erde.runtime.session import Session
 from erde.training.learner import Learner
 from tests.helpers.big_network import MACS, MEAN, STD, big_answers, write_big_network, write_photos
@@ -52,7 +53,13 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     out = tmp_path / "fast"
     options = ("--images", str(photos), "--out", str(out), "--max-risk", "5%", "--minutes", "2", "--json")
     arguments = ("accelerate", str(big), *options)
-    monkeypatch.setattr(work, "MOST_EPOCHS", 60)  # that would be reached, and take a while
+    # Neither is to depend on how busy the machine is: how long is trained, and whether it was quicker in the end.
+    monkeypatch.setattr(work, "FEWEST_EPOCHS", 60)
+    monkeypatch.setattr(work, "MOST_EPOCHS", 60)
+    monkeypatch.setattr(Accelerated, "gains", True)
+    # A start that was killed while it wrote the settings is no obstacle.
+    out.mkdir()
+    (out / ".settings.json.12345678.partial").write_text("half")
     # Stopped in the middle of the training of the front, as by a kill.
     step = Learner.step
 
@@ -111,6 +118,29 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
         accelerate(big, photos, out, max_risk=0.02, resume=True)
     with user_error("was begun with other settings .preprocessing."):
         accelerate(big, photos, out, max_risk=0.05, resume=True, preprocessing=BIG_AND_BRIGHT)
+
+
+@pytest.mark.parametrize(("after_ms", "gains"), [(0.97, True), (0.99, False)])
+def test_labels_are_asked_for_only_where_something_is_gained(
+    after_ms: float,
+    gains: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = Accelerated(
+        bundle=tmp_path / "bundle",
+        point=OperatingPoint(name="risk-5", kind="risk", target=0.05, thresholds=[0.5], certificate=None),
+        test=Agreement(images=180, disagreement=0.01, macs=500.0, macs_saved=0.5, exit_rates=[0.5, 0.5]),
+        before_ms=1.0,
+        after_ms=after_ms,
+        median_times=1.0,
+    )
+    monkeypatch.setattr(work, "accelerate", lambda *_, **__: result)
+    assert run_command(monkeypatch, "accelerate", "big.onnx", "--images", "photos", "--out", "fast") == 0
+    printed = capsys.readouterr().out
+    assert ("--labels-out ask.csv" in printed) == gains
+    assert (NO_GAIN in printed) == (not gains)
 
 
 def test_images_are_split_once_and_apart(photos: Path, digits: DataSplits, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_points_and_what_the_file_says(tiny_bundle: Path, digits: DataSplits, tm
         assert notes["operating_point"] == point.name
         assert json.loads(notes["classes"]) == manifest.classes
         assert notes["bundle_seal"] == seal_of(manifest)
-        assert ("promise" in notes) == (point.certificate is not None)
+        assert notes.get("promise") == (point.certificate and point.certificate.sentence())
         if point.name == "no-exit":
             assert set(exits) == {2}
     # The default, and weights where they are needed: in the branch of their stage.
@@ -126,6 +126,8 @@ def test_int8_and_chains(
     erde.calibrate(tmp_path / "int8", digits, max_risk=0.1)
     write_single_file(tmp_path / "int8", tmp_path / "int8.onnx")
     assert len(set(compare(tmp_path / "int8", tmp_path / "int8.onnx", images))) > 1
+    notes = {entry.key: entry.value for entry in onnx.load(tmp_path / "int8.onnx").metadata_props}
+    assert "the full network in int8" in notes["promise"]
     # A chain: its fallback takes the image, in a branch; without an early exit it runs alone.
     big = write_big_network(digits, tmp_path / "big.onnx")
     photos = write_photos(digits, tmp_path / "photos", True)

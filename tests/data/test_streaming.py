@@ -132,7 +132,9 @@ def test_another_seed_gives_other_parts(folder: Path) -> None:
     assert alone.tobytes() == draws[1, 1][5 * alone.nbytes : 6 * alone.nbytes]
 
 
-def test_workers_stay_from_epoch_to_epoch_and_go_with_their_batches(folder: Path) -> None:
+def test_workers_stay_from_epoch_to_epoch_and_go_with_their_batches(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     split = load(folder).train
     batches = make_batches(split, augmentation=CROP, workers=2)
 
@@ -150,11 +152,13 @@ def test_workers_stay_from_epoch_to_epoch_and_go_with_their_batches(folder: Path
     # Also where the reference is part of a cycle, as that of an error's traceback is.
     cycle: list[Any] = [batches]
     cycle.append(cycle)
+    # What waits for a worker in vain waits far longer than a busy machine needs.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 60)
     del batches, cycle
     begun = time.perf_counter()
     gc.collect()
     assert not workers() - before
-    assert time.perf_counter() - begun < 3
+    assert time.perf_counter() - begun < 30
 
 
 def test_an_older_pass_cannot_go_on_with_a_newer_ones_images(folder: Path) -> None:
@@ -515,10 +519,12 @@ class _Deadly(StreamedImages):
 
 
 def test_a_worker_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erde.data.streaming.PATIENCE", 1)
     batches = make_batches(load(folder).train, augmentation=PLAIN, workers=1)
     before = set(multiprocessing.active_children())
     see(batches, 0)
+    # Only now: the first epoch waits for the worker's start too. The loader keeps the patience that it began with.
+    monkeypatch.setattr("erde.data.streaming.PATIENCE", 1)
+    batches._decoded._loader._iterator._timeout = 1
     (worker,) = set(multiprocessing.active_children()) - before
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGSTOP)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,16 +45,22 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert "LOADED []" in out
 
 
+def cpu_seconds_of_children() -> float:
+    """Of all that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_answers_within_half_a_second() -> None:
-    # The best of several: other work on the machine can only make it slower.
+    # CPU time, the best of several: other work on the machine can only make it slower.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     best = 1e9
     for _ in range(7):
-        started = time.perf_counter()
+        before = cpu_seconds_of_children()
         subprocess.run(
             [sys.executable, "-m", "erde", "--help"], capture_output=True, check=True, env=environment
         )
-        best = min(best, time.perf_counter() - started)
+        best = min(best, cpu_seconds_of_children() - before)
     assert best < 0.5
 
 

@@ -53,7 +53,7 @@ def test_paired_test_is_of_differences() -> None:
     differences = [a - b for a, b in zip(first, second, strict=True)]
     assert paired_p_value(differences) == pytest.approx(stats.ttest_rel(first, second).pvalue)
     assert paired_p_value([0.1]) is None
-    assert paired_p_value([0.0, 0.0]) == 1.0
+    assert paired_p_value([0.0, 0.0]) == paired_p_value([1e-16, 0.0]) == paired_p_value([1e-16] * 3) == 1.0
     assert paired_p_value([0.25, 0.25]) == 0.0
 
 

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,16 +24,20 @@ from erde import bundle
 from erde.policy.points import Certificate, Measured, OperatingPoint
 from tests.helpers.hand_made_bundle import convolution_bundle
 
-# Requests whose first pixel is this take DELAY seconds.
+# Requests whose first pixel is this take DELAY seconds, or until the gate is there, if the server was given one.
 SLOW = 7
 DELAY = 0.6
 _PROGRAM = f"""
-import sys, time
+import os, sys, time
+gate = sys.argv.pop(1)
 from erde.runtime.session import Session
 predict = Session.predict
 def slow(self, images, **settings):
     if images.size and images.flat[0] == {SLOW}:
-        time.sleep({DELAY})
+        if not gate:
+            time.sleep({DELAY})
+        while gate and not os.path.exists(gate):
+            time.sleep(0.01)
     return predict(self, images, **settings)
 Session.predict = slow
 from erde.serving import http_api, server
@@ -64,6 +69,12 @@ class Served:
     process: subprocess.Popen[str]
     http_port: int
     grpc_port: int
+    log: Path
+
+    @property
+    def err(self) -> str:
+        """What it has printed on stderr so far."""
+        return self.log.read_text(encoding="utf-8")
 
     @property
     def http(self) -> str:
@@ -99,17 +110,22 @@ class Served:
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
         """Exit code, and what was printed after the server was ready."""
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
+        return self.end()
+
+    def end(self) -> tuple[int, str, str]:
+        """The same of a server that was told to stop."""
+        out, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, out, self.err
 
 
 @contextmanager
-def serving(bundles: Sequence[Path | str], *options: str) -> Iterator[Served]:
+def serving(bundles: Sequence[Path | str], *options: str, gate: Path | None = None) -> Iterator[Served]:
     """A server on free ports, in its own process; it is killed at the end unless it was stopped."""
     command = [
         sys.executable,
         "-c",
         _PROGRAM,
+        "" if gate is None else str(gate),
         *map(str, bundles),
         "--http-port",
         "0",
@@ -117,21 +133,22 @@ def serving(bundles: Sequence[Path | str], *options: str) -> Iterator[Served]:
         "0",
         *options,
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], 60)
-        line = process.stdout.readline() if ready else ""
-        match = re.search(r"http://[\d.]+:(\d+), gRPC [\d.]+:(\d+)$", line.strip())
-        assert match is not None, (
-            line,
-            process.communicate(timeout=10) if process.poll() is not None else "",
-        )
-        yield Served(process, int(match[1]), int(match[2]))
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    with tempfile.TemporaryDirectory() as folder:
+        # A file and not a pipe: it can be read while the server runs.
+        log = Path(folder) / "stderr.txt"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
+        try:
+            assert process.stdout is not None
+            ready, _, _ = select.select([process.stdout], [], [], 60)
+            line = process.stdout.readline() if ready else ""
+            match = re.search(r"http://[\d.]+:(\d+), gRPC [\d.]+:(\d+)$", line.strip())
+            assert match is not None, (line, log.read_text(encoding="utf-8"))
+            yield Served(process, int(match[1]), int(match[2]), log)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
 
 
 def certified_bundle(folder: Path, seed: int = 0) -> Path:

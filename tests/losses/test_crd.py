@@ -304,12 +304,17 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes_keep_the_same_state_as_one(tmp_path: Path) -> None:
     """What is kept is the same on both ranks, and what one process would keep after the whole batch."""
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(rank, str(tmp_path))) for rank in range(2)]
+    workers = [context.Process(target=work, args=(rank, str(tmp_path)), daemon=True) for rank in range(2)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    try:
+        for worker in workers:
+            worker.join(300)
+        assert [worker.exitcode for worker in workers] == [0, 0]
+    finally:
+        # Where one has failed the other waits for it.
+        for worker in workers:
+            worker.kill()
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert results[0]["rows"].flatten().tolist() == [0, 0, 1, 1]
     assert results[0]["ranks"] == 2

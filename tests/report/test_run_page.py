@@ -8,6 +8,7 @@ import html
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,9 +138,14 @@ def test_health_of_heads_has_a_table_and_trouble_a_line_of_its_own() -> None:
     assert "13 of 16" in ill.part(class_="card section", open="")
 
 
-def test_the_page_says_its_date_and_how_the_bundle_is_used(page: Page) -> None:
-    header = page.part(class_="top")
-    assert datetime.date.today().isoformat() in header
+def test_the_page_says_its_date_and_how_the_bundle_is_used(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A day that stays: at midnight today's date would change between the page and the look at it.
+    day = SimpleNamespace(today=lambda: datetime.date(2031, 2, 3))
+    monkeypatch.setattr("erde.report.run_page.datetime", SimpleNamespace(date=day))
+    header = Page(render(results)).part(class_="top")
+    assert "2031-02-03" in header
     assert "erde predict bundle IMAGES" in header
     assert 'erde.runtime.Session("bundle")' in header
 

@@ -295,13 +295,13 @@ Call = tuple[Images, dict[str, Any]]
 def hammer(session: Session, calls: list[Call], seconds: float, threads: int = 8) -> int:
     """All threads ask the same session, each in an order of its own; the number of calls. Fails as ``same`` does."""
     expected = [session.predict(images, **arguments) for images, arguments in calls]
-    stop = time.monotonic() + seconds
     together = threading.Barrier(threads)
 
     def predicted(number: int) -> int:
         generator = np.random.default_rng(number)
         done = 0
         together.wait()
+        stop = time.monotonic() + seconds
         while time.monotonic() < stop:
             for index in generator.permutation(len(calls)):
                 images, arguments = calls[index]

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from erde.data.load import DataSplits
 from erde.runtime.predict_files import COLUMNS, find_images, predict_files
 from erde.runtime.prediction import Prediction
 from erde.runtime.session import Session
-from tests.e2e.conftest import erde, erde_process
+from tests.e2e.conftest import erde
 from tests.helpers.checks import entries, save_by_class, user_error
 
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
@@ -534,6 +533,30 @@ def unfinished_of(out: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("suffix", "row"),
+    [
+        (".jsonl", b"{}"),
+        (".jsonl", b"x"),
+        (".jsonl", b"[1]"),
+        (".csv", b"a,b,c,d,e,f,g"),
+        (".csv", b"a,1,b,1,99,1,1"),
+    ],
+)
+def test_a_damaged_row_is_an_error_in_a_line(
+    suffix: str, row: bytes, mixed_files: tuple[list[Path], list[str]], tiny_bundle: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / f"some{suffix}"
+    stop_after(1, monkeypatch)
+    with pytest.raises(Stopped):
+        predict_files(tiny_bundle, mixed_files[0], out, batch_size=3, threads=1)
+    with unfinished_of(out).open("ab") as file:
+        file.write(row + b"\n")
+    with user_error(f"{unfinished_of(out)} is damaged: delete it to start anew"):
+        predict_files(tiny_bundle, mixed_files[0], out, batch_size=3, threads=1, resume=True)
+
+
 @pytest.mark.parametrize(("suffix", "torn"), [(suffix, torn) for suffix in TORN for torn in TORN[suffix]])
 @pytest.mark.parametrize("batches", [1, 3])
 def test_resumed_no_row_is_lost_and_none_is_there_twice(
@@ -819,6 +842,22 @@ def test_memory_does_not_grow_with_the_folder(
     assert np.median(np.diff(used)) < 20_000
 
 
+# The command, which is killed when it has so many rows.
+KILLED = """
+import os, signal, sys
+from erde.cli.main import main
+from erde.runtime.predict_files import _Tally
+rows = int(sys.argv.pop(1))
+count = _Tally.add
+def add(self, row):
+    count(self, row)
+    if self.answered == rows:
+        os.kill(os.getpid(), signal.SIGKILL)
+_Tally.add = add
+main()
+"""
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_in_the_middle_and_resumed(
     seed: int, digits: DataSplits, tiny_bundle: Path, tmp_path: Path
@@ -834,25 +873,14 @@ def test_killed_in_the_middle_and_resumed(
     done = 0
     generator = random.Random(seed)
     for share in (0.1, 0.4):
-        # From here to three tenths on: far from the end, so that a slow moment of ours does not miss it.
-        size = (share + generator.uniform(0, 0.3)) * whole.stat().st_size
-        process = erde_process(*command, "--out", str(out))
-        try:
-            while process.poll() is None:
-                begun = list(out.parent.glob("*.unfinished"))
-                if begun and begun[0].stat().st_size >= size:
-                    os.kill(process.pid, signal.SIGKILL)
-                    break
-                time.sleep(0.0005)
-        finally:
-            process.kill()
-            process.communicate()
+        rows = int(500 * (share + generator.uniform(0, 0.3)))
+        process = subprocess.run([sys.executable, "-c", KILLED, str(rows), *command, "--out", str(out)])
         assert process.returncode == -signal.SIGKILL
         assert not out.exists()
         content = unfinished_of(out).read_bytes()
         assert whole.read_bytes().startswith(b"".join(content.splitlines(keepends=True)[:done]))
         done = content.count(b"\n")
-        assert 0 < done < 500
+        assert done == rows
     _, refused = erde(*command[:-1], "--out", str(out), code=2)
     assert "continue it with --resume" in refused
     stdout, stderr = erde(*command, "--out", str(out), code=3)

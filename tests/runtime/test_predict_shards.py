@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +177,7 @@ def test_a_killed_command_goes_on_without_answering_twice(bundle: Path, tmp_path
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)  # it could be done before its workers are listed
     workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -206,9 +208,12 @@ def test_a_killed_worker_is_an_error_in_a_line(bundle: Path, tmp_path: Path) -> 
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)  # likewise
     for worker in children(process.pid):
-        if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
-            os.kill(worker, signal.SIGKILL)
+        with suppress(OSError):  # it ended meanwhile
+            if "spawn_main" in Path(f"/proc/{worker}/cmdline").read_text():
+                os.kill(worker, signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert err.startswith("error: a worker process was killed")
@@ -217,7 +222,11 @@ def test_a_killed_worker_is_an_error_in_a_line(bundle: Path, tmp_path: Path) -> 
 
 def test_resume_refuses_what_was_begun_otherwise(bundle: Path, tmp_path: Path) -> None:
     folder, out = write_shards(tmp_path / "shards", 2, 5), tmp_path / "answers"
-    predict_shards(bundle, [folder], out, resume=True)  # nothing begun is no error
+    # Nothing begun is no error, and neither is a start that was killed while it wrote the settings.
+    out.mkdir()
+    (out / ".settings.json.12345678.partial").write_text("half")
+    predict_shards(bundle, [folder], out, resume=True)
+    assert entries(out) == ["0.parquet", "1.parquet", SETTINGS]
     again = predict_shards(bundle, [folder], out, resume=True)
     assert again["images"] == 10
     with user_error("has answers of an earlier command: continue it with --resume"):

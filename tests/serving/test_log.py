@@ -17,7 +17,7 @@ from erde.runtime import Session
 from erde.serving.log import Log, request_id
 from erde.serving.messages import CLASSES, SERVICE
 from tests.helpers.hand_made_bundle import pixel_bundle
-from tests.helpers.served import Served, as_json, serving, some_images
+from tests.helpers.served import Served, as_json, serving, some_images, until
 
 
 def _ask(server: Served, images: Any, known_as: str) -> dict[str, str]:
@@ -98,7 +98,8 @@ def test_an_event_is_a_line_too(tmp_path: Path) -> None:
         assert server.infer(as_json(images)).status == 500
         with (folder / "stage_1.onnx").open("ab") as file:
             file.write(b"!")
-        time.sleep(1)
+        until(lambda: "bundle_refused" in server.err)
+        time.sleep(0.5)  # some more looks
         _, _, err = server.stop()
     request, event = map(json.loads, err.splitlines())
     assert (request["outcome"], request["model"]) == ("failed", "a")

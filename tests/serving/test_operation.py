@@ -32,7 +32,6 @@ from erde.serving.workers import Workers
 from tests.helpers.command import run_command
 from tests.helpers.hand_made_bundle import convolution_bundle, pixel_bundle
 from tests.helpers.served import (
-    DELAY,
     SLOW,
     Reply,
     Served,
@@ -80,16 +79,18 @@ def ask(server: Served, pixels: Any = IMAGES) -> Any:
         return call(request.SerializeToString(), timeout=30)
 
 
-def test_above_the_queue_requests_are_refused_at_once(bundle_a: Path, session_a: Session) -> None:
+def test_above_the_queue_requests_are_refused_at_once(
+    bundle_a: Path, session_a: Session, tmp_path: Path
+) -> None:
     labels = session_a.predict(SLOW_IMAGES).labels.tolist()
+    gate = tmp_path / "gate"
     with (
-        serving([bundle_a], "--parallel", "1", "--max-queue", "2") as server,
+        serving([bundle_a], "--parallel", "1", "--max-queue", "2", gate=gate) as server,
         ThreadPoolExecutor(8) as clients,
     ):
         inside = [clients.submit(server.infer, as_json(SLOW_IMAGES)) for _ in range(2)]
         inside_grpc = clients.submit(ask, server, SLOW_IMAGES)
         until(lambda: metrics(server)["erde_queue_length"] == 2)
-        started = time.monotonic()
         reply = server.infer(as_json(IMAGES))
         assert reply.status == 503
         assert int(reply.headers["retry-after"]) >= 1
@@ -102,8 +103,9 @@ def test_above_the_queue_requests_are_refused_at_once(bundle_a: Path, session_a:
         with grpc.insecure_channel(server.grpc) as channel:
             ready = channel.unary_unary(f"/{SERVICE}/ServerReady")(b"", timeout=10)
         assert CLASSES["ServerReadyResponse"].FromString(ready).ready
-        assert time.monotonic() - started < DELAY
+        assert not any(future.done() for future in (*inside, inside_grpc))
         # Those that waited are answered.
+        gate.touch()
         assert [future.result().json["outputs"][0]["data"] for future in inside] == [labels] * 2
         assert np.frombuffer(inside_grpc.result().raw_output_contents[0], dtype=np.int64).tolist() == labels
         samples = metrics(server)
@@ -178,7 +180,8 @@ def test_drift_is_counted_logged_once_and_ends_with_the_bundle(bundle_a: Path, t
         for _ in range(10):
             server.infer(black)
         server.infer({**black, "parameters": {"operating_point": "early"}})
-        time.sleep(0.5)  # some looks
+        until(lambda: " drift " in server.err)
+        time.sleep(0.5)  # some more looks
         samples = metrics(server)
         assert samples['erde_drift_alarm{model="a"}'] == 1
         assert samples['erde_drift_images{model="a"}'] == 320
@@ -200,9 +203,10 @@ def test_drift_is_counted_logged_once_and_ends_with_the_bundle(bundle_a: Path, t
 
 @pytest.mark.parametrize(("number", "over"), [(signal.SIGTERM, "http"), (signal.SIGINT, "grpc")])
 def test_a_stop_waits_for_requests_under_way(
-    bundle_a: Path, session_a: Session, number: int, over: str
+    bundle_a: Path, session_a: Session, number: int, over: str, tmp_path: Path
 ) -> None:
     labels = session_a.predict(SLOW_IMAGES).labels.tolist()
+    gate = tmp_path / "gate"
 
     def answer(server: Served) -> Any:
         if over == "http":
@@ -210,14 +214,23 @@ def test_a_stop_waits_for_requests_under_way(
         content = ask(server, SLOW_IMAGES).raw_output_contents[0]
         return np.frombuffer(content, dtype=np.int64).tolist()
 
+    def is_ready() -> bool:
+        try:
+            return server.request("GET", "/v2/health/ready").status == 200
+        except OSError:
+            return False
+
     with (
-        serving([bundle_a], "--parallel", "1", "--json") as server,
+        serving([bundle_a], "--parallel", "1", "--json", gate=gate) as server,
         ThreadPoolExecutor(4) as clients,
     ):
         # One is answered, two wait.
         inside = [clients.submit(answer, server) for _ in range(3)]
         until(lambda: metrics(server)["erde_queue_length"] == 2)
-        code, out, err = server.stop(number)
+        server.process.send_signal(number)
+        until(lambda: not is_ready())
+        gate.touch()
+        code, out, err = server.end()
         assert [future.result() for future in inside] == [labels] * 3
     assert (code, err) == (0, "")
     assert out.splitlines() == [
@@ -278,7 +291,8 @@ def test_a_broken_replacement_is_logged_and_the_old_bundle_goes_on(tmp_path: Pat
         file.write(b"!")
     with serving([folder]) as server:
         _replace(folder, new)
-        time.sleep(1)  # ten looks
+        until(lambda: "is not taken" in server.err)
+        time.sleep(0.5)  # some more looks
         assert server.infer(as_json(IMAGES)).json["model_version"] == version
         # And is repaired.
         content = (folder / "stage_1.onnx").read_bytes()
@@ -343,7 +357,8 @@ def test_what_changes_beside_the_seal_leaves_the_alarm_and_load_control(
         for _ in range(10):
             server.infer(black)
         (folder / "bench.json").write_text("{}")
-        time.sleep(1)  # ten looks
+        until(lambda: " drift " in server.err and " opened again" in server.err)
+        time.sleep(0.5)  # some more looks
         samples = metrics(server)
         assert samples['erde_drift_alarm{model="a"}'] == 1
         assert samples['erde_drift_images{model="a"}'] == 320

@@ -80,19 +80,26 @@ def test_a_killed_rank_and_resume(tmp_path: Path) -> None:
     done = run("-m", "erde", "run", *DIGITS, "--out", str(whole))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("bundle:") == 1
-    process = subprocess.Popen(
-        torchrun("-m", "erde", "run", *DIGITS, "--out", str(killed)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
-    last = killed / "arms" / "erde" / "checkpoints" / LAST
-    end = time.monotonic() + 120
-    while not last.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert last.exists()
-    os.kill(second_process(process.pid), signal.SIGKILL)
-    assert process.wait(timeout=120) != 0
+    said = tmp_path / "stderr.txt"
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            torchrun("-m", "erde", "run", *DIGITS, "--out", str(killed)),
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env=ENVIRONMENT,
+        )
+    try:
+        last = killed / "arms" / "erde" / "checkpoints" / LAST
+        end = time.monotonic() + 300
+        while not last.exists():
+            assert process.poll() is None, said.read_text()[-3000:]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        os.kill(second_process(process.pid), signal.SIGKILL)
+        assert process.wait(timeout=120) != 0
+    finally:
+        process.terminate()  # the launcher ends both ranks
+        process.wait(timeout=120)
     assert not (killed / "arms" / "erde" / "history.json").exists()
     done = run("-m", "erde", "run", *DIGITS, "--out", str(killed), "--resume")
     assert done.returncode == 0, done.stderr[-3000:]

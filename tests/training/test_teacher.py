@@ -254,9 +254,10 @@ def test_the_cache_of_another_teacher(digits: DataSplits, teacher: EarlyExitNetw
         file.truncate(1000)
     with user_error(f"the teacher cache {folder} is damaged: remove it"):
         train_network(cached_job(digits, teacher, tmp_path, epochs=1))
-    (folder / MANIFEST).write_text("[1")
-    with user_error("is not the manifest of a teacher cache: remove"):
-        train_network(cached_job(digits, teacher, tmp_path, epochs=1))
+    for damaged in ("[1", "[1]"):
+        (folder / MANIFEST).write_text(damaged)
+        with user_error("is not the manifest of a teacher cache: remove"):
+            train_network(cached_job(digits, teacher, tmp_path, epochs=1))
 
 
 def test_views_without_number(digits: DataSplits, teacher: EarlyExitNetwork, tmp_path: Path) -> None:

@@ -41,7 +41,14 @@ from erde.chains.preprocessing import Preprocessing
 from erde.common import progress
 from erde.common.environment import erde_version
 from erde.common.errors import UserError
-from erde.common.files import make_folder, replacing_file, write_json, write_text
+from erde.common.files import (
+    is_leftover,
+    make_folder,
+    replacing_file,
+    sweep_leftovers,
+    write_json,
+    write_text,
+)
 from erde.common.splits import TestLogits, TrainSplit
 from erde.common.time_limit import check_minutes
 from erde.data.load import DataSplits, measure_pixels
@@ -162,6 +169,7 @@ def accelerate(
     material = load_material(pool, others, common_shape([network]), seed, max_risk)
     if not resume:
         make_folder(out)
+        sweep_leftovers(out)
         write_json(out / SETTINGS, asked)
     work = _Work(out, network, names, material, loss, seed)
     front = work.train_front(minutes, 60 * minutes - (time.monotonic() - started))
@@ -172,7 +180,8 @@ def _check_place(out: Path, asked: dict[str, Any], resume: bool) -> None:
     """Refuse a folder that is there already, or to continue what was begun otherwise."""
     path = out / SETTINGS
     if not resume:
-        if out.exists():
+        # A start that was killed leaves an empty folder, or half of the settings.
+        if out.exists() and not (out.is_dir() and all(map(is_leftover, out.iterdir()))):
             raise UserError(
                 f"{out} is there already: give another place with --out, or continue with --resume"
             )

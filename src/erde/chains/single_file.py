@@ -113,7 +113,7 @@ class _Single:
             "bundle_seal": bundle.seal_of(self.manifest),
         }
         if self.point.certificate is not None:
-            notes["promise"] = self.point.certificate.sentence()
+            notes["promise"] = self.point.certificate.sentence(self.manifest.precision)
         helper.set_model_props(model, notes)
         self.onnx.checker.check_model(model)
         return model

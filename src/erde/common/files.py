@@ -129,6 +129,11 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether this is the name of a file or folder that a process was writing when it was killed, or still writes."""
+    return _PARTIAL.fullmatch(path.name) is not None
+
+
 def sweep_leftovers(folder: Path) -> None:
     """Remove unfinished files of dead processes below ``folder``; those of living processes stay.
 

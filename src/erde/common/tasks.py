@@ -16,6 +16,8 @@ from erde.common.errors import UserError, in_one_line
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+# Commands that have no --resume, such as erde ledger, continue without.
+AGAIN = "repeat the command, with --resume if it has that option"
 
 
 def in_processes(
@@ -36,7 +38,7 @@ def in_processes(
                 yield done.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"a worker process was killed, perhaps for want of memory: repeat the command with --resume, and {remedy}"
+                f"a worker process was killed, perhaps for want of memory: {AGAIN}, and {remedy}"
             ) from error
 
 
@@ -103,7 +105,7 @@ def in_ray(
             reason = in_one_line(str(error).strip().splitlines()[0])
             raise UserError(
                 f"no way into Ray's cluster ({reason}): check RAY_ADDRESS and, where the cluster has a token, RAY_AUTH_TOKEN; "
-                "then repeat the command with --resume"
+                f"then {AGAIN}"
             ) from error
     try:
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(_work_or_refuse)
@@ -119,7 +121,7 @@ def in_ray(
             yield result
     except ray.exceptions.RayError as error:
         reason = in_one_line(str(error).strip().splitlines()[-1])
-        raise UserError(f"Ray lost a task ({reason}): repeat the command with --resume") from error
+        raise UserError(f"Ray lost a task ({reason}): {AGAIN}") from error
     finally:
         if started:
             ray.shutdown()

@@ -96,6 +96,10 @@ def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> Dat
     """
     seed = seed if config.split_seed is None else config.split_seed
     pool, test, classes = load_digits() if config.name == "digits" else load_columns(config)
+    if len(classes) < 2:
+        raise UserError(
+            f"'{config.name}' has a single class, {classes[0]}: a classifier needs images of two classes or more"
+        )
     if config.group is not None and pool.groups is None:
         raise UserError(f"data.group is '{config.group}', and '{config.name}' has no columns: leave it out")
     if test is None:

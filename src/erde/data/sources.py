@@ -89,13 +89,18 @@ def load_columns(config: DataConfig) -> tuple[Columns, Columns | None, list[str]
     classes = getattr(features[label_column], "names", None)
     if classes is None:
         classes = [str(label) for label in range(_highest_label(train, label_column) + 1)]
+    # Copies are looked for among streamed images, or among resident ones: both splits are streamed, or neither.
+    has_test = test_name is not None and tables[test_name] is not train
+    largest = max(len(train), len(tables[test_name]) if has_test else 0)
     where = f"data set '{config.name}', split 'train'"
-    pool = _columns(config, train, image_column, label_column, where, None, len(classes))
+    pool = _columns(config, train, image_column, label_column, where, None, len(classes), largest)
     test = None
-    if test_name is not None and tables[test_name] is not train:
+    if has_test:
         shape = (int(pool.images.shape[1]), int(pool.images.shape[2]), int(pool.images.shape[3]))
         where = f"data set '{config.name}', split '{test_name}'"
-        test = _columns(config, tables[test_name], image_column, label_column, where, shape, len(classes))
+        test = _columns(
+            config, tables[test_name], image_column, label_column, where, shape, len(classes), largest
+        )
     return pool, test, list(classes)
 
 
@@ -201,6 +206,7 @@ def _columns(
     where: str,
     shape: tuple[int, int, int] | None,
     classes: int,
+    largest: int,
 ) -> Columns:
     import datasets
 
@@ -219,7 +225,7 @@ def _columns(
         size = config.image_size
         shape = (size or first.height, size or first.width, config.channels)
     same_size = config.image_size is None
-    size_gib = len(table) * int(np.prod(shape)) / 2**30
+    size_gib = largest * int(np.prod(shape)) / 2**30
     # Random parts are cut from the files as they are, not from images that were brought to size.
     needed = size_gib > config.memory_limit_gib or config.augmentation.resized_crop is not None
     if config.streaming == "always" or (config.streaming == "auto" and needed):

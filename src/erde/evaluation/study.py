@@ -80,7 +80,7 @@ def paired_p_value(differences: Sequence[float]) -> float | None:
     """Two-sided p-value of the paired t-test; None for one seed; 1 where no seed differs."""
     if len(differences) < 2:
         return None
-    if not np.any(differences):
+    if np.max(np.abs(differences)) < 1e-12:  # equal up to rounding
         return 1.0
     if np.ptp(differences) < 1e-12:  # the same difference each time: t has no bound
         return 0.0

@@ -124,8 +124,8 @@ class DataConfig(Section):
     """Decode images while training instead of keeping them in memory. `auto`: by `memory_limit_gib`. Ignored by
     `digits`."""
     memory_limit_gib: Positive = 4.0
-    """With `streaming: auto`, a table is streamed if its decoded images are larger than this, in GiB, or if
-    `augmentation.resized_crop` is set."""
+    """With `streaming: auto`, a set is streamed if the decoded images of its larger split take more than this, in GiB, or
+    if `augmentation.resized_crop` is set."""
     workers: int = Field(2, ge=0, le=256)
     """Processes that decode images of streamed sets."""
     skip_unreadable: bool = False

@@ -11,7 +11,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from erde.common.errors import UserError
-from erde.common.files import Lock, check_folder, make_folder, sweep_leftovers, write_json, write_text
+from erde.common.files import (
+    Lock,
+    check_folder,
+    is_leftover,
+    make_folder,
+    sweep_leftovers,
+    write_json,
+    write_text,
+)
 from erde.data.sources import SHIPPED
 from erde.evaluation import run_folder
 from erde.recipe.load import load_saved_config
@@ -79,6 +87,7 @@ def _start(config: Config, folder: Path) -> Run:
     with _locked(folder) as lock:
         # Another process may have been quicker.
         _check_empty(folder)
+        sweep_leftovers(folder)
         run = Run(config, folder, lock)
         run.data = checked.data
         _begin(run, "start")
@@ -151,8 +160,8 @@ def _check_cache_folder(config: Config, saved: Path) -> None:
 
 
 def _check_empty(folder: Path) -> None:
-    # A start that was killed leaves its lock's file.
-    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+    # A start that was killed leaves its lock's file, and perhaps half of config.yaml.
+    if folder.is_dir() and any(path.name != LOCK and not is_leftover(path) for path in folder.iterdir()):
         advice = "continue it with --resume" if (folder / CONFIG).is_file() else "it holds other files"
         raise UserError(f"{folder} is not empty: {advice}, or choose another folder with --out")
     check_folder(folder)

@@ -320,17 +320,20 @@ def _read_rows(file: BinaryIO, suffix: str, tally: _Tally) -> tuple[Counter[str]
             yield line.decode("utf-8", "surrogateescape")
 
     table: Iterable[Any] = csv.reader(lines()) if suffix == ".csv" else map(json.loads, lines())
-    for cells in table:
-        if suffix == ".csv":
-            if len(cells) != len(COLUMNS):
-                break  # torn within a quoted name that holds a line break
-            if end == 0:
-                end = position  # the heading
-                continue
-            cells = dict(zip(COLUMNS, cells, strict=True))
-        tally.add(cells)
-        done[cells["path"]] += 1
-        end = position
+    try:
+        for cells in table:
+            if suffix == ".csv":
+                if len(cells) != len(COLUMNS):
+                    break  # torn within a quoted name that holds a line break
+                if end == 0:
+                    end = position  # the heading
+                    continue
+                cells = dict(zip(COLUMNS, cells, strict=True))
+            tally.add(cells)
+            done[cells["path"]] += 1
+            end = position
+    except (csv.Error, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file.name} is damaged: delete it to start anew") from error
     return done, end
 
 

@@ -17,7 +17,15 @@ from typing import Any
 from erde.bundle.sealing import seal_of
 from erde.common import progress
 from erde.common.errors import UserError, in_one_line, nearest
-from erde.common.files import Lock, check_folder, make_folder, replacing_file, sweep_leftovers, write_json
+from erde.common.files import (
+    Lock,
+    check_folder,
+    is_leftover,
+    make_folder,
+    replacing_file,
+    sweep_leftovers,
+    write_json,
+)
 from erde.common.tasks import import_ray, in_processes, in_ray
 from erde.runtime.batch import ANSWERS, Predictor
 
@@ -212,8 +220,9 @@ def _rows_of(path: Path, column: str, keep: Sequence[str]) -> int:
 
 def _begin(out: Path, settings: dict[str, Any], resume: bool) -> None:
     """Make the folder, or check that what it holds was begun alike."""
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or all(map(is_leftover, out.iterdir())):
         make_folder(out)
+        sweep_leftovers(out)
         write_json(out / SETTINGS, settings)
         return
     try:

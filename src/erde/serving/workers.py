@@ -154,6 +154,10 @@ class Processes:
                 result, exchange.id, exchange.model = process.ask(exchange, content, dict(points))
             except OSError:
                 continue
+            except BaseException:
+                # Nobody knows what it was told: another one takes its place.
+                process.close(patience=0)
+                raise
             self._idle.put(process)
             if isinstance(result, RequestError):
                 raise result

@@ -135,7 +135,7 @@ class CachedTeacher:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             done = manifest.pop("done")
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not the manifest of a teacher cache: remove {self.folder}") from error
         if manifest != self._identity:
             raise UserError(
