@@ -52,6 +52,9 @@ def test_rows_are_enough_for_the_study(tmp_path: Path) -> None:
         np.mean([measured.accuracy for measured in run.arms["ce"].exits]) for run in runs.values()
     ]
     assert accuracy.difference is not None
+    # Of the arms, a recipe has the row's own and the exported one.
+    kept = {row.arm: list(row.recipe["arms"]) for row in ledger.rows.values() if row.seed == 3}
+    assert kept == {"teacher": ["kd"], "kd": ["kd"], "ce": ["kd", "ce"]}
     row = ledger.rows["small-kd-seed3.json"]
     arm = runs[3].arms["kd"]
     assert [measured.accuracy for measured in row.exits] == [measured.accuracy for measured in arm.exits]

@@ -46,8 +46,8 @@ class RowCurve(Frozen):
 class Row(ArmSeed):
     """A filled row of a ledger, ``<study>-<arm>-seed<seed>.json``: an arm of a finished run.
 
-    ``recipe`` is as planned, all arms included; with ``one_teacher`` the first seed's teacher taught this run. ``seconds``
-    and ``images_per_second`` are of the arm's training; None where the run does not know.
+    ``recipe`` is as planned, of the arms this one and the exported one; with ``one_teacher`` the first seed's teacher taught
+    this run. ``seconds`` and ``images_per_second`` are of the arm's training; None where the run does not know.
     """
 
     format_version: Literal[1] = 1
@@ -177,7 +177,7 @@ def rows_of(study: StudyConfig, recipe: Config, run: Path, results: Results) -> 
                 study=study.name,
                 arm=name,
                 seed=results.seed,
-                recipe=recipe.model_dump(mode="json"),
+                recipe=_own_recipe(recipe, name),
                 one_teacher=study.one_teacher,
                 exits=_exits(arm),
                 no_exit_macs=arm.no_exit_macs,
@@ -191,6 +191,13 @@ def rows_of(study: StudyConfig, recipe: Config, run: Path, results: Results) -> 
             )
         )
     return rows
+
+
+def _own_recipe(recipe: Config, arm: str) -> dict[str, Any]:
+    """The recipe without arms that neither are this one nor exported: there may be dozens."""
+    tree = recipe.model_dump(mode="json")
+    tree["arms"] = {name: about for name, about in tree["arms"].items() if name in (arm, recipe.export.arm)}
+    return tree
 
 
 def _exits(arm: Arm) -> list[RowExit]:
