@@ -775,10 +775,10 @@ def test_a_class_without_images(tmp_path: Path) -> None:
 
 
 def test_a_set_of_one_class(tmp_path: Path) -> None:
+    folder = tmp_path / "set" / "cat"
+    folder.mkdir(parents=True)
     for row in range(20):
-        save_picture = tmp_path / "set" / "cat" / f"{row}.png"
-        save_picture.parent.mkdir(parents=True, exist_ok=True)
-        save_picture.write_bytes(png(picture(row)))
+        (folder / f"{row}.png").write_bytes(png(picture(row)))
     message = refusal(tmp_path / "set", test_size=5)
     assert message.endswith("has a single class, cat: a classifier needs images of two classes or more")
 
