@@ -105,10 +105,12 @@ def test_a_module_is_accelerated_without_labels_by_erde(
     asked, agreement = [], []
     wrong = erde_module.wrong_images
 
-    def spy(teacher: Tensor, paired: Tensor, labels: Tensor, config: Any, held_out: Any) -> Tensor:
+    def spy(
+        student: Tensor, teacher: Tensor, paired: Tensor, labels: Tensor, config: Any, held_out: Any
+    ) -> Tensor:
         agreement.append(float((paired[-1].argmax(dim=-1) == labels).float().mean()))
         asked.append(config.wrong_test)
-        return wrong(teacher, paired, labels, config, held_out)
+        return wrong(student, teacher, paired, labels, config, held_out)
 
     monkeypatch.setattr(erde_module, "wrong_images", spy)
     monkeypatch.setattr(work, "MOST_EPOCHS", 30)  # that would be reached, and take a while

@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {name: {"name": name} for name in LOSSES} 
         "entropy_form": "uniform_kl",
     },
     "erde-held-out": {"name": "erde", "wrong_test": "held_out", "entropy_form": "uniform_kl"},
+    "erde-harm": {"name": "erde", "wrong_test": "harm", "kl_on_wrong": True},
     "erde-all": {
         "name": "erde",
         "distillation_form": "dkd",

@@ -70,7 +70,8 @@ def erde_parts(
     exits, images, classes = student.shape
     pairs = range(exits) if pairs is None else pairs
     alpha, beta, weights = per_exit(alpha, exits), per_exit(beta, exits), per_exit(exit_weights, exits)
-    parts = {name: np.zeros(exits) for name in ("ce", distillation_form, "entropy", "teacher_wrong")}
+    share = "harm" if wrong_test == "harm" else "teacher_wrong"
+    parts = {name: np.zeros(exits) for name in ("ce", distillation_form, "entropy", share)}
     scaled = scale * student
     loss = 0.0
     for i in range(exits):
@@ -85,6 +86,8 @@ def erde_parts(
                 wrong = np.argmax(held_out_logits[pairs[i], b]) != y
             elif wrong_test == "uncertain":
                 wrong = wrong or softmax(t).max() < uncertainty
+            elif wrong_test == "harm":
+                wrong = np.argmax(s) != y and np.argmax(student[-1, b]) == y
             ce = -np.log(p[y])
             if wrong and not ce_on_wrong and i < exits - 1:
                 ce = 0.0

@@ -271,6 +271,7 @@ KNOBS: list[tuple[str, dict[str, Any]]] = [
     ("erde", {"ce_on_wrong": False}),
     ("erde", {"wrong_test": "final"}),
     ("erde", {"wrong_test": "uncertain", "uncertainty": 0.95}),
+    ("erde", {"wrong_test": "harm"}),
     ("erde", {"entropy_form": "teacher"}),
     ("erde", {"entropy_exits": "all"}),
     ("phuong", {"soft_share": 0.2}),

@@ -267,9 +267,9 @@ def exit_entropy(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
 
 
-def teacher_wrong(paired_teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """True where the teacher's exit is wrong: (E, B, K), (B,) -> bool (E, B)."""
-    return paired_teacher_logits.argmax(dim=-1) != labels
+def wrong_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """True where an exit is wrong: (E, B, K), (B,) -> bool (E, B)."""
+    return logits.argmax(dim=-1) != labels
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ from erde.losses.base import (
     pair_teacher,
     ranks,
     sum_exits,
-    teacher_wrong,
     weigh,
+    wrong_answers,
 )
 from erde.losses.kd import standardise_logits
 from erde.recipe.losses import DKDConfig
@@ -91,7 +91,7 @@ def dkd_loss(
         "ce": ce.detach(),
         "tckd": tckd.detach().mean(dim=1),
         "nckd": nckd.detach().mean(dim=1),
-        "teacher_wrong": teacher_wrong(teacher, labels).to(ce.dtype).mean(dim=1),
+        "teacher_wrong": wrong_answers(teacher, labels).to(ce.dtype).mean(dim=1),
     }
 
 

@@ -25,8 +25,8 @@ from erde.losses.base import (
     per_exit_values,
     silence_last,
     sum_exits,
-    teacher_wrong,
     weigh,
+    wrong_answers,
 )
 from erde.losses.dkd import decoupled_kl
 from erde.losses.dynamickd import EntropyController
@@ -48,22 +48,31 @@ def entropy_penalty(student_logits: Tensor, teacher_logits: Tensor, form: Entrop
 
 
 def wrong_images(
-    teacher_logits: Tensor, paired: Tensor, labels: Tensor, config: ERDEConfig, held_out: Tensor | None
+    student: Tensor,
+    teacher_logits: Tensor,
+    paired: Tensor,
+    labels: Tensor,
+    config: ERDEConfig,
+    held_out: Tensor | None,
 ) -> Tensor:
-    """True where the teacher counts as wrong by ``config.wrong_test``: bool (Es, B).
+    """True where an image counts as wrong by ``config.wrong_test``: bool (Es, B).
 
-    ``paired`` and ``held_out`` are logits in the student's order (Es, B, K).
+    ``paired`` and ``held_out`` are the teacher's logits in the student's order (Es, B, K).
 
     Raises:
         ValueError: the test ``held_out`` without such logits.
     """
     if config.wrong_test == "final":
-        return teacher_wrong(teacher_logits[-1:], labels).expand(len(paired), -1)
+        return wrong_answers(teacher_logits[-1:], labels).expand(len(paired), -1)
+    if config.wrong_test == "harm":
+        # What a certificate counts: the full network would have been right.
+        wrong = wrong_answers(student, labels)
+        return wrong & ~wrong[-1]
     if config.wrong_test == "held_out":
         if held_out is None:
             raise ValueError("expected held-out logits for wrong_test='held_out', got none")
-        return teacher_wrong(held_out, labels)
-    wrong = teacher_wrong(paired, labels)
+        return wrong_answers(held_out, labels)
+    wrong = wrong_answers(paired, labels)
     if config.wrong_test == "uncertain":
         wrong = wrong | (paired.softmax(dim=-1).amax(dim=-1) < config.uncertainty)
     return wrong
@@ -94,8 +103,8 @@ def erde_loss(
             ``wrong_test``; they teach nothing.
 
     Returns:
-        ``loss``; parts (Es,): ``ce``, ``kl`` or ``dkd`` (with T²), ``entropy`` (all as masked), and ``teacher_wrong``, the
-        share of images that are wrong by ``wrong_test``.
+        ``loss``; parts (Es,): ``ce``, ``kl`` or ``dkd`` (with T²), ``entropy`` (all as masked), and ``teacher_wrong`` or
+        ``harm``, the share of images that are wrong by ``wrong_test``.
 
     >>> from erde.recipe.schema import DistillationConfig
     >>> settings = ExitSettings.resolve(DistillationConfig(), 10, [1, 2, 3], [1, 2, 3])
@@ -107,7 +116,7 @@ def erde_loss(
     held_out = None
     if held_out_logits is not None:
         _, held_out = pair_teacher(student, held_out_logits, labels, settings.pairs)
-    wrong = wrong_images(teacher_logits, teacher, labels, config, held_out).to(student.dtype)
+    wrong = wrong_images(student, teacher_logits, teacher, labels, config, held_out).to(student.dtype)
     right = 1 - wrong
 
     ce = exit_cross_entropy(student, labels, settings.label_smoothing)
@@ -134,7 +143,7 @@ def erde_loss(
         "ce": ce.detach(),
         config.distillation_form: distilled.detach(),
         "entropy": entropy.detach(),
-        "teacher_wrong": wrong.mean(dim=1),
+        "harm" if config.wrong_test == "harm" else "teacher_wrong": wrong.mean(dim=1),
     }
 
 

@@ -14,8 +14,8 @@ from erde.losses.base import (
     exit_kl,
     pair_teacher,
     sum_exits,
-    teacher_wrong,
     weigh,
+    wrong_answers,
 )
 from erde.recipe.losses import KDConfig
 
@@ -64,7 +64,7 @@ def kd_loss(
         softened, target = standardise_logits(softened), standardise_logits(target)
     ce = exit_cross_entropy(student, labels, settings.label_smoothing).mean(dim=1)
     kl = settings.temperature**2 * exit_kl(softened, target, settings.temperature).mean(dim=1)
-    wrong = teacher_wrong(teacher, labels).to(ce.dtype).mean(dim=1)
+    wrong = wrong_answers(teacher, labels).to(ce.dtype).mean(dim=1)
     loss = sum_exits(weigh(ce, config.weight * kl, settings.alpha), settings.exit_weights)
     return {"loss": loss, "ce": ce.detach(), "kl": kl.detach(), "teacher_wrong": wrong}
 

@@ -97,10 +97,11 @@ class ERDEConfig(LossConfig):
     """Keep the KL on images that the teacher gets wrong, beside the entropy term."""
     ce_on_wrong: bool = True
     """Keep the cross-entropy of intermediate exits on these images."""
-    wrong_test: Literal["exit", "final", "uncertain", "held_out"] = "exit"
-    """The teacher's answer that decides whether it is wrong. `exit`: of the paired exit. `final`: of its final exit.
-    `uncertain`: of the paired exit, which also counts as wrong if its largest probability is below `uncertainty`.
-    `held_out`: of the paired exit of a teacher that did not see the image."""
+    wrong_test: Literal["exit", "final", "uncertain", "held_out", "harm"] = "exit"
+    """The answer that decides whether an image counts as wrong. `exit`: of the paired teacher exit. `final`: of the
+    teacher's final exit. `uncertain`: of the paired exit, which also counts as wrong if its largest probability is below
+    `uncertainty`. `held_out`: of the paired exit of a teacher that did not see the image. `harm`: of the student's own
+    exit, where its final exit is right; keep the KL with it (`kl_on_wrong`)."""
     uncertainty: Annotated[float, Field(ge=0, le=1)] = 0.5
     """For `wrong_test: uncertain`: the least probability of an answer that is not wrong."""
     entropy_form: EntropyForm = "negentropy"
