@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from erde.common.splits import TestLogits
+from erde.common.splits import CertifyLogits, TestLogits, TuneLogits
 from erde.evaluation.results import SplitInfo
 from erde.evaluation.study import (
     ArmMeasure,
@@ -15,6 +15,7 @@ from erde.evaluation.study import (
     estimate,
     holm,
     measures,
+    measures_of_logits,
     paired_p_value,
     summarise,
 )
@@ -132,3 +133,36 @@ def test_exits_that_were_chosen_by_the_clock_are_compared_by_their_places() -> N
     # Where no early exit was kept, nothing is saved.
     assert study["MACs saved at risk-1"]["auto"].values[2] == 0.0
     assert study["accuracy of the final exit"]["plain"].values == [None, None, None]
+
+
+def test_the_same_entropy_at_every_exit() -> None:
+    logits, labels = synthetic_logits(3, 300, signals=(0.9, 1.6, 2.2))
+    made = hand_made_results({"plain": (TestLogits(logits, labels), hand_made_policy(), COST)}).arms["plain"]
+    others = synthetic_logits(4, 50, signals=(0.9, 1.6, 2.2))
+    tune, certify = TuneLogits(*others), CertifyLogits(logits, labels)
+    measured = measures_of_logits(made, tune, certify, TestLogits(logits, labels))
+    tuned = others[0].argmax(axis=-1) == others[1]
+    assert measured["accuracy of exits on tune, mean"] == pytest.approx(tuned.mean())
+    share = stats.entropy(np.exp(logits), axis=-1) / np.log(logits.shape[-1])
+    for most in (0.1, 0.3, 0.5):
+        counts, right, macs = [0, 0, 0], 0, 0
+        for image, label in enumerate(labels):
+            number = 0 if share[0, image] < most else 1 if share[1, image] < most else 2
+            counts[number] += 1
+            right += int(logits[number, image].argmax() == label)
+            macs += COST.exit_macs[number]
+        assert min(counts) > 0
+        at = f"at entropy {most}"
+        assert [measured[f"answers of exit {number} {at}"] for number in range(3)] == [
+            count / 300 for count in counts
+        ]
+        assert measured[f"accuracy {at}"] == pytest.approx(right / 300)
+        assert measured[f"MACs saved {at}"] == pytest.approx(1 - macs / 300 / COST.no_exit_macs)
+    rows = {name: _compared({"kd": [value]}, "kd", ["kd"]) for name, value in measured.items()}
+    text = study_text(Study(name="small", reference="kd", seeds=[0], test_images=300, measures=rows))
+    assert text.count("at entropy 0.3") == 5
+    # A network without early exits has nothing to choose.
+    plain = (TestLogits(logits[-1:], labels), hand_made_policy(cost=Cost((9,), 9)), Cost((9,), 9))
+    single = hand_made_results({"plain": plain}).arms["plain"]
+    tune_1, certify_1 = TuneLogits(tune.logits[-1:], tune.labels), CertifyLogits(logits[-1:], labels)
+    assert len(measures_of_logits(single, tune_1, certify_1, TestLogits(logits[-1:], labels))) == 1

@@ -14,11 +14,15 @@ from erde.calibration.logits import point_name
 from erde.common.errors import UserError
 from erde.common.files import write_json
 from erde.common.model import Frozen
+from erde.common.splits import CertifyLogits, TestLogits, TuneLogits
 from erde.evaluation.results import Arm, Interval, Results, SplitInfo
 from erde.evaluation.run_folder import read_logits
+from erde.policy.rule import decide, entropy_score, take_exit
 
 # Shares of the MACs of the network without exits at which curves are read.
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+# The most entropy, in parts of ln K, with which an exit may answer: the same at all exits and for all arms.
+ENTROPIES = (0.1, 0.3, 0.5)
 CONFIDENCE = 0.95
 
 
@@ -102,7 +106,8 @@ def arm_seeds(run: Path, results: Results) -> dict[str, ArmSeed]:
         name: ArmSeed(
             role=arm.role,
             test=results.data.splits["test"],
-            measures=measures(results, name) | tune_measures(run, name),
+            measures=measures(results, name)
+            | measures_of_logits(results.arms[name], *read_logits(run, name)),
         )
         for name, arm in results.arms.items()
         if arm.precision == "fp32"
@@ -176,10 +181,7 @@ def measures(results: Results, name: str) -> dict[str, float | None]:
     With ``exits: auto`` seeds keep different exits: these are named by their places, not by number.
     """
     arm = results.arms[name]
-    exits = {f"exit {number}": measured for number, measured in enumerate(arm.exits)}
-    if arm.exit_choice is not None:
-        places = [*(f"exit {cost.name}" for cost in arm.cost[:-1]), "the final exit"]
-        exits = dict(zip(places, arm.exits, strict=True))
+    exits = dict(zip(exit_names(arm), arm.exits, strict=True))
     values: dict[str, float | None] = {
         f"accuracy of {exit}": measured.accuracy for exit, measured in exits.items()
     }
@@ -214,11 +216,36 @@ def measures(results: Results, name: str) -> dict[str, float | None]:
     return values
 
 
-def tune_measures(run: Path, arm: str) -> dict[str, float | None]:
-    """What may be chosen by: the mean accuracy of the exits on tune."""
-    tune = read_logits(run, arm)[0]
+def exit_names(arm: Arm) -> list[str]:
+    """``exit 0``, ``exit 1``; by their places where the arm chose its exits."""
+    if arm.exit_choice is None:
+        return [f"exit {number}" for number in range(len(arm.exits))]
+    return [*(f"exit {cost.name}" for cost in arm.cost[:-1]), "the final exit"]
+
+
+def measures_of_logits(
+    arm: Arm, tune: TuneLogits, certify: CertifyLogits, test: TestLogits
+) -> dict[str, float | None]:
+    """What may be chosen by, the mean accuracy of the exits on tune; and the paper's rule on test, at equal thresholds.
+
+    At ``entropy e`` each exit answers the images whose softmax has an entropy below ``e ln K``: no threshold is chosen, so
+    that arms show how sure they are. Certify takes no part.
+    """
     right = tune.logits.argmax(axis=-1) == tune.labels
-    return {"accuracy of exits on tune, mean": float(right.mean())}
+    values: dict[str, float | None] = {"accuracy of exits on tune, mean": float(right.mean())}
+    names, macs = exit_names(arm), np.array([cost.macs for cost in arm.cost])
+    if len(names) == 1:
+        return values
+    scores, right = entropy_score(test.logits), test.logits.argmax(axis=-1) == test.labels
+    for entropy in ENTROPIES:
+        exits = decide(scores, (1 - entropy,) * (len(names) - 1))
+        at = f"at entropy {entropy:g}"
+        values[f"accuracy {at}"] = float(take_exit(right, exits).mean())
+        values[f"MACs saved {at}"] = float(1 - macs[exits].mean() / arm.no_exit_macs)
+        values |= {
+            f"answers of {name} {at}": float((exits == index).mean()) for index, name in enumerate(names)
+        }
+    return values
 
 
 def at_macs(arm: Arm, share: float) -> float | None:

@@ -10,14 +10,15 @@ from erde.report.numbers import NONE, points, signed
 
 # Title, which measures, and what their columns need not repeat.
 GROUPS: tuple[tuple[str, Callable[[str], bool], str], ...] = (
-    ("Accuracy", lambda name: "accuracy" in name and "MACs" not in name, "accuracy of "),
+    ("Accuracy", lambda name: name.startswith("accuracy of"), "accuracy of "),
     (
         "Accuracy along the curve",
         lambda name: name.startswith("area") or "of the MACs" in name,
         "accuracy at ",
     ),
-    ("MACs saved at certified points", lambda name: name.startswith("MACs saved"), "MACs saved at "),
+    ("MACs saved at certified points", lambda name: name.startswith("MACs saved at risk"), "MACs saved at "),
     ("Risk at these points", lambda name: name.startswith("risk"), "risk at "),
+    ("The same entropy at every exit, and for every arm", lambda name: "at entropy" in name, ""),
     ("Scores and teacher", lambda name: name.startswith(("AUROC", "teacher", "entropy")), ""),
 )
 INTRODUCTION = """# Study {name}
