@@ -178,6 +178,32 @@ def test_a_stall_is_forgotten_soon() -> None:
     assert quick(1) == 1
 
 
+@pytest.mark.parametrize("slow", [2, 60])
+@pytest.mark.parametrize("rungs", [RUNGS, RUNGS[:1]], ids=len)
+def test_a_slow_moment_at_a_light_load_shuts_nobody_out(rungs: list[Rung], slow: float) -> None:
+    # Until then a request takes longer than the objective, at every rung; after it 2 ms, a tenth of the thread's time.
+    controller, arrivals = Controller(rungs, OBJECTIVE, parallel=1), poisson(lambda _: 50, slow + 60)
+    generator, free, refused = np.random.default_rng(0), 0.0, []
+    inside: deque[tuple[float, int, float, float]] = deque()  # end, inside, arrival, computing
+    looked = 0.0
+    for arrival in arrivals:
+        while inside and inside[0][0] <= arrival:
+            end, others, came, computing = inside.popleft()
+            controller.answered(end, controller.current, end - came, computing, others)
+        while looked + 0.02 <= arrival:
+            looked += 0.02
+            controller.look(looked, len(inside))
+        if not controller.admits(arrival, len(inside)):
+            refused.append(arrival)
+            continue
+        computing = (1.2 * OBJECTIVE if arrival < slow else 0.002) * generator.uniform(0.7, 1.3)
+        free = max(free, arrival) + computing
+        inside.append((free, len(inside), arrival, computing))
+    assert any(time < slow + 1 for time in refused)
+    late = [time for time in arrivals if time > slow + 30]
+    assert len([time for time in refused if time > slow + 30]) <= 0.01 * len(late)
+
+
 def test_requests_that_wait_unseen_count() -> None:
     controller = new_controller()
     controller.answered(0.0, 0, 0.002, 0.002, 0)

@@ -25,8 +25,10 @@ ADMITTED, UNHURRIED = 0.9, 0.8
 _SELDOM = 2.8
 # Seconds that a dearer point must have fitted before it is taken again.
 HOLD = 3.0
-# Of a new time in the running mean, once there are some.
-_MEMORY = 0.01
+# Of a new time in the running mean, once there are some; and of how many it is the mean after a pause.
+_MEMORY, _KEPT = 0.01, 9
+# Seconds after which a rung's times are forgotten, if requests were answered at others.
+_FORGOTTEN = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Controller:
         self._latencies: deque[tuple[float, float]] = deque()
         # By rung: how many, the mean of their seconds, and the mean of the squared distance to it.
         self._computing: dict[int, tuple[int, float, float]] = {}
+        self._answered: dict[int, float] = {}  # when last, by rung
         self._beside = 0.0
         self._late: deque[tuple[float, float]] = deque()
         self._stepped = -WINDOW
@@ -130,6 +133,14 @@ class Controller:
         """
         self._latencies.append((now, latency))
         count, mean, variance = self._computing.get(rung, (0, 0.0, 0.0))
+        if now - max(self._answered.values(), default=now) >= WINDOW:
+            # An answer after a pause is all that is known of now: see admits.
+            count = min(count, _KEPT)
+        self._answered[rung] = now
+        for other, last in list(self._answered.items()):
+            if now - last > _FORGOTTEN:
+                # A slow moment at the floor would else shut out what the points in use could answer.
+                del self._answered[other], self._computing[other]
         share = max(_MEMORY, 1 / (count + 1))
         # A stall of the machine is to be forgotten soon.
         distance = min(computing, self.objective) - mean
