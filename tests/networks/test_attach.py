@@ -140,6 +140,66 @@ def test_attaching_leaves_the_model_alone(training: bool) -> None:
     assert all(stage.training == training for stage in network.stages)
 
 
+class Averages(nn.Module):
+    """A statistic of its own, which training assigns anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((4,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.mean
+        if self.training:
+            mean = x.mean((0, 2, 3))
+            self.mean = 0.9 * self.mean + 0.1 * mean.detach()
+        return x - mean.view(1, -1, 1, 1)
+
+
+class Keeps(nn.Module):
+    """A cache that is filled by the first image in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.randn(4, 2)), {}
+
+    def train(self, mode: bool = True) -> Keeps:
+        if mode:
+            self.seen.clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x + self.weight.mean(1).view(1, -1, 1, 1)
+        if "bias" not in self.seen:
+            self.seen["bias"] = self.weight.mean(1)
+        return x + self.seen["bias"].view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("by_size", [False, True])
+@pytest.mark.parametrize("inner", [Averages, Keeps])
+def test_what_a_module_assigns_to_itself_is_as_before(inner: type[nn.Module], by_size: bool) -> None:
+    class Holds(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner()
+
+        def forward(self, x: Tensor) -> Any:
+            # Then tensors are traced with their sizes, without computing.
+            if by_size and x.shape[-1] != 16:
+                raise ValueError
+            return self.fc(torch.relu(self.conv2(self.inner(torch.relu(self.conv(x))))).mean(dim=(2, 3)))
+
+    model = Holds().eval()
+    answer = model(images())
+    network = attach_exits(model, 2, input_size=SIZE).eval()
+    assert torch.equal(model.eval()(images()), answer)
+    assert torch.allclose(network(images())[-1], answer, atol=1e-5)
+    # Also after a refusal.
+    with user_error("no module"):
+        attach_exits(model, ["nowhere"], input_size=SIZE)
+    assert torch.equal(model.eval()(images()), answer)
+
+
 def test_weights_are_shared_and_frozen_ones_stay_frozen() -> None:
     model = Mine()
     model.stem.weight.requires_grad_(False)

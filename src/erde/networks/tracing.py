@@ -295,10 +295,24 @@ def without_computing(model: nn.Module) -> Iterator[None]:
     """Tensors have shapes only meanwhile, so that nothing is computed and no statistic of ``model`` learns."""
     # Counters are an exception of fake tensors': single integers are computed all the same.
     counters = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.ndim == 0]
+    # A module that assigns to itself (a statistic, a cache) would keep a fake tensor.
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    contents = [
+        (value, value.copy())
+        for _, before in attributes
+        for value in before.values()
+        if isinstance(value, dict | list | set)
+    ]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             yield
     finally:
+        for own, before in attributes:
+            own.clear()
+            own.update(before)
+        for value, content in contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
         with torch.no_grad():
             for buffer, before in counters:
                 buffer.copy_(before)
