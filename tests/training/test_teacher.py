@@ -344,6 +344,27 @@ def test_a_run_goes_on_with_other_means(tmp_path: Path) -> None:
         open_run(other, tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("how", ["list", "tensor", "array", "buffer", "mapping"])
+def test_networks_that_differ_in_an_attribute_alone(how: str) -> None:
+    class Norm(nn.Module):
+        def __init__(self, mean: float) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            with torch.no_grad():
+                self.linear.weight.fill_(1)
+                self.linear.bias.fill_(1)
+            value = torch.tensor([mean])
+            if how == "buffer":
+                self.register_buffer("mean", value, persistent=False)
+            else:
+                kept = {"list": [mean], "tensor": value, "array": value.numpy(), "mapping": {"mean": (mean,)}}
+                self.mean = kept[how]
+
+    assert network_hash(Norm(0.0)) != network_hash(Norm(3.0))
+    assert network_hash(Norm(3.0)) == network_hash(copy.deepcopy(Norm(3.0)).eval())
+    assert network_hash(Norm(3.0)) != network_hash(Norm(3.0).bfloat16())
+
+
 def test_networks_that_differ_in_code_alone(teacher: EarlyExitNetwork) -> None:
     class Square(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

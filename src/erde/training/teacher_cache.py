@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from erde.common import progress
 from erde.common.errors import UserError
@@ -218,25 +218,40 @@ def _too_large(size: int, root: Path, free: int) -> UserError:
 
 
 def network_hash(network: nn.Module) -> str:
-    """SHA-256 over the structure, as printed, plain attributes, code, and all tensors of the state dict, by name."""
+    """SHA-256 over the structure, as printed, attributes, code, and all tensors, by name."""
     digest = hashlib.sha256(repr(network).encode())
+    every_module_has = vars(nn.Module())
     for name, module in network.named_modules():
-        plain = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str | tuple)
-        }
-        plain.pop("training", None)
+        own = {key: _text(value) for key, value in vars(module).items() if key not in every_module_has}
         code = getattr(module, "code", None)
         if not isinstance(code, str):
             # Two classes with equal weights may compute different things.
             with contextlib.suppress(OSError, TypeError):
                 code = inspect.getsource(type(module))
-        digest.update(repr((name, sorted(plain.items()), code)).encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+        digest.update(repr((name, sorted(own.items()), code)).encode())
+    # Buffers that are not saved may compute all the same.
+    for name, tensor in (dict(network.named_buffers()) | network.state_dict()).items():
+        digest.update(name.encode() + _text(tensor).encode())
     return digest.hexdigest()
+
+
+def _text(value: Any) -> str:
+    """An attribute by its value; an object that has none in writing by its type."""
+    if isinstance(value, Tensor):
+        # As bytes: numpy has no bfloat16.
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(content).hexdigest()}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, dict):
+        return repr(sorted((_text(key), _text(item)) for key, item in value.items()))
+    if isinstance(value, set | frozenset):
+        return repr(sorted(map(_text, value)))
+    if isinstance(value, list | tuple):
+        return repr([_text(item) for item in value])
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _gigabytes(count: int) -> str:
