@@ -18,9 +18,11 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import erde
 from erde.common import progress
+from erde.common.history import Epoch
 from erde.common.splits import TrainSplit
 from erde.data.load import DataSplits
 from erde.losses import cross_entropy_loss
@@ -528,6 +530,30 @@ def test_phase_one_alone_ends_with_the_average(digits: DataSplits) -> None:
     assert differing(snapshot(alone.network), snapshot(raw.network))
 
 
+def test_the_joint_phase_has_an_average_of_its_own(digits: DataSplits) -> None:
+    def train(epochs: int, **settings: Any) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        job, steps = make_job(digits, epochs=epochs, backbone_epochs=1, ema=0.999, **settings), []
+        hook = register_optimizer_step_post_hook(
+            lambda *_: steps.append(copy.deepcopy(snapshot(job.network)))
+        )
+        train_network(job)
+        hook.remove()
+        return snapshot(job.network), steps
+
+    # The joint phase starts on the average of the first one; its own average starts there.
+    start, _ = train(1)
+    end, steps = train(2)
+    average = {name: value.double() for name, value in start.items()}
+    for step, weights in enumerate(steps[STEPS:]):
+        for name, value in weights.items():
+            average[name] += (1 - (1 + step) / (10 + step)) * (value.double() - average[name])
+    for name in ("stages.0.stem.conv.weight", "heads.0.linear.weight", "heads.0.norm.running_mean"):
+        torch.testing.assert_close(end[name].double(), average[name], rtol=1e-4, atol=1e-6)
+    # A frozen backbone is the one that the heads learn on.
+    changed = differing(train(2, freeze_backbone=True)[0], start)
+    assert changed == head_names(changed)
+
+
 def test_phase_one_smooths_labels_as_the_arm_does(digits: DataSplits) -> None:
     def first_loss(smoothing: float, **settings: Any) -> Any:
         network = new_network(digits, exits=1)
@@ -718,6 +744,35 @@ def test_train_from_python(digits: DataSplits, tmp_path: Path) -> None:
     again = new_network(digits, seed=5)
     assert erde.train(again, digits, folder=tmp_path / "some", **arguments) == history
     assert not differing(snapshot(again), snapshot(network))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": {"name": "erde", "beta": 0.9}}, "loss.name is kd, now it is erde"),
+        ({"epochs": 2}, "train.epochs is 1, now it is 2"),
+        ({"distillation": {"alpha": 0.2}}, "distillation.alpha is rising, now it is 0.2"),
+        ({"seed": 7}, "seed is 0, now it is 7"),
+    ],
+)
+def test_a_folder_with_another_training_is_refused(
+    change: dict[str, Any], message: str, digits: DataSplits, tiny_network: EarlyExitNetwork, tmp_path: Path
+) -> None:
+    arguments = {"loss": "kd", "epochs": 1, "batch_size": 256, "device": "cpu", "folder": tmp_path / "some"}
+
+    def distill(teacher: EarlyExitNetwork, **changed: Any) -> list[Epoch]:
+        return erde.distill(new_network(digits, exits=2), teacher, digits, **{**arguments, **changed})
+
+    history = distill(copy.deepcopy(tiny_network))
+    with user_error(f"holds another training: there {message}"):
+        distill(copy.deepcopy(tiny_network), **change)
+    # These change nothing.
+    assert distill(copy.deepcopy(tiny_network), checkpoint_seconds=5.0) == history
+    other = copy.deepcopy(tiny_network)
+    with torch.no_grad():
+        other.heads[0].linear.bias[0] += 1
+    with user_error("holds another training: there teacher is"):
+        distill(other)
 
 
 @pytest.mark.parametrize("loss", ["kd", {"name": "erde", "beta": 0.5}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from erde.common.errors import UserError
+from erde.common.files import make_folder, write_json
 from erde.common.history import Epoch
 from erde.data.load import DataSplits
 from erde.losses import ExitSettings, build_loss
@@ -18,9 +20,15 @@ from erde.networks.network import EarlyExitNetwork
 from erde.networks.shapes import example_input, mode
 from erde.recipe.losses import LossConfig, resolve_loss
 from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig, check_phases
-from erde.recipe.validation import validate
-from erde.training.job import Job
+from erde.recipe.validation import first_difference, validate
+from erde.training import parallel
+from erde.training.job import FINAL, LAST, Job
 from erde.training.loop import choose_device, train_network
+from erde.training.teacher_cache import network_hash
+
+# In the folder of a training: what is trained there, but for keys that change nothing.
+TRAINING = "training.json"
+FREE_TO_CHANGE = ("together", "checkpoint_seconds", "tensorboard")
 
 
 def train(
@@ -35,7 +43,8 @@ def train(
 ) -> list[Epoch]:
     """Train all exits with joint cross-entropy on ``data.train``; ``settings`` are keys of ``train:``.
 
-    Trains in place and returns one entry per epoch. With a ``folder``, a killed training continues there.
+    Trains in place and returns one entry per epoch. With a ``folder``, a killed training continues there, and a finished
+    one is taken from there; a folder with another training is refused.
     """
     return _fit(
         network, data, seed=seed, device=device, folder=folder, augmentation=augmentation, settings=settings
@@ -102,12 +111,14 @@ def _fit(
         raise UserError(
             "held-out teacher predictions are made by a recipe (teacher.cross_fit): from Python use another wrong_test"
         )
+    teaching = validate(DistillationConfig, distillation or {}, "distillation.")
+    augmented = validate(AugmentationConfig, augmentation or {}, "augmentation.")
     job = Job(
         name="network",
         network=network,
         criterion=build_criterion(
             resolved,
-            validate(DistillationConfig, distillation or {}, "distillation."),
+            teaching,
             network,
             teacher,
             data,
@@ -117,7 +128,7 @@ def _fit(
         teacher=teacher if resolved.needs_teacher else None,
         train=data.train,
         config=config,
-        augmentation=validate(AugmentationConfig, augmentation or {}, "augmentation."),
+        augmentation=augmented,
         mean=data.mean,
         std=data.std,
         seed=seed,
@@ -127,7 +138,40 @@ def _fit(
         workers=data.workers,
         scalars=Path(folder) / "tensorboard" if config.tensorboard and folder is not None else None,
     )
-    return train_network(job, Path(folder) if folder is not None else None).history
+    if folder is None:
+        return train_network(job, None).history
+    job.check()
+    _claim(
+        Path(folder),
+        {
+            "train": config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE)),
+            "loss": resolved.model_dump(mode="json"),
+            "distillation": teaching.model_dump(mode="json") if job.teacher is not None else None,
+            "augmentation": augmented.model_dump(mode="json"),
+            "seed": seed,
+            "images": data.train.fingerprint(),
+            "teacher": network_hash(job.teacher) if job.teacher is not None else None,
+        },
+    )
+    return train_network(job, Path(folder)).history
+
+
+def _claim(folder: Path, asked: dict[str, Any]) -> None:
+    """Write down in ``folder`` what is trained there; :class:`UserError` where it has checkpoints of something else."""
+    path = folder / TRAINING
+    if path.exists() and any((folder / name).exists() for name in (FINAL, LAST)):
+        try:
+            began = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: train in another folder, or remove this one") from error
+        if difference := first_difference(began, asked):
+            key, old, new = difference
+            raise UserError(
+                f"{folder} holds another training: there {key} is {old}, now it is {new}; train in another folder"
+            )
+    elif parallel.is_first():
+        make_folder(folder)
+        write_json(path, asked)
 
 
 def _check(network: Any, teacher: Any, data: Any) -> None:

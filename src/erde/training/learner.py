@@ -132,7 +132,7 @@ class Learner:
         self.optimizer = _build_optimizer(job)
         self.average: dict[str, Tensor] | None = None
         if job.config.ema is not None:
-            self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
+            self.average = self._copy()
         self.outcome = Outcome()
         self.meter = Meter()
         self.position = (0, 0)
@@ -188,10 +188,16 @@ class Learner:
         self.optimizer = _build_optimizer(self.job)
 
     def _use_average(self) -> None:
-        """Give the network its averaged weights, if there are any: the joint phase, or the only one, is done."""
+        """Give the network its averaged weights, if there are any: the backbone's phase, or the joint one, is done.
+
+        The joint phase starts an average of its own: that of before has the heads as they were drawn.
+        """
         if self.average is not None:
             self.network.load_state_dict(self.average)
-            self.average = None
+            self.average = self._copy() if self.phase.name == "backbone" else None
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.network.state_dict().items()}
 
     def step(self, batch: Batch, answer: Answer | None) -> None:
         """One step of the optimiser on a whole batch."""
@@ -262,10 +268,10 @@ class Learner:
         return calls
 
     def _update_average(self) -> None:
-        """``average += (1 - decay) (weights - average)``; early on the decay is ``(1 + t) / (10 + t)``."""
+        """``average += (1 - decay) (weights - average)``; early in a phase the decay is ``(1 + t) / (10 + t)``."""
         assert self.average is not None
         assert self.job.config.ema is not None
-        done = self.position[0] * self._steps + self.position[1]
+        done = (self.position[0] - self.phase.first) * self._steps + self.position[1]
         decay = min(self.job.config.ema, (1 + done) / (10 + done))
         with torch.no_grad():
             for name, value in self.network.state_dict().items():
@@ -287,8 +293,7 @@ class Learner:
         """Record the epoch's means, at the end of a phase also the heads' health, and move on to the next epoch."""
         epoch, phase = self.position[0], self.phase
         ends = epoch + 1 == phase.end and phase.name != "backbone"
-        # A network of one exit may have the backbone phase alone.
-        if ends or epoch + 1 == self.epochs:
+        if epoch + 1 == phase.end:
             self._use_average()
         self.position = (epoch, self._steps - 1)  # the learning rate of the last step
         entry = Epoch(
