@@ -143,6 +143,8 @@ def test_attaching_leaves_the_model_alone(training: bool) -> None:
 class Averages(nn.Module):
     """A statistic of its own, which training assigns anew."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.full((4,), 0.5))
@@ -160,7 +162,8 @@ class Keeps(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.seen = nn.Parameter(torch.randn(4, 2)), {}
+        self.weight = nn.Parameter(torch.randn(4, 2))
+        self.seen: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> Keeps:
         if mode:

@@ -299,17 +299,17 @@ def without_computing(model: nn.Module) -> Iterator[None]:
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     contents = [
         (value, value.copy())
-        for _, before in attributes
-        for value in before.values()
+        for _, kept in attributes
+        for value in kept.values()
         if isinstance(value, dict | list | set)
     ]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             yield
     finally:
-        for own, before in attributes:
+        for own, kept in attributes:
             own.clear()
-            own.update(before)
+            own.update(kept)
         for value, content in contents:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)

@@ -239,7 +239,7 @@ def _text(value: Any) -> str:
     """An attribute by its value; an object that has none in writing by its type."""
     if isinstance(value, Tensor):
         # As bytes: numpy has no bfloat16.
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(content).hexdigest()}"
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
