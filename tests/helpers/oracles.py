@@ -70,15 +70,16 @@ def erde_parts(
     exits, images, classes = student.shape
     pairs = range(exits) if pairs is None else pairs
     alpha, beta, weights = per_exit(alpha, exits), per_exit(beta, exits), per_exit(exit_weights, exits)
-    share = "harm" if wrong_test == "harm" else "teacher_wrong"
-    parts = {name: np.zeros(exits) for name in ("ce", distillation_form, "entropy", share)}
+    parts = {
+        name: np.zeros(exits) for name in ("ce", distillation_form, "entropy", "teacher_wrong", "doubted")
+    }
     scaled = scale * student
     loss = 0.0
     for i in range(exits):
         for b in range(images):
             s, t, y = student[i, b], teacher[pairs[i], b], labels[b]
             p = softmax(s)
-            wrong = np.argmax(t) != y
+            teacher_wrong = wrong = np.argmax(t) != y
             if wrong_test == "final":
                 wrong = np.argmax(teacher[-1, b]) != y
             elif wrong_test == "held_out":
@@ -105,9 +106,13 @@ def erde_parts(
                     penalty = np.sum(1 / classes * np.log(1 / classes / p))
                 else:
                     penalty = (entropy(t) - entropy(s)) ** 2
-            for name, value in zip(parts, (ce, divergence, penalty, float(wrong)), strict=True):
+            for name, value in zip(
+                parts, (ce, divergence, penalty, float(teacher_wrong), float(wrong)), strict=True
+            ):
                 parts[name][i] += value / images
             loss += weights[i] * ((1 - alpha[i]) * ce + alpha[i] * divergence + beta[i] * penalty) / images
+    if wrong_test == "exit":
+        del parts["doubted"]
     return {"loss": loss, **parts}
 
 

@@ -139,11 +139,7 @@ def test_every_switch_changes_the_value(switch: dict[str, Any]) -> None:
 def test_uncertainty_changes_the_uncertain_test() -> None:
     student, teacher, labels = sample()
     shares = [
-        float(
-            erde_loss(student, teacher, labels, wrong_test="uncertain", uncertainty=value)[
-                "teacher_wrong"
-            ].sum()
-        )
+        float(erde_loss(student, teacher, labels, wrong_test="uncertain", uncertainty=value)["doubted"].sum())
         for value in (0.0, 0.5, 0.95)
     ]
     assert shares[0] < shares[1] < shares[2]

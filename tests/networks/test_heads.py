@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from erde.common.errors import UserError
+from erde.networks.backbones import build_backbone
 from erde.networks.cost import count_macs, count_parameters
 from erde.networks.heads import (
     ChannelsFirst,
@@ -25,6 +26,7 @@ from erde.networks.heads import (
     reset_head,
     tokens_for,
 )
+from erde.training.parallel import convert_batch_norm
 
 SIZE = (3, 64, 64)
 
@@ -169,3 +171,22 @@ def test_the_pool_of_one_token_is_that_token() -> None:
 def test_which_tokens_an_early_head_reads(count: int, final: int, looked_at: range, expected: range) -> None:
     early, late = (Features.of((number, 8), SIZE) for number in (count, final))
     assert tokens_for(early, late, looked_at) == expected
+
+
+def test_a_native_head_is_drawn_as_when_it_was_made() -> None:
+    torch.manual_seed(0)
+    head = build_backbone("msdnet", classes=10).native_heads["block1"]
+    made = {name: float(value.detach().std()) for name, value in head.named_parameters() if value.ndim == 4}
+    reset_head(head)
+    drawn = {name: float(value.detach().std()) for name, value in head.named_parameters() if value.ndim == 4}
+    assert drawn == pytest.approx(made, rel=0.02)
+
+
+def test_a_fixed_scale_stays_where_batch_norm_is_over_several_processes() -> None:
+    network = nn.ModuleList([ERDEHead((16, 32, 32), 10)])
+    convert_batch_norm(network)
+    head = network[0]
+    assert isinstance(head.norm, nn.SyncBatchNorm)
+    reset_head(head)
+    assert head.norm.weight.eq(0.25).all()
+    assert not head.norm.weight.requires_grad

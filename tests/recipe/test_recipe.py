@@ -72,6 +72,9 @@ def test_values_are_read_where_they_stand(recipe: Path) -> None:
 def test_switches_of_the_students_are_not_the_teachers(recipe: Path) -> None:
     config = load_config(recipe, ["train.gradient_equilibrium=true"])
     assert [config.train_of(arm).gradient_equilibrium for arm in ("teacher", "erde")] == [False, True]
+    # Frozen at its start a teacher would learn nothing but its heads.
+    config = load_config(recipe, ["train.freeze_backbone=true"])
+    assert [config.train_of(arm).freeze_backbone for arm in ("teacher", "erde")] == [False, True]
     config = load_config(recipe, ["teacher.train.gradient_equilibrium=true"])
     assert [config.train_of(arm).gradient_equilibrium for arm in ("teacher", "erde")] == [True, False]
     config = load_config(recipe, ["train.image_weights=reached"])

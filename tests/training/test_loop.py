@@ -795,6 +795,29 @@ def test_distill_from_python(loss: Any, digits: DataSplits, tiny_network: EarlyE
     assert low["loss"] != high["loss"]
 
 
+def test_a_teacher_that_shares_the_networks_weights(digits: DataSplits) -> None:
+    torch.manual_seed(0)
+    model = erde.build_backbone("resnet8x0.5", classes=10, channels=1)
+    with torch.no_grad():
+        model(torch.randn(64, *digits.input_size))  # batch norm has statistics
+    teacher = erde.attach_exits(model, 1, input_size=digits.input_size)
+    network = erde.attach_exits(model, 3, input_size=digits.input_size)
+    arguments: dict[str, Any] = {"loss": "kd", "epochs": 1, "batch_size": 512, "device": "cpu"}
+    with user_error("the teacher shares weights with the network, so it would change"):
+        erde.distill(network, teacher, digits, **arguments)
+    with user_error("the teacher shares weights with the network"):
+        erde.distill(
+            network, teacher, digits, freeze_backbone=True, backbone_epochs=1, **{**arguments, "epochs": 2}
+        )
+    before, seen = snapshot(teacher), torch.randn(5, *digits.input_size)
+    answers = teacher.eval()(seen)
+    erde.distill(network, teacher, digits, freeze_backbone=True, **arguments)
+    assert not differing(snapshot(teacher), before)
+    torch.testing.assert_close(teacher.eval()(seen), answers)
+    # A loss without a teacher looks at none.
+    erde.distill(network, teacher, digits, **{**arguments, "loss": "ce"})
+
+
 def test_errors_from_python(digits: DataSplits, monkeypatch: pytest.MonkeyPatch) -> None:
     network = new_network(digits)
     for loss in ("kd", "erde"):

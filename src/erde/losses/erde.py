@@ -103,8 +103,8 @@ def erde_loss(
             ``wrong_test``; they teach nothing.
 
     Returns:
-        ``loss``; parts (Es,): ``ce``, ``kl`` or ``dkd`` (with T²), ``entropy`` (all as masked), and ``teacher_wrong`` or
-        ``harm``, the share of images that are wrong by ``wrong_test``.
+        ``loss``; parts (Es,): ``ce``, ``kl`` or ``dkd`` (with T²), ``entropy`` (all as masked); ``teacher_wrong``, the share
+        of images that the paired teacher exit gets wrong, and ``doubted``, that by another ``wrong_test``.
 
     >>> from erde.recipe.schema import DistillationConfig
     >>> settings = ExitSettings.resolve(DistillationConfig(), 10, [1, 2, 3], [1, 2, 3])
@@ -143,7 +143,8 @@ def erde_loss(
         "ce": ce.detach(),
         config.distillation_form: distilled.detach(),
         "entropy": entropy.detach(),
-        "harm" if config.wrong_test == "harm" else "teacher_wrong": wrong.mean(dim=1),
+        "teacher_wrong": wrong_answers(teacher, labels).to(student.dtype).mean(dim=1),
+        **({} if config.wrong_test == "exit" else {"doubted": wrong.mean(dim=1)}),
     }
 
 

@@ -43,11 +43,12 @@ def fix_scale(norm: Norm, inputs: int = 1) -> Norm:
 
 def reset_head(head: nn.Module) -> None:
     """Give a head new random weights, drawn as when it was made."""
-    for module in head.modules():
+    # A head's own way comes last.
+    for module in [*list(head.modules())[1:], head]:
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
-        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm) and "fixed_scale" in vars(module):
-            nn.init.constant_(module.weight, vars(module)["fixed_scale"])
+        if "fixed_scale" in vars(module):
+            nn.init.constant_(module.get_parameter("weight"), vars(module)["fixed_scale"])
 
 
 class _Head(nn.Sequential):

@@ -33,7 +33,7 @@ from erde.recipe.validation import Model, validate
 # The name of the teacher among the arms of a run.
 TEACHER = "teacher"
 # Keys of `train` that are not passed on to the teacher: arms that are compared share it.
-STUDENTS_ONLY = ("image_weights", "gradient_equilibrium")
+STUDENTS_ONLY = ("image_weights", "gradient_equilibrium", "freeze_backbone")
 
 
 class AugmentationConfig(Section):
@@ -212,7 +212,7 @@ class TrainConfig(Section):
     schedule. Fewer than `epochs`, unless the network has one exit."""
     freeze_backbone: bool = False
     """Train the intermediate heads only, after `backbone_epochs` or from the start. A network with one exit is trained
-    whole."""
+    whole, and a teacher too, unless `teacher.train` says otherwise."""
     refit_heads: int = Field(0, ge=0)
     """Further epochs that train new intermediate heads on the finished backbone."""
     channels_last: bool = True

@@ -107,6 +107,12 @@ def _fit(
         raise UserError("train.together is for the arms of a recipe: leave it out")
     if config.tensorboard and folder is None:
         raise UserError("train.tensorboard writes into the folder of the training: give one, folder=...")
+    frozen = config.freeze_backbone and not config.backbone_epochs
+    if teacher is not None and resolved.needs_teacher and not frozen and _share_weights(network, teacher):
+        raise UserError(
+            "the teacher shares weights with the network, so it would change as that is trained: give a copy of the model, "
+            "copy.deepcopy(model), to one of the two, or set freeze_backbone=True"
+        )
     if "held_out_logits" in resolved.extras:
         raise UserError(
             "held-out teacher predictions are made by a recipe (teacher.cross_fit): from Python use another wrong_test"
@@ -199,6 +205,10 @@ def _check(network: Any, teacher: Any, data: Any) -> None:
             raise UserError(
                 f"the {name} has {shape[2]} outputs, the data has {len(data.classes)} classes: change the model's last layer"
             )
+
+
+def _share_weights(network: nn.Module, other: nn.Module) -> bool:
+    return not set(network.parameters()).isdisjoint(other.parameters())
 
 
 def _kind(value: Any) -> str:

@@ -127,7 +127,19 @@ def without_averaging(module: nn.Module) -> contextlib.AbstractContextManager[An
 def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
     """Let batch norm see the whole batch on GPUs; torch has no such layer for CPUs, where it sees a process's part."""
     if processes() > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        convert_batch_norm(network)
+
+
+def convert_batch_norm(network: nn.Module) -> None:
+    """Batch norm over all processes, in place; heads keep their fixed scales, which torch does not know."""
+    fixed = {
+        name: vars(module)["fixed_scale"]
+        for name, module in network.named_modules()
+        if "fixed_scale" in vars(module)
+    }
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    for name, scale in fixed.items():
+        network.get_submodule(name).fixed_scale = scale
 
 
 def _started() -> bool:

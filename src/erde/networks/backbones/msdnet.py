@@ -121,6 +121,10 @@ class ScaleHead(nn.Module):
         self.conv2 = ConvolutionNormRelu(HEAD_CHANNELS, HEAD_CHANNELS, 3, 2)
         self.classifier = pooled_classifier(HEAD_CHANNELS, classes)
 
+    def reset_parameters(self) -> None:
+        """Draw the convolutions as the backbone does."""
+        initialise_convolutions(self)
+
     def forward(self, scales: Scales) -> Tensor:
         """Scales to logits (B, K); reads the last, coarsest alone."""
         logits: Tensor = self.classifier(self.conv2(self.conv1(scales[-1])))
