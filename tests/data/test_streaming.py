@@ -320,6 +320,17 @@ def test_whole_images_are_decoded_as_the_deployed_network_sees_them(folder: Path
         assert {image.tobytes() for image in part.images[:]} <= known
 
 
+def test_images_without_augmentation_are_whole(folder: Path) -> None:
+    split = load(folder).train
+    rows = np.arange(12).reshape(3, 4)
+    plain = [
+        list(make_batches(split, augmentation=augmentation).plain(rows)) for augmentation in (PLAIN, CROP)
+    ]
+    for (images, labels), (others, same_labels) in zip(*plain, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, same_labels)
+
+
 def test_resized_crop_streams_by_itself(folder: Path) -> None:
     splits = load(folder, streaming="auto", augmentation={"resized_crop": [0.5, 1]})
     assert isinstance(splits.train.images, StreamedImages)

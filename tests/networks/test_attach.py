@@ -17,7 +17,7 @@ from erde.common.errors import UserError
 from erde.exporting.onnx_files import export_stages
 from erde.networks.attach import attach_exits
 from erde.networks.backbones import Backbone
-from erde.networks.cost import head_macs, network_cost
+from erde.networks.cost import count_parameters, head_macs, network_cost
 from erde.networks.network import EarlyExitNetwork
 from erde.runtime.stages import StageRunner
 from tests.helpers.checks import user_error
@@ -416,6 +416,25 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.fc(self.features(x).mean(dim=(2, 3)))
+
+
+class Again(Small):
+    """The same block several times."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for _ in range(4):
+            x = torch.relu(self.conv2(x))
+        return x
+
+
+def test_a_block_that_is_called_again_has_its_parameters_once() -> None:
+    model = Again()
+    network = attach_exits(model, 3, input_size=SIZE)
+    cost = network_cost(network, SIZE)
+    assert cost.no_exit_parameters == count_parameters(model)
+    assert cost.parameters[-1] == count_parameters(network)
+    assert cost.macs[0] < cost.macs[1] < cost.macs[2]
 
 
 class NoEmptyBatch(Small):

@@ -95,7 +95,18 @@ class TrainBatches:
 
     def plain(self, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:
         """The images at ``batches`` (n, B), normalised and not augmented (B, C, H, W), and their labels (B,)."""
-        for images, labels in self._gather(0, batches):
+        whole = self._gather(0, batches)
+        if self._augmentation.resized_crop is not None:
+            # What is decoded for training are parts.
+            split, device = self._split, self._device
+            whole = (
+                (
+                    torch.from_numpy(split.images[rows]).to(device),
+                    torch.from_numpy(split.labels[rows]).to(device),
+                )
+                for rows in batches
+            )
+        for images, labels in whole:
             yield self._normalise(images).permute(0, 3, 1, 2), labels
 
     def _gather(self, epoch: int, batches: Index) -> Iterator[tuple[Tensor, Tensor]]:

@@ -111,17 +111,18 @@ def _macs_of_parts(network: EarlyExitNetwork, input_size: InputSize) -> tuple[li
 
 def network_cost(network: EarlyExitNetwork, input_size: InputSize) -> NetworkCost:
     """Cost per exit for one image of ``input_size`` (C, H, W)."""
-    stage_macs, heads = _macs_of_parts(network, input_size)
-    stage_parameters = [count_parameters(stage) for stage in network.stages]
-    head_parameters = [count_parameters(head) for head in network.heads]
+    stage_macs, exit_macs = _macs_of_parts(network, input_size)
+    stages, heads = list(network.stages), list(network.heads)
 
-    def cumulative(stages: list[int], exits: list[int]) -> tuple[int, ...]:
-        return tuple(sum(stages[: index + 1]) + sum(exits[: index + 1]) for index in range(len(stages)))
+    def parameters(*parts: nn.Module) -> int:
+        # A block that is called in several stages counts once.
+        return count_parameters(nn.ModuleList(parts))
 
+    ends = range(1, len(stages) + 1)
     return NetworkCost(
         exit_names=tuple(network.exit_names),
-        macs=cumulative(stage_macs, heads),
-        parameters=cumulative(stage_parameters, head_parameters),
-        no_exit_macs=sum(stage_macs) + heads[-1],
-        no_exit_parameters=sum(stage_parameters) + head_parameters[-1],
+        macs=tuple(sum(stage_macs[:end]) + sum(exit_macs[:end]) for end in ends),
+        parameters=tuple(parameters(*stages[:end], *heads[:end]) for end in ends),
+        no_exit_macs=sum(stage_macs) + exit_macs[-1],
+        no_exit_parameters=parameters(*stages, heads[-1]),
     )
