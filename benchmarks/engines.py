@@ -41,7 +41,7 @@ TURN = 100
 
 def single_file(bundle: Path, point: str, folder: Path, taken: bool = True) -> Callable[[Images], Answer]:
     """The bundle as one ONNX file in ONNX Runtime; with ``taken=False`` no image reaches a threshold."""
-    path = folder / f"{point}.onnx"
+    path = Path(tempfile.mkdtemp(dir=folder)) / f"{point}.onnx"  # a point is written more than once
     write_single_file(bundle, path, point)
     if not taken:
         model = onnx.load(str(path))

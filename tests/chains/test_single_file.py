@@ -171,11 +171,15 @@ def test_the_command_and_what_is_refused(
     with user_error("answers otherwise than the bundle"):
         write_single_file(bundle_copy, tmp_path / "wrong.onnx", "no-exit")
     assert not (tmp_path / "wrong.onnx").exists()
-    # Nor does it take the place of a good one.
-    before = path.read_bytes()
-    with user_error("one.onnx answers otherwise than the bundle"):
-        write_single_file(bundle_copy, path, "no-exit")
-    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_there_stays(bundle_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "network.onnx").write_bytes(b"mine")
+    for path in (tmp_path / "network.onnx", bundle_copy / "stage_0.onnx"):
+        before = path.read_bytes()
+        with user_error(f"{path} is there already: choose another name, or remove it"):
+            write_single_file(bundle_copy, path, "no-exit")
+        assert path.read_bytes() == before
 
 
 SCRIPT = """

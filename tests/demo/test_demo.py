@@ -144,6 +144,27 @@ def test_nothing_else_is_written_over(
     assert run_command(monkeypatch, "demo", str(bundle)) == 2
 
 
+def test_a_demo_to_which_something_was_added_stays(bundle: Path, package: Path, tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    for name in ("images.json", "runtime/notes.txt", "more/stage_0.onnx"):
+        write_demo(bundle, demo, package)
+        (demo / name).parent.mkdir(exist_ok=True)
+        (demo / name).write_bytes(b"mine")
+        with user_error("is there and is no demo, or more than that: choose another folder"):
+            write_demo(bundle, demo, package)
+        assert (demo / name).read_bytes() == b"mine"
+        shutil.rmtree(demo)
+    other = tmp_path / "other"
+    for names in ((writing.NETWORK,), (writing.NETWORK, "paper.tex")):
+        other.mkdir()
+        for name in names:
+            (other / name).write_bytes(b"mine")
+        with user_error("is there and is no demo"):
+            write_demo(bundle, other, package)
+        assert [(other / name).read_bytes() for name in names] == [b"mine"] * len(names)
+        shutil.rmtree(other)
+
+
 def test_a_damaged_bundle_makes_no_page(bundle: Path, package: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     (copy / "stage_1.onnx").write_bytes((copy / "stage_1.onnx").read_bytes() + b"\0")

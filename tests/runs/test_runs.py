@@ -108,6 +108,19 @@ def test_the_progress_of_a_run_says_which_arm_of_how_many(
     assert "no-exit (arm 2 of 2): 1/" in said
 
 
+def test_a_file_that_is_there_is_not_exported_over(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "network.onnx"
+    path.write_bytes(b"mine")
+    monkeypatch.setattr(sys, "argv", ["erde", "export", str(finished), "--plain", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    assert stopped.value.code == 2
+    assert f"{path} is there already: choose another name, or remove it" in capsys.readouterr().err
+    assert path.read_bytes() == b"mine"
+
+
 # ---------------------------------------------------------------- one writer at a time
 
 HOLDER = """

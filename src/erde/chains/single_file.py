@@ -40,12 +40,14 @@ def write_single_file(
     ``threshold_<exit>``.
 
     Raises:
-        UserError: no such point; stages of different opsets that cannot be joined; a file that answers otherwise than
-            the bundle does.
+        UserError: no such point; ``path`` is there already; stages of different opsets that cannot be joined; a file that
+            answers otherwise than the bundle does.
     """
     path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"{path} is no name of an ONNX file: expected one that ends in .onnx")
+    if path.exists():
+        raise UserError(f"{path} is there already: choose another name, or remove it")
     session = Session(bundle_folder, threads=1)
     manifest = session.manifest
     point = manifest.point(operating_point)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import tarfile
@@ -31,14 +32,16 @@ def write_demo(bundle_folder: Path, out: Path, runtime: Path | None = None) -> M
     """Write a folder of static files: the page, the bundle's stages, its policy, and ONNX Runtime Web.
 
     ``runtime`` is the unpacked package (a folder) or the file that ``npm pack`` wrote; without it npm fetches the package.
-    An older demo at ``out`` is replaced; the bundle's manifest is returned.
+    An older demo at ``out`` is replaced if nothing was added to it; the bundle's manifest is returned.
 
     Raises:
         UserError: whatever is wrong with the bundle; another version of the runtime, or none; ``out`` is something else.
     """
     manifest = bundle.read(bundle_folder)
-    if out.exists() and not (out / NETWORK).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there and is no demo: choose another folder, which will be made")
+    if out.exists() and not (out.is_dir() and (_is_a_demo(out) or not any(out.iterdir()))):
+        raise UserError(
+            f"{out} is there and is no demo, or more than that: choose another folder, which will be made"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(out) as partial:
         (partial / "runtime").mkdir()
@@ -56,6 +59,18 @@ def write_demo(bundle_folder: Path, out: Path, runtime: Path | None = None) -> M
                 )
         write_json(partial / NETWORK, _about(manifest))
     return manifest
+
+
+def _is_a_demo(folder: Path) -> bool:
+    """Whether all files of a demo are in ``folder``, and nothing else: the folder is going to be removed."""
+    own = {*PAGE, NETWORK, "runtime", *(f"runtime/{name}" for name in RUNTIME)}
+    seen = set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name not in own and not re.fullmatch(r"stage_\d+\.onnx", name):
+            return False
+        seen.add(name)
+    return own <= seen
 
 
 def _about(manifest: Manifest) -> dict[str, Any]:
