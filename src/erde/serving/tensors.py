@@ -77,7 +77,7 @@ def _pixels(data: bytes | memoryview | list[Any], shape: tuple[int, ...]) -> NDA
             raise bad(f"'{INPUT}' has {len(data):,} bytes, its shape needs {count:,}")
         return np.frombuffer(data, dtype=np.uint8).reshape(shape)
     try:
-        values = _whole_numbers(data)
+        values = _whole_numbers(data, shape)
     except ValueError as error:
         raise bad(
             f"the data of '{INPUT}' are not whole numbers from 0 to 255, flat or as nested as its shape"
@@ -87,15 +87,18 @@ def _pixels(data: bytes | memoryview | list[Any], shape: tuple[int, ...]) -> NDA
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
-def _whole_numbers(values: list[Any]) -> bytes:
-    """The numbers of a list, or of lists of one length; :class:`ValueError` for all else.
+def _whole_numbers(values: list[Any], shape: tuple[int, ...]) -> bytes:
+    """The numbers of a flat list, or of lists nested exactly as ``shape`` is; :class:`ValueError` for all else.
 
     NumPy is not asked: of a long text among many values it would make an array that has room for as many long ones.
     """
-    while values and type(values[0]) is list:
-        if set(map(type, values)) != {list} or len(set(map(len, values))) > 1:
+    if values and type(values[0]) is list:
+        if len(values) != shape[0]:
             raise ValueError
-        values = list(chain.from_iterable(values))
+        for length in shape[1:]:
+            if set(map(type, values)) != {list} or set(map(len, values)) != {length}:
+                raise ValueError
+            values = list(chain.from_iterable(values))
     if not set(map(type, values)) <= {int}:  # True is none
         raise ValueError
     return bytes(values)
