@@ -92,6 +92,18 @@ def test_an_exception_keeps_the_old_content_and_leaves_nothing_beside(
     assert entries(tmp_path) == [path.name]
 
 
+@both
+@pytest.mark.parametrize("path", [".", "some/..", "/"])
+def test_a_path_without_a_name_is_refused(
+    replacing: Replacing, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some").mkdir()
+    with user_error("has no name that a new file or folder could take"), replacing(Path(path)):
+        raise AssertionError
+    assert entries(tmp_path) == ["some"]
+
+
 def test_a_replaced_folder_keeps_nothing_of_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "some"
     put(replacing_folder, path, "old")

@@ -144,6 +144,20 @@ def test_nothing_else_is_written_over(
     assert run_command(monkeypatch, "demo", str(bundle)) == 2
 
 
+def test_the_folder_where_the_command_runs_is_not_replaced(
+    bundle: Path,
+    package: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run_command(monkeypatch, "demo", str(bundle), "--out", ".", "--runtime", str(package)) == 2
+    assert ". has no name that a new file or folder could take" in capsys.readouterr().err
+    assert entries(tmp_path / "here") == []
+
+
 def test_a_demo_to_which_something_was_added_stays(bundle: Path, package: Path, tmp_path: Path) -> None:
     demo = tmp_path / "demo"
     for name in ("images.json", "runtime/notes.txt", "more/stage_0.onnx"):

@@ -25,8 +25,9 @@ import pytest
 from erde.bundle import read, seal, seal_of
 from erde.runtime import Session
 from erde.serving import server as the_server
+from erde.serving.log import Log
 from erde.serving.messages import CLASSES, SERVICE
-from erde.serving.models import Loaded, Model
+from erde.serving.models import Loaded, Model, open_models
 from erde.serving.service import Load, Service
 from erde.serving.workers import Workers
 from tests.helpers.command import run_command
@@ -336,6 +337,16 @@ def test_a_server_that_cannot_start_says_so(
     assert says in err
     assert len(err.splitlines()) == 1
     assert out == ""
+
+
+def test_an_equals_sign_in_a_path_that_is_there_is_the_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=0.1").mkdir()
+    folder = certified_bundle(Path("lr=0.1") / "bundle")
+    models = open_models([str(folder), f"lr={folder}"], 1, Log())
+    assert {name: model.path for name, model in models.items()} == {"bundle": folder, "lr": folder}
 
 
 def test_without_its_extra_the_command_names_it(

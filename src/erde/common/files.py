@@ -180,6 +180,8 @@ def _is_alive(pid: int) -> bool:
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """Yield a hidden name beside ``path`` that holds the id of the writing process."""
+    if path.name in ("", ".."):
+        raise UserError(f"{path} has no name that a new file or folder could take: give one, such as ./new")
     beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     _under_way.add(beside)
     try:

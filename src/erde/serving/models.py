@@ -183,7 +183,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def open_models(bundles: Sequence[str], threads: int | None, log: Log) -> dict[str, Model]:
-    """The models for ``BUNDLE`` or ``NAME=BUNDLE``; without a name it is the folder's.
+    """The models for ``BUNDLE``, if there is such a path, or ``NAME=BUNDLE``; without a name it is the folder's.
 
     Raises:
         UserError: a name that cannot stand in a URL or comes twice, or a bundle that cannot be used.
@@ -191,8 +191,8 @@ def open_models(bundles: Sequence[str], threads: int | None, log: Log) -> dict[s
     paths: dict[str, Path] = {}
     for text in bundles:
         name, equals, rest = text.partition("=")
-        # A path may have an equals sign as well.
-        if equals and _NAME.fullmatch(name):
+        # A path may have an equals sign as well: one that is there is meant.
+        if equals and _NAME.fullmatch(name) and not Path(text).exists():
             path = bundle_folder(rest)
         else:
             path = bundle_folder(text)
