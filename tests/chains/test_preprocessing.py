@@ -43,6 +43,14 @@ HUGGING_FACE: list[tuple[dict[str, Any], tuple[int, int], tuple[int, int], str]]
       "crop_pct": 0.9, "resample": 2}, (224, 224), (248, 248), ""),
     ({"crop_size": {"shortest_edge": 224, "longest_edge": 224}, "size": {"shortest_edge": 224, "longest_edge": 224},
       "resample": 2}, (224, 224), (224, 224), ""),
+    # facebook/levit, whose class has a share of its own
+    ({"image_processor_type": "LevitImageProcessor", "do_center_crop": True, "size": {"shortest_edge": 224},
+      "crop_size": {"height": 224, "width": 224}, "resample": 2}, (224, 224), (256, 256), ""),
+    ({"feature_extractor_type": "LevitFeatureExtractor", "size": 224, "resample": 3}, (224, 224), (256, 256), "bicubic"),
+    # without resizing
+    ({"image_processor_type": "BitImageProcessor", "do_resize": False, "do_center_crop": True, "resample": 2,
+      "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, (224, 224), (256, 256), "do_resize"),
+    ({"do_resize": False}, UNSET, UNSET, "do_resize"),
 ]  # fmt: skip
 
 

@@ -157,7 +157,9 @@ def _own(values: Mapping[str, Any], path: Path) -> Preprocessing:
 
 def _hugging_face(values: Mapping[str, Any], path: Path) -> Preprocessing:
     """As transformers' image processors for classification read it (ViT, ConvNext, CLIP, MobileNet, EfficientNet ...)."""
-    warnings = []
+    warnings: list[str] = []
+    if not _flag(values, "do_resize", True):
+        warnings.append(f"{path} asks for no resizing (do_resize is false); erde resizes images all the same")
     kind = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
     scale = float(values.get("rescale_factor") or 1 / 255) if _flag(values, "do_rescale", True) else 1.0
     if _flag(values, "do_normalize", True):
@@ -175,10 +177,12 @@ def _hugging_face(values: Mapping[str, Any], path: Path) -> Preprocessing:
     channels: Channels = "BGR" if values.get("do_flip_channel_order") else "RGB"
     size, shortest = values.get("size"), None
     if size is None:  # the graph may tell it
-        return Preprocessing(mean=mean, std=std, scale=scale, channels=channels)
+        return Preprocessing(mean=mean, std=std, scale=scale, channels=channels, warnings=tuple(warnings))
     crop = values.get("crop_size")
     is_cropped = _flag(values, "do_center_crop", crop is not None)
-    percentage = values.get("crop_pct") or (224 / 256 if "ConvNext" in kind else None)
+    # Of ConvNext by default, of LeViT always.
+    own_percentage = 224 / 256 if "ConvNext" in kind or "Levit" in kind else None
+    percentage = values.get("crop_pct") or own_percentage
     if isinstance(size, dict) and size.get("shortest_edge"):
         shortest = int(size["shortest_edge"])
     elif isinstance(size, int) and (is_cropped or percentage):
