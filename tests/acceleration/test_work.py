@@ -11,7 +11,7 @@ import pytest
 
 from erde.acceleration import images as material_images
 from erde.acceleration import work
-from erde.acceleration.fronts import affordable_trial, affordable_views
+from erde.acceleration.fronts import Training, affordable_trial, affordable_views, trial_epochs
 from erde.acceleration.images import Pool, load_material, read_pool
 from erde.acceleration.work import NO_GAIN, Accelerated, accelerate
 from erde.bundle.sealing import read
@@ -120,6 +120,26 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
         accelerate(big, photos, out, max_risk=0.05, resume=True, preprocessing=BIG_AND_BRIGHT)
 
 
+def test_a_trial_that_was_stopped_goes_on_as_it_began(
+    big: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def stop(fronts: object, training: Training, *given: object) -> None:
+        seen.append((training.views, training.mirrored, *given[3:]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "trial", stop)
+    # The second time the machine is busier, and fewer minutes are given.
+    for minutes, views, few, mirrored in ((60, 3, 1078, True), (10, 2, 1000, False)):
+        monkeypatch.setattr(work, "affordable_views", lambda *_, views=views: views)
+        monkeypatch.setattr(work, "affordable_trial", lambda *_, few=few: few)
+        monkeypatch.setattr(work, "answers_alike_mirrored", lambda *_, mirrored=mirrored: mirrored)
+        with pytest.raises(KeyboardInterrupt):
+            accelerate(big, photos, tmp_path / "out", minutes=minutes, resume=bool(seen))
+    assert seen == [(3, True, 12, 1078)] * 2
+
+
 @pytest.mark.parametrize(("after_ms", "gains"), [(0.97, True), (0.99, False)])
 def test_labels_are_asked_for_only_where_something_is_gained(
     after_ms: float,
@@ -220,12 +240,19 @@ def test_the_trial_takes_its_share_of_the_time() -> None:
     assert affordable_trial(700, 2, 0.05, 300) == 700
 
 
+def test_a_trial_is_longer_where_there_is_time() -> None:
+    assert [trial_epochs(minutes) for minutes in (2, 60, 600)] == [2, 12, 15]
+
+
 def test_what_is_refused(
     big: Path, photos: Path, tiny_bundle: Path, digits: DataSplits, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     with user_error("inf minutes: expected a finite number"):
         accelerate(big, photos, out, minutes=float("inf"))
+    for risk in (0.0, 1.0, -0.1):
+        with user_error(r"max_risks\.0: expected (greater than 0|less than 1)"):
+            accelerate(big, tmp_path / "none", out, max_risk=risk)
     with user_error("is a bundle: give the ONNX file of a classifier"):
         accelerate(tiny_bundle, photos, out)
     with user_error("no folder at .*none"):

@@ -163,6 +163,11 @@ def affordable_trial(images: int, views: int, seconds_per_answer: float, seconds
     return min(max(affordable, FEWEST_TRIAL_IMAGES), TRIAL_IMAGES, images)
 
 
+def trial_epochs(minutes: float) -> int:
+    """The epochs of the trial; ``minutes`` are those of the whole work."""
+    return min(max(round(minutes / 5), TRIAL_EPOCHS[0]), TRIAL_EPOCHS[1])
+
+
 def answers_alike_mirrored(stage: Path, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> bool:
     """Whether the network, with these ``logits`` (N, K) for ``images`` (N, H, W, C), sees the same in their mirror images."""
     mirrored = answers(stage, np.ascontiguousarray(images[:, :, ::-1]), "answers to mirrored images")
@@ -181,15 +186,14 @@ def trial(
     folder: Path,
     final_logits: NDArray[np.float32],
     milliseconds: float,
-    minutes: float,
+    epochs: int,
     images: int,
 ) -> tuple[Front, float]:
-    """Train every candidate shortly on so many of the ``images``, and take the one that saves most time on tune.
+    """Train every candidate for ``epochs`` on so many of the ``images``, and take the one that saves most time on tune.
 
-    ``final_logits`` (N, K) are the network's on tune, where an image takes it so many ``milliseconds``; ``minutes`` are
-    those of the whole work. Returned besides are the seconds that the winner takes per image and epoch.
+    ``final_logits`` (N, K) are the network's on tune, where an image takes it so many ``milliseconds``. Returned besides
+    are the seconds that the winner takes per image and epoch.
     """
-    epochs = min(max(round(minutes / 5), TRIAL_EPOCHS[0]), TRIAL_EPOCHS[1])
     best: tuple[float, Front, float] | None = None
     for front in fronts:
         network = front.build(training.data, training.seed)

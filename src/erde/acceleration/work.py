@@ -25,6 +25,7 @@ from erde.acceleration.fronts import (
     candidates,
     milliseconds_of,
     trial,
+    trial_epochs,
 )
 from erde.acceleration.images import UNKNOWN, Material, load_material, read_pool
 from erde.acceleration.teacher import onnx_teacher
@@ -55,12 +56,13 @@ from erde.data.load import DataSplits, measure_pixels
 from erde.exporting.api import export
 from erde.policy.points import Agreement, Measured, OperatingPoint
 from erde.recipe.losses import ERDEConfig, resolve_loss
+from erde.recipe.validation import validate
 from erde.report.chain_page import ClockRow, chain_page
 from erde.report.numbers import significant
 from erde.runtime.session import Session
 
-SETTINGS, PLAN, ANSWERS, BENCH, REPORT = (
-    "settings.json", "plan.json", "answers.npy", "bench.json", "report.html",
+SETTINGS, TRIAL, PLAN, ANSWERS, BENCH, REPORT = (
+    "settings.json", "trial.json", "plan.json", "answers.npy", "bench.json", "report.html",
 )  # fmt: skip
 # Of the time that is asked for, what training may take; the rest goes to answers, the trial and the measurement.
 TRAINING_SHARE = 0.8
@@ -134,17 +136,18 @@ def accelerate(
         resume: continue what was stopped.
 
     Raises:
-        UserError: a model or images that cannot be used, a folder that is there already.
+        UserError: a model or images that cannot be used, a folder that is there already, a risk that is none.
     """
     started = time.monotonic()
+    settings = _settings(max_risk)  # as the next: what is wrong is said before hours of work
+    resolve_loss(loss)
+    check_minutes(minutes)
     if isinstance(model, nn.Module):
         with as_onnx_file(model, preprocessing) as (path, preprocessing):
             return accelerate(
                 path, images, out, held_out=held_out, max_risk=max_risk, minutes=minutes,
                 preprocessing=preprocessing, classes=classes, loss=loss, seed=seed, resume=resume,
             )  # fmt: skip
-    resolve_loss(loss)  # an unknown name is said before hours of work
-    check_minutes(minutes)
     out, model = Path(out), Path(model)
     network = open_network(model, preprocessing)
     if network.manifest is not None:
@@ -173,7 +176,13 @@ def accelerate(
         write_json(out / SETTINGS, asked)
     work = _Work(out, network, names, material, loss, seed)
     front = work.train_front(minutes, 60 * minutes - (time.monotonic() - started))
-    return work.finish(front, max_risk)
+    return work.finish(front, settings)
+
+
+def _settings(max_risk: float) -> Settings:
+    """Of the calibration: ``max_risk`` first, then the rest of the ladder as far as it is a risk."""
+    risks = [round(times * max_risk, 12) for times in LADDER]
+    return validate(Settings, {"max_risks": [risks[0], *(risk for risk in risks[1:] if risk < 1)]})
 
 
 def _check_place(out: Path, asked: dict[str, Any], resume: bool) -> None:
@@ -252,13 +261,22 @@ class _Work:
             tune = answers(self.stage, tune_images, "answers to tune")
             per_answer = (time.monotonic() - asked) / len(tune_images)
             left = seconds - (time.monotonic() - started)
-            views = affordable_views(len(data.train), per_answer, left)
-            few = affordable_trial(len(data.train), views, per_answer, left)
-            mirrored = answers_alike_mirrored(self.stage, tune_images, tune)
+            path = self.out / TRIAL
+            if not path.exists():
+                views = affordable_views(len(data.train), per_answer, left)
+                few = affordable_trial(len(data.train), views, per_answer, left)
+                mirrored = answers_alike_mirrored(self.stage, tune_images, tune)
+                trained = {"epochs": trial_epochs(minutes), "images": few}
+                write_json(path, {**trained, "mirrored": mirrored, "views": views})
+            # A trial that was stopped goes on as it began: fronts that were trained otherwise cannot be compared.
+            begun = _read(path)
+            mirrored, views = begun["mirrored"], begun["views"]
             training = self._training(data, mirrored, views)
             fronts = candidates(data, 0 if self.network.uncounted else self.network.macs, self.seed)
             alone = milliseconds_of(self.stage, tune_images[:256])
-            front, per_image = trial(fronts, training, self.out / "trial", tune, alone, minutes, few)
+            front, per_image = trial(
+                fronts, training, self.out / "trial", tune, alone, begun["epochs"], begun["images"]
+            )
             left = seconds - (time.monotonic() - started) - views * len(data.train) * per_answer
             left *= TRAINING_SHARE
             epochs = int(left / max(1e-9, per_image * len(data.train)))
@@ -281,11 +299,9 @@ class _Work:
         teacher = onnx_teacher(self.stage, data.mean, data.std)
         return Training(data, teacher, self.out / "teacher-cache", loss, mirrored, views, self.seed)
 
-    def finish(self, front: Path, max_risk: float) -> Accelerated:
+    def finish(self, front: Path, settings: Settings) -> Accelerated:
         """Chain, calibrate, measure and report."""
         bundle = self.out / "bundle"
-        risks = [round(times * max_risk, 12) for times in LADDER]
-        settings = Settings(max_risks=tuple(risk for risk in risks if risk < 1))
         if not bundle.exists():
             networks = [bundle_network(front, read(front)), self.network]
             seal_chain(networks, self.material.calibration, self.names, settings, bundle)
