@@ -29,7 +29,7 @@ SLOW = 7
 DELAY = 0.6
 _PROGRAM = f"""
 import os, sys, time
-gate = sys.argv.pop(1)
+gate, grace = sys.argv.pop(1), float(sys.argv.pop(1))
 from erde.runtime.session import Session
 predict = Session.predict
 def slow(self, images, **settings):
@@ -42,7 +42,7 @@ def slow(self, images, **settings):
 Session.predict = slow
 from erde.serving import http_api, server
 http_api.BODY_SECONDS = 2.0
-server.POLL_SECONDS = 0.1
+server.POLL_SECONDS, server.GRACE_SECONDS = 0.1, grace
 from erde.cli.main import main
 sys.argv = ["erde", "serve", *sys.argv[1:]]
 main()
@@ -119,13 +119,19 @@ class Served:
 
 
 @contextmanager
-def serving(bundles: Sequence[Path | str], *options: str, gate: Path | None = None) -> Iterator[Served]:
-    """A server on free ports, in its own process; it is killed at the end unless it was stopped."""
+def serving(
+    bundles: Sequence[Path | str], *options: str, gate: Path | None = None, grace: float = 30
+) -> Iterator[Served]:
+    """A server on free ports, in its own process; it is killed at the end unless it was stopped.
+
+    When it is stopped it waits ``grace`` seconds for requests.
+    """
     command = [
         sys.executable,
         "-c",
         _PROGRAM,
         "" if gate is None else str(gate),
+        str(grace),
         *map(str, bundles),
         "--http-port",
         "0",

@@ -202,6 +202,31 @@ def test_drift_is_counted_logged_once_and_ends_with_the_bundle(bundle_a: Path, t
     assert "erde calibrate" in alarm
 
 
+def test_a_stop_tells_those_that_it_does_not_wait_for(bundle_a: Path, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with (
+        serving([bundle_a], "--parallel", "1", gate=gate, grace=1) as server,
+        ThreadPoolExecutor(4) as clients,
+    ):
+        # One is answered, two wait.
+        known_as = {"X-Request-Id": "mine"}
+        over_http = [clients.submit(server.infer, as_json(SLOW_IMAGES), known_as) for _ in range(2)]
+        over_grpc = clients.submit(ask, server, SLOW_IMAGES)
+        until(lambda: metrics(server)["erde_queue_length"] == 2)
+        server.process.send_signal(signal.SIGTERM)
+        for reply in (future.result() for future in over_http):
+            assert reply.status == 503
+            assert reply.json == {"error": "the server stops; try again later"}
+            assert reply.headers["x-request-id"] == "mine"
+        with pytest.raises(grpc.RpcError):
+            over_grpc.result()
+        gate.touch()
+        code, out, err = server.end()
+    assert code == 0
+    assert "stopped after 3 requests (3 cancelled)" in out
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(("number", "over"), [(signal.SIGTERM, "http"), (signal.SIGINT, "grpc")])
 def test_a_stop_waits_for_requests_under_way(
     bundle_a: Path, session_a: Session, number: int, over: str, tmp_path: Path

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,31 @@ def test_a_stop_of_the_whole_group_waits_for_requests_under_way(bundle_a: Path) 
         assert code == 0
         assert "died" not in err
         assert not Path(f"/proc/{process}").exists()
+
+
+def test_a_stop_ends_a_process_that_hangs(bundle_a: Path) -> None:
+    with (
+        serving([bundle_a], "--processes", "--parallel", "2", grace=1) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        processes = processes_of(server.process.pid)
+        for process in processes:  # of which one gets the request
+            os.kill(process, signal.SIGSTOP)
+        try:
+            request = pool.submit(server.infer, as_json(IMAGES))
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(timeout=1 + 2)
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        assert request.result().status == 503
+        assert request.result().json == {"error": "the server stops; try again later"}
+        code, _, err = server.end()
+    assert code == 0
+    assert "Traceback" not in err
+    assert "died" not in err
 
 
 def test_processes_end_with_a_server_that_is_killed(bundle_a: Path) -> None:

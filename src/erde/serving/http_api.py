@@ -239,6 +239,8 @@ def http_app(service: Service) -> Starlette:
             response = await service.infer(exchange, partial(_read_body, request, service.max_body))
         except RequestError as error:
             response = _refuse(error)
+        except asyncio.CancelledError:  # by uvicorn, which waits no longer
+            response = _refuse(RequestError(Reason.BUSY, "the server stops; try again later"))
         response.headers[REQUEST_ID] = known_as
         return response
 

@@ -163,8 +163,10 @@ async def _serve(
     http.should_exit = True
     # Both at once: each stops taking requests and waits for those under way.
     await asyncio.gather(running, grpc.stop(GRACE_SECONDS))
+    if http.server_state.tasks:  # cancelled: they still say so to their clients
+        await asyncio.wait(list(http.server_state.tasks), timeout=1)
     if processes is not None:
-        processes.start_no_more()
+        processes.kill()
     workers.close()
     outcomes: dict[str, int] = {}
     for (_, outcome), count in service.metrics.requests.items():

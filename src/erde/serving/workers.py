@@ -130,6 +130,8 @@ class Processes:
                 first = list(pool.map(_Process, [self._settings] * count))
         except OSError as error:
             raise UserError(f"a process of the server did not start: {error}") from error
+        # Each is exchanged for the one in its place.
+        self._current = first
         for number, process in enumerate(first):
             threading.Thread(target=self._keep, args=(number, process), daemon=True).start()
 
@@ -176,9 +178,11 @@ class Processes:
             Reason.BUSY, "the processes that answer have died, and none can be started; try again later"
         )
 
-    def start_no_more(self) -> None:
-        """Start no process in the place of a dead one, and let no request wait for that."""
+    def kill(self) -> None:
+        """Kill all processes, also one that answers or hangs, and start none in their place."""
         self._closed.set()
+        for process in self._current:
+            process.kill()
 
     def close(self) -> None:
         """End all processes, none of which may be asked any more."""
@@ -200,7 +204,7 @@ class Processes:
             said, pause = "", _RETRY_SECONDS
             while not self._closed.is_set():
                 try:
-                    process = _Process(self._settings)
+                    process = self._current[number] = _Process(self._settings)
                     self._log.event("process_started", "the server", "a new process answers")
                     break
                 except Exception as error:
@@ -254,6 +258,10 @@ class _Process:
     def wait(self) -> None:
         """Return when it has died."""
         wait([self._process.sentinel])
+
+    def kill(self) -> None:
+        """End it at once; who waits for its result gets :class:`OSError`."""
+        self._process.kill()
 
     def close(self, patience: float = _STOP_SECONDS) -> None:
         """End it: it reads the end of the connection, or is killed."""
