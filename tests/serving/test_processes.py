@@ -193,6 +193,23 @@ def test_processes_take_a_changed_bundle(tmp_path: Path) -> None:
         assert err.count("in place of") == 1
 
 
+def test_a_version_that_the_server_knows_already(tmp_path: Path) -> None:
+    old, new = certified_bundle(tmp_path / "a"), certified_bundle(tmp_path / "new", seed=1)
+    processes = Processes([str(old)], threads=1, max_batch=4, count=1, poll=60.0, log=Log())
+    try:
+        before = seal_of(read(old))[:12]
+        shutil.move(old, tmp_path / "old")
+        shutil.move(new, old)
+        version = seal_of(read(old))[:12]
+        # The process has not looked yet.
+        assert processes.respond(exchange_of("r"), request_bytes(), {})[1].version == before
+        assert processes.respond(exchange_of("r"), request_bytes(version), {})[1].version == version
+        with pytest.raises(RequestError, match=f"no version '{before}': it has {version}"):
+            processes.respond(exchange_of("r"), request_bytes(before), {})
+    finally:
+        processes.close()
+
+
 def test_what_crashed_is_counted_and_the_drift_watch_sees_all_answers(bundle_a: Path) -> None:
     with serving([bundle_a], "--processes", "--parallel", "2") as server:
         for _ in range(4):
@@ -209,9 +226,10 @@ def processes(bundle_a: Path) -> Iterator[Processes]:
     started.close()
 
 
-def request_bytes() -> bytes:
+def request_bytes(version: str = "") -> bytes:
     message = CLASSES["ModelInferRequest"](
         model_name="a",
+        model_version=version,
         inputs=[{"name": "images", "datatype": "UINT8", "shape": IMAGES.shape}],
         raw_input_contents=[IMAGES.tobytes()],
     )

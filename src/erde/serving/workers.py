@@ -307,12 +307,26 @@ def _serve(connection: Connection, settings: _Settings) -> None:
         for name, point in points.items():
             models[name].default_point = point
         try:
-            encoded, answer, seconds = answering.respond(exchange, content)
+            encoded, answer, seconds = _respond(answering, exchange, content)
             answer.outputs.clear()  # the response has them
             result: Any = encoded, answer, seconds
         except Exception as error:
             result = as_request_error(error)
         connection.send((result, exchange.id, exchange.model))
+
+
+def _respond(
+    answering: Answering, exchange: Exchange[Encoded], content: bytes
+) -> tuple[Encoded, Answer, float]:
+    """:meth:`Answering.respond`, where the server may know a version that was not looked for here yet."""
+    try:
+        return answering.respond(exchange, content)
+    except RequestError as error:
+        if error.reason is not Reason.UNKNOWN:
+            raise
+    for model in answering.models.values():
+        model.refresh()
+    return answering.respond(exchange, content)
 
 
 def _watch(models: Sequence[Model], poll: float) -> None:
