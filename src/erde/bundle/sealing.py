@@ -179,11 +179,16 @@ def _check_file(folder: Path, name: str) -> None:
 def write(folder: Path, manifest: Manifest, stages: list[Path], beside_seal: Sequence[Path] = ()) -> str:
     """Write a whole bundle (stages, model card, manifest) in one step, and return its seal.
 
-    Files of ``beside_seal`` are copied too, and are no part of what is sealed.
+    Files and folders of ``beside_seal`` are copied too, and are no part of what is sealed.
     """
     with replacing_folder(folder) as beside:
-        for path in [*stages, *beside_seal]:
+        for path in stages:
             shutil.copyfile(path, beside / path.name)
+        for path in beside_seal:
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, beside / path.name, symlinks=True)
+            else:  # a link stays one where the folder stays
+                shutil.copy2(path, beside / path.name, follow_symlinks=path.parent != folder)
         card = model_card(manifest)
         write_text(beside / CARD, card)
         files = {**manifest.files, CARD: file_hash(beside / CARD)}

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from erde import bundle
+from erde.bundle.hub import on_hub
 from erde.bundle.manifest import Manifest
 from erde.bundle.profile import PROFILE
+from erde.bundle.sealing import CARD
+from erde.bundle.shipped import bundle_folder
 from erde.calibration.checks import Request, check_reuse
 from erde.calibration.logits import calibrate_logits
 from erde.calibration.policy_file import CalibratedPolicy
@@ -62,10 +65,10 @@ def calibrate(
 ) -> CalibratedPolicy:
     """Calibrate the bundle at ``path`` on ``data.tune`` and ``data.certify``, and seal it anew.
 
-    Sealed in place, or into ``out``. ``max_risk`` is one target or several (the first is the default operating
-    point). ``settings``: further ones, such as ``confidence=0.95``, ``budgets=[0.7]``, ``score="margin"``; all are the
-    recipe's, and ``latency_budgets`` in milliseconds, for which the bundle needs a ``profile.json``. The reference is the
-    bundle's own final exit.
+    Sealed in place, where all else in the folder stays, or into ``out``. ``max_risk`` is one target or several (the
+    first is the default operating point). ``settings``: further ones, such as ``confidence=0.95``, ``budgets=[0.7]``,
+    ``score="margin"``; all are the recipe's, and ``latency_budgets`` in milliseconds, for which the bundle needs a
+    ``profile.json``. The reference is the bundle's own final exit.
     """
     if max_risk is not None:
         settings["max_risks"] = [max_risk] if isinstance(max_risk, int | float | str) else list(max_risk)
@@ -74,7 +77,10 @@ def calibrate(
         raise UserError(
             f"reference is '{request.reference}': a bundle has its own final exit only; calibrate its run instead"
         )
-    target = Path(out or path)
+    if on_hub(out or path) or (out is None and bundle_folder(path) != Path(path)):
+        raise UserError(f"'{out or path}' is no folder to write to: give out=, the place of the new bundle")
+    # Resolved: a link to a bundle stays a link.
+    target = Path(out or path).resolve()
     if target.exists() and not (target / bundle.MANIFEST).is_file():
         raise UserError(f"{target} is there already and is not a bundle: give another place for the new one")
     return calibrate_bundle(Session(path), data, request, target)
@@ -104,12 +110,12 @@ def check_exits(manifest: Manifest) -> None:
 
 def seal_calibrated(session: Session, calibrated: CalibratedPolicy, out: Path) -> None:
     """Seal the bundle of ``session`` with another policy into ``out``."""
-    profile = session.folder / PROFILE
+    folder, manifest = session.folder.resolve(), session.manifest
+    if out == folder:  # others may keep their own files there
+        sealed = {bundle.MANIFEST, CARD, *manifest.files}
+        beside_seal = [path for path in folder.iterdir() if path.name not in sealed]
+    else:  # the stages stay, so their times do
+        beside_seal = [folder / PROFILE] if (folder / PROFILE).is_file() else []
     make_folder(out.parent)
-    bundle.write(
-        out,
-        apply(session.manifest, calibrated),
-        [session.folder / stage.file for stage in session.manifest.stages],
-        # The stages stay, so their times do.
-        beside_seal=[profile] if profile.is_file() else [],
-    )
+    files = [folder / name for name in manifest.files if name != CARD]
+    bundle.write(out, apply(manifest, calibrated), files, beside_seal)

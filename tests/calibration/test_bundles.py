@@ -1,0 +1,66 @@
+"""Bundles that are calibrated in place, and where a new one goes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import erde
+from erde.bundle.sealing import MANIFEST, read, seal_of
+from erde.bundle.shipped import bundle_folder
+from erde.data.load import DataSplits
+from erde.runtime.session import Session
+from tests.helpers.checks import user_error
+
+RULE = {"score": "margin", "sharpness": 1.0}
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """The shipped bundle with its samples, and what an operator may have put beside them."""
+    folder = Path(shutil.copytree(bundle_folder("digits-demo"), tmp_path / "v1"))
+    (folder / "notes.txt").write_text("mine")
+    (folder / "newest").symlink_to("notes.txt")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    return folder
+
+
+def test_in_place_all_stays_that_the_manifest_does_not_name(demo: Path, digits: DataSplits) -> None:
+    before = seal_of(read(demo))
+    there = sorted(path.relative_to(demo) for path in demo.rglob("*"))
+    erde.calibrate(demo, digits, max_risk=0.1, **RULE)
+    assert seal_of(read(demo)) != before
+    assert sorted(path.relative_to(demo) for path in demo.rglob("*")) == there
+    assert (demo / "notes.txt").read_text() == "mine"
+    assert (demo / "newest").readlink() == Path("notes.txt")
+    assert len(Session(demo, threads=1).samples()) == 3
+
+
+def test_a_link_to_a_bundle_stays_a_link(demo: Path, digits: DataSplits) -> None:
+    before = seal_of(read(demo))
+    current = demo.with_name("current")
+    current.symlink_to(demo.name)
+    erde.calibrate(current, digits, max_risk=0.1, **RULE)
+    assert current.readlink() == Path(demo.name)
+    assert seal_of(read(demo)) != before
+    assert sorted(path.name for path in demo.parent.iterdir()) == ["current", "v1"]
+    assert (demo / "notes.txt").is_file()
+
+
+def test_elsewhere_only_the_bundle_goes(demo: Path, digits: DataSplits) -> None:
+    out = demo.with_name("v2")
+    erde.calibrate(demo, digits, max_risk=0.1, out=out, **RULE)
+    assert sorted(path.name for path in out.iterdir()) == sorted([MANIFEST, *read(demo).files])
+
+
+@pytest.mark.parametrize("name", ["digits-demo", "hf://me/digits"])
+def test_a_bundle_that_is_no_folder_needs_a_place(
+    name: str, digits: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with user_error(f"^'{name}' .*out="):
+        erde.calibrate(name, digits, max_risk=0.1, **RULE)
+    assert not list(tmp_path.iterdir())
