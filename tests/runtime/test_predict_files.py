@@ -31,6 +31,7 @@ from erde.runtime.prediction import Prediction
 from erde.runtime.session import Session
 from tests.e2e.conftest import erde
 from tests.helpers.checks import entries, save_by_class, user_error
+from tests.helpers.hand_made_bundle import pixel_bundle
 
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 
@@ -444,6 +445,47 @@ def test_the_command_says_what_it_skipped(
     assert len(rows_of(out)) == 7
     _, stderr = erde("predict", str(tiny_bundle), str(paths[0]), code=2)
     assert stderr == f"error: no image can be read: {reasons[0]}\n"
+
+
+@pytest.mark.parametrize("limits", [{}, {"deadline_ms": 3}])
+def test_an_image_on_which_a_stage_fails_is_skipped_with_a_reason(
+    limits: dict[str, Any], tmp_path: Path
+) -> None:
+    bundle = pixel_bundle(tmp_path / "bundle")
+    profile = Session(bundle, threads=1).profile(rounds=1)
+    # Alone an image would reach the final exit in time, in its batch of 7 the second.
+    profile.model_copy(update={"milliseconds": {1: [0.5] * 3, 8: [1.5] * 3}}).write(bundle / PROFILE)
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 1), dtype=np.uint8)
+    images[:, :, -1] = 0
+    images[4, 0, -1] = 1  # its first stage fails
+    folder, out = tmp_path / "images", tmp_path / "some.jsonl"
+    folder.mkdir()
+    paths = [folder / f"{index}.png" for index in range(7)]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image[:, :, 0]).save(path)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in limits.items()]
+    _, stderr = erde(
+        "predict",
+        str(bundle),
+        str(folder),
+        "--operating-point",
+        "no-exit",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+        *options,
+        code=3,
+    )
+    (line,) = stderr.splitlines()
+    assert line.startswith(f"skipped: {paths[4]}: ")
+    assert "stage 0 fails" in line
+    rest = np.delete(np.arange(7), 4)
+    assert [row["path"] for row in rows_of(out)] == [str(paths[index]) for index in rest]
+    assert {row["exit"] for row in rows_of(out)} == {1 if limits else 2}
+    # What is wrong for all is still an error, and no reason to skip.
+    with user_error("max_exit is 3"):
+        predict_files(bundle, [folder], out, max_exit=3, threads=1)
 
 
 # ---------------------------------------------------------------- one writer of an output

@@ -67,8 +67,8 @@ def predict(
 ) -> None:
     """Classify image files, or the rows of Parquet shards, with a bundle.
 
-    Images that cannot be read are skipped and listed at the end, or rows with a reason in shards; the exit code is
-    then 3.
+    Images that cannot be read or answered are skipped and listed at the end, or rows with a reason in shards; the
+    exit code is then 3.
     """
     from erde.bundle.shipped import sample_images
 

@@ -93,7 +93,7 @@ def predict_files(
 ) -> dict[str, Any]:
     """Answer every image that can be read; rows go to ``out`` (.csv or .jsonl) or as JSON lines to stdout.
 
-    Images that cannot be read have no row. They are named on stderr, and in ``<out>.skipped.txt``. ``resume`` goes on
+    Images that cannot be read or answered have no row. They are named on stderr, and in ``<out>.skipped.txt``. ``resume`` goes on
     where an earlier call was stopped, if there was one: images that have a row are not answered again.
 
     Returns a summary: images answered, images skipped, exit rates, mean MACs.
@@ -116,8 +116,10 @@ def predict_files(
         waiting = (path for path in find_images(images) if not output.has(path))
         while paths := list(islice(waiting, batch_size)):
             readable, batch, reasons = _load(paths, session.manifest.input_shape)
-            answer = session.predict(batch, operating_point=point, **limits) if readable else None
-            output.add([] if answer is None else list(_rows(readable, answer, session.classes)), reasons)
+            # Before the images: whatever is wrong with a limit is wrong for all of them.
+            last = session.plan(len(batch), operating_point=point, **limits)[1] if readable else 0
+            rows, failed = _answer(session, readable, batch, point, last)
+            output.add(rows, reasons + failed)
             if task.due():
                 task.update(tally.answered + tally.skipped)
         output.name_skipped()
@@ -161,6 +163,25 @@ def _load(
         except Exception as error:  # a decoder may raise anything; a bad file must not end hours of work
             reasons.append(_without_controls(f"{path} cannot be decoded: {type(error).__name__}: {error}"))
     return readable, np.concatenate(arrays), reasons
+
+
+def _answer(
+    session: Session, paths: Sequence[Path], batch: NDArray[np.uint8], point: str, last: int
+) -> tuple[list[Row], list[str]]:
+    """The rows of images that go as far as exit ``last``; a reason for each on which a stage fails."""
+    if not paths:
+        return [], []
+    try:
+        answer = session.predict(batch, operating_point=point, max_exit=last)
+    except UserError as error:
+        if len(paths) == 1:
+            return [], [_without_controls(f"{paths[0]}: {error}")]
+        # Which of them? A bad image must not end hours of work.
+        alone = [_answer(session, [path], batch[[row]], point, last) for row, path in enumerate(paths)]
+        return [row for rows, _ in alone for row in rows], [
+            reason for _, failed in alone for reason in failed
+        ]
+    return list(_rows(paths, answer, session.classes)), []
 
 
 def _without_controls(text: str) -> str:
