@@ -721,6 +721,26 @@ def test_stopped_in_the_first_batch_leaves_nothing_in_the_way(
             assert entries(out.parent) == [out.name]
 
 
+def test_with_a_deadline_another_batch_size_is_another_limit(
+    digit_files: tuple[list[Path], NDArray[np.uint8]],
+    bundle_copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths, _ = digit_files
+    out = tmp_path / "some.jsonl"
+    profile = Session(bundle_copy, threads=1).profile(rounds=1)
+    profile.model_copy(update={"milliseconds": {1: [1.0] * 3, 2: [2.0] * 3}}).write(bundle_copy / PROFILE)
+    stop_after(1, monkeypatch)
+    with pytest.raises(Stopped):
+        predict_files(bundle_copy, paths, out, deadline_ms=4.5, batch_size=2, threads=1)
+    # One by one the rest would get as far as the final exit.
+    with user_error("was begun with another bundle or other options"):
+        predict_files(bundle_copy, paths, out, deadline_ms=4.5, batch_size=1, threads=1, resume=True)
+    predict_files(bundle_copy, paths, out, deadline_ms=4.5, batch_size=2, threads=1, resume=True)
+    assert len(rows_of(out)) == 7
+
+
 @pytest.mark.parametrize(
     "change", [{"operating_point": "risk-10"}, {"max_exit": 1}, {"max_macs": 1e9}, {"bundle": "other"}]
 )

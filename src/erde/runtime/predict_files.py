@@ -107,7 +107,9 @@ def predict_files(
     limits: dict[str, Any] = {"max_exit": max_exit, "max_macs": max_macs, "deadline_ms": deadline_ms}
     point = session.manifest.point(operating_point).name
     count = sum(1 for _ in find_images(images))
-    options = json.dumps([seal_of(session.manifest), point, limits, engine])
+    # How far a deadline lets an image go depends on the batch that it is in.
+    of_deadline = [] if deadline_ms is None else [batch_size]
+    options = json.dumps([seal_of(session.manifest), point, limits, engine, *of_deadline])
     tally = _Tally([0] * len(session.manifest.stages))
     with (
         _open_output(out, options, tally, resume) as output,
