@@ -23,6 +23,7 @@ from erde.data.load import DataSplits
 from erde.evaluation.logits_file import LogitsFile
 from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule
+from erde.runtime.session import Session
 from tests.helpers.checks import user_error
 
 RULE = ExitRule("margin")
@@ -192,6 +193,37 @@ def test_from_a_folder_without_labels_to_a_bundle(
     kept = [row for row in csv.DictReader((tmp_path / "more.csv").open(newline="")) if row["label"]]
     assert kept
     assert more >= len(kept)
+
+
+def test_a_second_list_has_all_that_the_first_one_had(
+    tiny_bundle: Path, photos: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    # Where every image that differs is harmed, the path ends sooner than was thought, and less is asked.
+    folder, truth = photos
+    settings = Settings(max_risks=(0.02,), confidence=0.8)
+    session = Session(tiny_bundle, threads=1)
+    harmed = {
+        name: session.predict(folder / name, operating_point="no-exit").names[0] for name in sorted(truth)
+    }
+    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    ask_for_labels(tiny_bundle, folder, first, settings)
+    rows = fill(first, harmed)
+    # A label that nobody asked for is kept too.
+    waiting = load_unlabelled(folder, (8, 8, 1))
+    name = next(name for name in waiting.certify_names if name not in [row["image"] for row in rows])
+    rows.append({"image": name, "sha256": waiting.digests[name], "label": harmed[name]})
+    write(first, rows)
+    listed, _ = ask_for_labels(tiny_bundle, folder, second, settings, labels=first)
+    again = list(csv.DictReader(second.open(newline="")))
+    assert listed == len(again)
+    for row in rows:
+        assert row in again
+    fill(second, harmed)
+    one_list, two_lists = (
+        recalibrate_with_labels(tiny_bundle, folder, labels, tmp_path / labels.stem, settings).points
+        for labels in (first, second)
+    )
+    assert one_list == two_lists
 
 
 def test_filled_files_that_are_refused(

@@ -158,8 +158,8 @@ def ask_for_labels(
 ) -> tuple[int, int]:
     """Write to ``labels_out`` which of the unlabelled images below ``data`` need a label, to certify ``settings`` with few.
 
-    ``labels``: a filled file of before, whose labels are taken over. Returned: how many images are listed, and how
-    many certify images there are.
+    ``labels``: a filled file of before, all of whose labels are taken over. Returned: how many images are listed, and
+    how many certify images there are.
     """
     bundle, data, labels_out = Path(bundle), Path(data), Path(labels_out)
     if labels_out.exists():
@@ -171,7 +171,10 @@ def ask_for_labels(
     known = waiting.read(None if labels is None else Path(labels))
     classes = waiting.session.classes
     names = waiting.images.certify_names
-    rows = waiting.few.asked(known)
+    # Some labels show that others are not needed; but all that were asked for must be there on reading, and none is lost.
+    rows = list(
+        dict.fromkeys([*waiting.few.asked(known), *waiting.few.asked(), *np.flatnonzero(known != UNKNOWN)])
+    )
     write_label_file(
         labels_out,
         [
