@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from erde.common.splits import CertifyLogits, Labels, Logits
 from erde.data.load import DataSplits
 from erde.evaluation.logits_file import LogitsFile
 from erde.policy.cost import Cost
-from erde.policy.rule import ExitRule
+from erde.policy.rule import ExitRule, decide, take_exit
 from erde.runtime.session import Session
 from tests.helpers.checks import user_error
 
@@ -117,7 +118,34 @@ def test_a_missing_label_counts_as_harm(pool: tuple[Logits, Cost]) -> None:
     assert saved[0] <= saved[1] <= saved[2]
     assert saved[0] < saved[2]
     assert none.certificate is not None
-    assert "images without a label count as harmed" in none.certificate.assumptions
+    assert "of the lost are images without a label, which count as harmed" in none.certificate.assumptions
+
+
+def test_a_certificate_says_how_many_of_the_lost_are_images_without_a_label(
+    pool: tuple[Logits, Cost],
+) -> None:
+    generator = np.random.default_rng(3)
+    unseen = 0
+    for _ in range(3):
+        few, true = waiting(pool, generator, Settings(max_risks=(0.01,)))
+        labels = np.full(len(true), UNKNOWN)
+        labels[few.asked()] = true[few.asked()]
+        for every in (0, 2):  # all that were asked for; half of them left empty
+            some = labels.copy()
+            if every:
+                some[few.asked()[::every]] = UNKNOWN
+            point = few.certified(some).points[1]
+            certificate = point.certificate
+            assert certificate is not None
+            said = re.search(r"; ([\d,]+) of the lost are images without a label", certificate.assumptions)
+            unlabelled = int(said[1]) if said else 0
+            scored = ScoredSplit.of(CertifyLogits(few.certify.logits, true), RULE, None)
+            exits = decide(scored.scores, point.thresholds)
+            harm = take_exit(scored.harm, exits)
+            assert certificate.lost - unlabelled == harm[some != UNKNOWN].sum()
+            assert certificate.lost - unlabelled <= harm.sum() <= certificate.lost
+            unseen += unlabelled if not every else 0
+    assert unseen > 0  # even where every label that was asked for is there
 
 
 @pytest.mark.parametrize("changes", [{"guarantee": "net_drop"}, {"reference": "teacher"}])

@@ -108,12 +108,16 @@ class FewLabels:
         tune = ScoredSplit.of(self.tune, self.rule, None)
         chosen = Choice(self.rule, tune, self.path, 0.0, 0.0)
         points, left_out, default = operating_points(chosen, scored, self.cost, self.settings)
-        unknown = self._unknown_harm(labels)
-        assumed = f"; {unknown:,} images without a label count as harmed" if unknown else ""
         finished = []
         for point in points:
             certificate = point.certificate
             if certificate is not None:
+                unknown = self._unknown_harm(labels, point.thresholds)
+                assumed = (
+                    f"; {unknown:,} of the lost are images without a label, which count as harmed"
+                    if unknown
+                    else ""
+                )
                 certificate = certificate.model_copy(
                     update={
                         "assumptions": f"{certificate.assumptions}; labels were asked only where the early and the "
@@ -151,9 +155,11 @@ class FewLabels:
         known = np.where(labels == UNKNOWN, self.certify.labels, labels)
         return ScoredSplit.of(CertifyLogits(self.certify.logits, known), self.rule, None)
 
-    def _unknown_harm(self, labels: Labels) -> int:
-        """The number of asked images without a label: they count as harmed."""
-        return int((labels[self.asked()] == UNKNOWN).sum())
+    def _unknown_harm(self, labels: Labels, thresholds: policy.Thresholds) -> int:
+        """The number of images without a label that get another answer than the final one: they count as harmed."""
+        differs = ScoredSplit.of(self.certify, self.rule, None)
+        apart = policy.take_exit(differs.harm, policy.decide(differs.scores, thresholds))
+        return int((apart & (labels == UNKNOWN)).sum())
 
     def _passes(self, lost: float, ever_lost: float) -> bool:
         counts = np.array([int(lost)])

@@ -208,14 +208,15 @@ def recalibrate_with_labels(
     check_folder(out.parent)
     waiting = _Waiting.of(bundle, data, settings, tune_share, seed)
     known = waiting.read(labels)
-    empty = int((known[waiting.few.asked()] == UNKNOWN).sum())
+    asked = waiting.few.asked()
+    empty = int((known[asked] == UNKNOWN).sum())
     if empty:
         progress.say(
             f"warning: {empty:,} images in {labels} have no label: they count as harmed, so less is certified"
         )
     calibrated = waiting.few.certified(known, [waiting.images.fingerprint])
-    more = len(waiting.few.more_labels(known)) - empty
-    if more > 0:
+    more = len(np.setdiff1d(waiting.few.more_labels(known), asked))
+    if more:
         progress.say(
             f"{more:,} more labels might certify more: list them with --labels {labels} --labels-out MORE.csv"
         )
