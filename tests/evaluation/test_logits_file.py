@@ -148,6 +148,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "label beyond": ({"tune_labels": np.full(600, 5)}, "the tune labels run from 5 to 5"),
     "no MACs": ({"exit_macs": None}, "has no exit_macs: give the cumulative MACs of the 3 exits with --macs"),
     "falling MACs": ({"exit_macs": np.array([3, 2, 1])}, r"must rise from exit to exit .*, got \[3, 2, 1\]"),
+    "a single number for MACs": ({"exit_macs": np.array(7), "no_exit_macs": None}, "exit MACs must be 3 numbers, got"),
     "two MACs": ({"exit_macs": np.array([1, 2])}, "exit MACs must be 3 numbers, got"),
     "no whole": ({"no_exit_macs": np.array(-1)}, "no_exit_macs must be 1 or more, got -1"),
     "shares for MACs": ({"exit_macs": np.array([0.2, 0.5, 1.0])}, "as counts and not as shares"),
@@ -200,6 +201,53 @@ def test_a_certify_split_serves_one_choice(whole: Path, tmp_path: Path) -> None:
     with user_error("these certify images already certified other choices"):
         calibrate_file(whole, Settings(max_risks=(0.03,), score="margin"), out)
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("split", ["tune", "certify"])
+def test_another_reference_is_a_second_choice(split: str, tmp_path: Path) -> None:
+    right = np.ones(600, dtype=bool)
+    other = right.copy()
+    other[:30] = False
+    content = arrays(tune_reference_right=right, certify_reference_right=right)
+    path, out = saved(tmp_path, content), tmp_path / "policy.json"
+    calibrate_file(path, SETTINGS, out)
+    calibrate_file(path, SETTINGS, out)
+    saved(tmp_path, content | {f"{split}_reference_right": other})
+    with user_error("these certify images already certified other choices"):
+        calibrate_file(path, SETTINGS, out)
+
+
+def test_new_certify_images_may_certify_other_choices_of_the_same_tune_images(
+    whole: Path, tmp_path: Path
+) -> None:
+    out, other = default_policy_path(whole), Settings(max_risks=(0.03,), score="margin", sharpness=1.0)
+    calibrate_file(whole, SETTINGS, out)
+    logits, labels = synthetic_logits(7, 600)
+    saved(tmp_path, arrays(certify_logits=logits, certify_labels=labels))
+    assert calibrate_file(whole, other, out).calibration.choices
+    # What chose something certifies nothing, though the splits have changed places.
+    changed = {
+        f"{a}_{part}": arrays()[f"{b}_{part}"]
+        for a, b in (("tune", "test"), ("certify", "tune"))
+        for part in ("logits", "labels")
+    }
+    saved(tmp_path, arrays(**changed))
+    with user_error("these certify images already certified other choices"):
+        calibrate_file(whole, SETTINGS, out)
+
+
+@pytest.mark.parametrize("split", ["tune", "certify"])
+def test_nothing_is_evaluated_on_a_split_that_chose_or_certified(split: str, whole: Path) -> None:
+    policy = default_policy_path(whole)
+    calibrate_file(whole, SETTINGS, policy)
+    # As if its sources were not known.
+    value = json.loads(policy.read_text())
+    value["calibration"]["sources"] = []
+    policy.write_text(json.dumps(value))
+    content = arrays()
+    np.savez(whole, test_logits=content[f"{split}_logits"], test_labels=content[f"{split}_labels"])
+    with user_error("holds the logits that .* was calibrated on"):
+        evaluate_file(whole, policy)
 
 
 def test_nothing_is_evaluated_on_what_it_was_calibrated_on(tmp_path: Path) -> None:

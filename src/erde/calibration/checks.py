@@ -163,7 +163,8 @@ HASHED_ALWAYS = (
 class Request:
     """All that decides what a calibration gives, before certify is looked at.
 
-    ``sources`` are fingerprints of sets of images that both splits were drawn from, if there are any.
+    ``sources`` are fingerprints of the sets of images that certify was drawn from, if there are any; the references are
+    bool (N,) of tune and of certify, where another one than the final exit is right.
     """
 
     tune: TuneLogits
@@ -171,6 +172,8 @@ class Request:
     cost: Cost
     settings: Settings
     sources: tuple[str, ...] = ()
+    tune_reference_right: NDArray[np.bool_] | None = None
+    certify_reference_right: NDArray[np.bool_] | None = None
 
     def choices(self) -> str:
         """A hash of it: what a second calibration on the same certify images must not change.
@@ -182,12 +185,19 @@ class Request:
     def is_that_of(self, earlier: Calibration) -> bool:
         """True if an earlier calibration made the same choices.
 
-        Earlier versions hashed milliseconds too, and whole numbers as they were given: 1 and 1.0 were two choices.
+        Earlier versions hashed milliseconds too, whole numbers as they were given (1 and 1.0 were two choices), and no
+        reference.
         """
         settings = self._settings()
         as_given = json.loads(json.dumps(settings), parse_float=_whole)
         costs = (self.cost, replace(self.cost, exit_milliseconds=None))
-        return earlier.choices in [self._hash(some, cost) for some in (settings, as_given) for cost in costs]
+        requests = (self, replace(self, tune_reference_right=None, certify_reference_right=None))
+        return earlier.choices in [
+            request._hash(some, cost)
+            for request in requests
+            for some in (settings, as_given)
+            for cost in costs
+        ]
 
     def _settings(self) -> dict[str, Any]:
         # A setting that an earlier version did not have changes no hash while it keeps its default.
@@ -202,7 +212,12 @@ class Request:
         costs = asdict(cost)
         if costs["networks"] == (0,):  # what earlier versions knew
             del costs["networks"]
-        value = [settings, costs, self.tune.fingerprint()]
+        references = [
+            hashlib.sha256(np.asarray(right, dtype=np.bool_).tobytes()).hexdigest()
+            for right in (self.tune_reference_right, self.certify_reference_right)
+            if right is not None
+        ]
+        value = [settings, costs, self.tune.fingerprint(), *references]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde.calibration.certificates import PathCounts, walk
-from erde.calibration.checks import check_splits
+from erde.calibration.checks import Request, check_splits
 from erde.calibration.choice import Choice
 from erde.calibration.logits import answers_as_labels, operating_points, seen
 from erde.calibration.policy_file import CalibratedPolicy
@@ -139,7 +139,12 @@ class FewLabels:
             default=default,
             left_out=left_out,
             calibration=seen(
-                chosen, scored, points, default, self.tune, self.certify, self.cost, self.settings, sources
+                chosen,
+                scored,
+                points,
+                default,
+                Request(self.tune, self.certify, self.cost, self.settings),
+                sources,
             ),
             candidates=[],
             paper_path=self.path,

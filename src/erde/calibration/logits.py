@@ -110,7 +110,21 @@ def calibrate_logits(
         points=points,
         default=default,
         left_out=left_out,
-        calibration=seen(chosen, certify_scored, points, default, tune, certify_split, cost, asked, sources),
+        calibration=seen(
+            chosen,
+            certify_scored,
+            points,
+            default,
+            Request(
+                tune,
+                certify_split,
+                cost,
+                asked,
+                tune_reference_right=tune_reference_right,
+                certify_reference_right=certify_reference_right,
+            ),
+            sources,
+        ),
         candidates=[
             ScoreCandidate(
                 score=choice.rule.score,
@@ -131,10 +145,7 @@ def seen(
     certify_scored: ScoredSplit,
     points: Sequence[OperatingPoint],
     default: str,
-    tune: TuneLogits,
-    certify_split: CertifyLogits,
-    cost: Cost,
-    asked: Settings,
+    request: Request,
     sources: Sequence[str],
 ) -> Calibration:
     """The record of a calibration, for the drift watch and against a second choice on the same images."""
@@ -142,18 +153,18 @@ def seen(
     thresholds = next(point.thresholds for point in points if point.name == default)
     return Calibration(
         # Of certify, on which nothing was fitted: what new images of the same kind would give.
-        exit_rates=certify_scored.measure(thresholds, cost).exit_rates,
+        exit_rates=certify_scored.measure(thresholds, request.cost).exit_rates,
         score_histograms=[
             np.histogram(np.clip(scores, *limits), bins=20, range=limits)[0].tolist()
             for scores, limits in zip(certify_scored.scores, ranges, strict=True)
         ],
         score_ranges=ranges,
-        tune_images=len(tune),
-        certify_images=len(certify_split),
-        tune_fingerprint=tune.fingerprint(),
-        certify_fingerprint=certify_split.fingerprint(),
+        tune_images=len(request.tune),
+        certify_images=len(request.certify),
+        tune_fingerprint=request.tune.fingerprint(),
+        certify_fingerprint=request.certify.fingerprint(),
         sources=list(sources),
-        choices=Request(tune, certify_split, cost, asked, tuple(sources)).choices(),
+        choices=request.choices(),
     )
 
 

@@ -107,7 +107,10 @@ class LogitsFile:
         return saved
 
     def tune_and_certify(self, tune_share: float, seed: int) -> tuple[Saved, Saved, list[str]]:
-        """The two splits that calibration needs, and the fingerprints of the sets of logits that they come from."""
+        """The two splits that calibration needs, and the fingerprints of the sets of logits that they come from.
+
+        The last of them is that of the set that certify comes from.
+        """
         if self.has("tune") or self.has("certify"):
             tune, certify = self.split("tune"), self.split("certify")
             sources = [tune.logits.fingerprint(), certify.logits.fingerprint()]
@@ -126,6 +129,7 @@ class LogitsFile:
             raise UserError(
                 f"{self.path} has no exit_macs: give the cumulative MACs of the {exits} exits with --macs"
             )
+        given = np.atleast_1d(given)
         whole = np.asarray(
             no_exit_macs if no_exit_macs is not None else self.arrays.get("no_exit_macs", given[-1:])
         )
@@ -184,7 +188,16 @@ def calibrate_file(
     if tune.reference_right is not None:
         settings = settings.against_given()
     tune_logits = _as(TuneLogits, tune)
-    request = Request(tune_logits, certify_logits, cost, settings, tuple(sources))
+    request = Request(
+        tune_logits,
+        certify_logits,
+        cost,
+        settings,
+        # New certify images may certify what images of before have chosen.
+        tuple(sources[-1:]),
+        tune.reference_right,
+        certify.reference_right,
+    )
     if out.exists():
         try:
             earlier = read_policy(out).policy.calibration
@@ -318,7 +331,8 @@ def evaluate_file(path: Path, policy_path: Path, out: Path | None = None) -> Eva
             f"{path} {'has no' if 'given' in references else 'gives another:'} reference_right of the test images: risks "
             "would not mean the same"
         )
-    if test.fingerprint() in read.policy.calibration.sources:
+    earlier = calibrated.calibration
+    if test.fingerprint() in {*earlier.sources, earlier.tune_fingerprint, earlier.certify_fingerprint}:
         raise UserError(
             f"{path} holds the logits that {policy_path} was calibrated on: evaluate on others, as test_logits"
         )

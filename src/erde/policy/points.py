@@ -146,8 +146,8 @@ class Calibration(Frozen):
     """Facts of a calibration: exit rates and score histograms on certify, at the default point, and its splits.
 
     Histograms have 20 equal bins over ``score_ranges``; what lies beyond is in the outermost. ``choices`` is a
-    hash of the settings, the costs and the tune split; it tells a repeated calibration from a second choice on the
-    same certify images (or on images of the same ``sources``), which would void the certificates.
+    hash of the settings, the costs, the tune split and where a reference is right; it tells a repeated calibration from a
+    second choice on the same certify images (or on images of the same ``sources``), which would void the certificates.
     """
 
     exit_rates: list[Annotated[float, Field(ge=0, le=1)]]

@@ -34,7 +34,7 @@ def calibrate(run: Run) -> None:
         # A policy that this version cannot read is as good as none: it is written anew.
         with contextlib.suppress(run_folder.UnreadablePolicyError):
             if path.exists():
-                request = Request(tune, certify, cost, settings)
+                request = Request(tune, certify, cost, settings, (), tune_right, certify_right)
                 check_reuse(run_folder.read_policy(run.folder, arm).calibration, request)
         calibrated = calibrate_logits(
             tune,
