@@ -203,6 +203,17 @@ def test_a_certify_split_serves_one_choice(whole: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == before
 
 
+def test_a_promise_of_disagreement_may_be_calibrated_again(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "policy.json"
+    settings = SETTINGS.model_copy(update={"guarantee": "disagreement"})
+    calibrate_file(whole, settings, out)
+    before = out.read_bytes()
+    calibrate_file(whole, settings, out)
+    assert out.read_bytes() == before
+    with user_error("these certify images already certified other choices"):
+        calibrate_file(whole, settings.model_copy(update={"max_risks": (0.03,)}), out)
+
+
 @pytest.mark.parametrize("split", ["tune", "certify"])
 def test_another_reference_is_a_second_choice(split: str, tmp_path: Path) -> None:
     right = np.ones(600, dtype=bool)

@@ -32,7 +32,7 @@ from erde.acceleration.teacher import onnx_teacher
 from erde.acceleration.torch_model import as_onnx_file
 from erde.bench.race import Bench, Measurement, bench
 from erde.bundle.sealing import file_hash, read
-from erde.calibration.logits import answers_as_labels
+from erde.calibration.checks import answers_as_labels
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, sweep
 from erde.chains.building import class_names, common_shape

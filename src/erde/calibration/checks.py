@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from erde.common.splits import CertifyLogits, Labels, Logits, TuneLogits
 from erde.policy.cost import Cost
 from erde.policy.points import Calibration
 
+AnyLogits = TypeVar("AnyLogits", bound=Logits)
 # Rows that tune and certify have in common: above this share it is no coincidence of equal images.
 MOST_OVERLAP = 0.01
 # A final exit that is right this often on certify may have been trained on it.
@@ -66,6 +67,11 @@ def check_logits(split: Logits, name: str) -> None:
             f"the {name} labels run from {split.labels.min()} to {split.labels.max()}, but there are {classes} classes "
             f"(0 to {classes - 1})"
         )
+
+
+def answers_as_labels(split: AnyLogits) -> AnyLogits:
+    """The split with the final exit's answers in place of labels: "wrong" then means "another answer than that"."""
+    return type(split)(split.logits, np.asarray(split.logits[-1].argmax(axis=-1), dtype=np.int64))
 
 
 def absent_classes(labels: Labels, classes: int) -> str | None:
@@ -199,6 +205,11 @@ class Request:
             for cost in costs
         ]
 
+    def fingerprint(self, split: Logits) -> str:
+        """That of tune or of certify, as a calibration notes it: for a promise of disagreement no label counts."""
+        unlabelled = self.settings.guarantee == "disagreement"
+        return (answers_as_labels(split) if unlabelled else split).fingerprint()
+
     def _settings(self) -> dict[str, Any]:
         # A setting that an earlier version did not have changes no hash while it keeps its default.
         defaults = type(self.settings)().model_dump()
@@ -217,7 +228,7 @@ class Request:
             for right in (self.tune_reference_right, self.certify_reference_right)
             if right is not None
         ]
-        value = [settings, costs, self.tune.fingerprint(), *references]
+        value = [settings, costs, self.fingerprint(self.tune), *references]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -230,9 +241,8 @@ def check_reuse(earlier: Calibration | None, request: Request) -> None:
     """:class:`UserError` where images that would certify ``request`` already certified other choices."""
     if earlier is None or request.is_that_of(earlier):
         return
-    if earlier.certify_fingerprint == request.certify.fingerprint() or set(earlier.sources) & set(
-        request.sources
-    ):
+    certify = request.fingerprint(request.certify)
+    if earlier.certify_fingerprint == certify or set(earlier.sources) & set(request.sources):
         raise UserError(
             "these certify images already certified other choices: trying again until the answer pleases voids the "
             "promise; give new certify images, or ask for all risks in one calibration"

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from erde.calibration.checks import answers_as_labels
 from erde.calibration.choice import choose_score, try_rule
-from erde.calibration.logits import answers_as_labels
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import best_within_risk
 from erde.common import progress

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erde.calibration.certificates import PathCounts, walk
-from erde.calibration.checks import Request, check_splits
+from erde.calibration.checks import Request, answers_as_labels, check_splits
 from erde.calibration.choice import Choice
-from erde.calibration.logits import answers_as_labels, operating_points, seen
+from erde.calibration.logits import operating_points, seen
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path, sweep

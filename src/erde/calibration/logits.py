@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from scipy.optimize import minimize_scalar
 from erde.calibration.certificates import certificate_at, count_along, images_needed, upper_bound, walk
 from erde.calibration.checks import (
     Request,
+    answers_as_labels,
     check_budget,
     check_latency_budget,
     check_splits,
@@ -27,13 +28,12 @@ from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, cheaper, sweep
 from erde.common import progress
-from erde.common.splits import CertifyLogits, Logits, TuneLogits
+from erde.common.splits import CertifyLogits, TuneLogits
 from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.points import Calibration, Certificate, LeftOut, OperatingPoint, Reference, ScoreCandidate
 from erde.policy.rule import PAPER_RULE
 
-AnyLogits = TypeVar("AnyLogits", bound=Logits)
 # Of a chain of networks whose early exits, at the risk in question, take more than they save.
 NOTHING_SAVED = "the networks before the last one would cost more than they save: only the last one runs"
 
@@ -52,11 +52,6 @@ def fit_temperatures(tune: TuneLogits) -> list[float]:
         return math.exp(float(minimum.x))
 
     return [fit(logits) for logits in tune.logits]
-
-
-def answers_as_labels(split: AnyLogits) -> AnyLogits:
-    """The split with the final exit's answers in place of labels: "wrong" then means "another answer than that"."""
-    return type(split)(split.logits, np.asarray(split.logits[-1].argmax(axis=-1), dtype=np.int64))
 
 
 def point_name(max_risk: float) -> str:
