@@ -104,6 +104,13 @@ def test_differences_over_seeds_are_paired_and_hold_a_t_interval(seeds: dict[str
     assert any("kd – fixed-small" in text for text in page.parts(class_="table")[2:])
 
 
+def test_the_same_difference_in_all_seeds_has_no_interval() -> None:
+    same = {f"runs/{seed}": run(0).model_copy(update={"recipe": {**RECIPE, "seed": seed}}) for seed in (0, 1)}
+    gap = accuracies(same, "erde")[0] - accuracies(same, "kd")[0]
+    row = Page(render_comparison(same)).parts(data_first="erde", data_second="kd")[0]
+    assert re.match(rf"erde – kd {100 * gap:+.2f} [^ ]+ [^ ]+$".replace("-", "−").replace("+", r"\+", 1), row)
+
+
 def test_without_two_seeds_there_is_no_spread() -> None:
     other = run(0).model_copy(update={"recipe": {**RECIPE, "train": {"epochs": 31}}})
     page = Page(render_comparison({"a": run(0), "b": other}))

@@ -24,17 +24,26 @@ SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
 # The most entropy, in parts of ln K, with which an exit may answer: the same at all exits and for all arms.
 ENTROPIES = (0.1, 0.3, 0.5)
 CONFIDENCE = 0.95
+# Values are equal up to this.
+ROUNDING = 1e-12
 
 
 class Estimate(Frozen):
-    """A mean over n seeds, with the 95 % interval of Student's t (n - 1 degrees of freedom); None for one seed."""
+    """A mean over n seeds, with the 95 % interval of Student's t (n - 1 degrees of freedom).
+
+    No interval for one seed, nor where all values are equal: accuracies are whole numbers of images, so equal ones come by
+    chance, and say nothing of how far the next would lie.
+    """
 
     mean: float
     interval: Interval | None
 
 
 class Difference(Estimate):
-    """An arm minus the reference, seed by seed: the paired t-test's two-sided p-value, and Holm's of all arms."""
+    """An arm minus the reference, seed by seed: the paired t-test's two-sided p-value, and Holm's of all arms.
+
+    None where there is no test: see :func:`paired_p_value`.
+    """
 
     p_value: float | None
     holm_p_value: float | None
@@ -74,21 +83,24 @@ class Study(Frozen):
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and Student's t interval."""
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if _all_equal(values):
         return Estimate(mean=mean, interval=None)
     half = float(stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return Estimate(mean=mean, interval=(mean - half, mean + half))
 
 
 def paired_p_value(differences: Sequence[float]) -> float | None:
-    """Two-sided p-value of the paired t-test; None for one seed; 1 where no seed differs."""
-    if len(differences) < 2:
-        return None
-    if np.max(np.abs(differences)) < 1e-12:  # equal up to rounding
+    """Two-sided p-value of the paired t-test; 1 where no seed differs.
+
+    None for one seed, and for the same difference in all: without a scatter there is no test.
+    """
+    if len(differences) > 1 and np.max(np.abs(differences)) < ROUNDING:
         return 1.0
-    if np.ptp(differences) < 1e-12:  # the same difference each time: t has no bound
-        return 0.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return None if _all_equal(differences) else float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def _all_equal(values: Sequence[float]) -> bool:
+    return float(np.ptp(values)) < ROUNDING
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -153,7 +165,8 @@ def _compared(
         if arm != reference and arm in whole and reference in whole
     }
     p_values = {arm: paired_p_value(values) for arm, values in differences.items()}
-    adjusted = holm({arm: value for arm, value in p_values.items() if value is not None})
+    # Arms without a p-value count too: which ones they are is not known before.
+    adjusted = holm({arm: 1.0 if value is None else value for arm, value in p_values.items()})
     measured = {}
     for arm, values in rows.items():
         difference = None
@@ -161,7 +174,7 @@ def _compared(
             difference = Difference(
                 **estimate(differences[arm]).model_dump(),
                 p_value=p_values[arm],
-                holm_p_value=adjusted.get(arm),
+                holm_p_value=None if p_values[arm] is None else adjusted[arm],
             )
         measured[arm] = ArmMeasure(
             values=values, estimate=estimate(whole[arm]) if arm in whole else None, difference=difference
