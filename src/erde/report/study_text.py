@@ -26,8 +26,7 @@ INTRODUCTION = """# Study {name}
 {runs} of one recipe, {seeds}; {images:,} test images, the same for all arms. All numbers are in per cent and means over
 seeds, with half the width of their 95 % interval (Student's t over seeds). Arms of a run learned from the same teacher
 on the same batches. A difference is an arm minus `{reference}`, seed by seed; p is of the paired t-test, corrected by
-Holm's method for all arms of its column. Where all seeds have the same value there is no interval. Choose by tune; what
-test shows was not chosen by.
+Holm's method for all arms of its column. Choose by tune; what test shows was not chosen by.
 """
 
 
