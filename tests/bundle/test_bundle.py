@@ -21,7 +21,7 @@ from erde import bundle
 from erde.bundle import sealing
 from erde.bundle.card import model_card
 from erde.bundle.manifest import MANIFEST, Manifest
-from erde.bundle.sealing import CARD, canonical_hash, differences, file_hash, read, seal, write
+from erde.bundle.sealing import CARD, canonical_hash, differences, file_hash, read, seal, seal_of, write
 from erde.cli import main
 from erde.policy.points import Certificate
 from erde.runtime.session import Session
@@ -215,6 +215,21 @@ def test_any_changed_byte_of_any_file_is_refused(damaged: Path, name: str, place
         assert load_manifest(damaged) == value
     finally:
         path.write_bytes(content)
+
+
+def test_the_seal_of_a_bundle_of_version_2_is_the_one_in_its_file(bundle_copy: Path) -> None:
+    def older(value: dict[str, Any]) -> None:
+        value["format_version"] = 2
+        for stage in value["stages"]:
+            del stage["input"], stage["network"]
+        for point in value["operating_points"]:
+            del point["tune_agreement"]
+
+    forge(bundle_copy, older)
+    manifest = read(bundle_copy)
+    assert seal_of(manifest) == load_manifest(bundle_copy)["seal"]
+    # Sealed again it is a bundle of today's version.
+    assert seal(bundle_copy, manifest) == seal_of(read(bundle_copy)) != seal_of(manifest)
 
 
 @pytest.mark.usefixtures("no_graphs")

@@ -50,8 +50,9 @@ def canonical_hash(value: dict[str, Any]) -> str:
 
 
 def seal_of(manifest: Manifest) -> str:
-    """The seal that belongs to a manifest."""
-    return canonical_hash(manifest.model_dump(mode="json"))
+    """The seal that belongs to a manifest; of a version before today's over the fields that its file has."""
+    older = manifest.format_version < FORMAT_VERSION
+    return canonical_hash(manifest.model_dump(mode="json", exclude_unset=older))
 
 
 def seal(folder: Path, manifest: Manifest) -> str:
