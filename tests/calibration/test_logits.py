@@ -416,6 +416,11 @@ def test_absent_classes_are_said_and_no_reason_to_stop(capsys: pytest.CaptureFix
         "warning: 1 of 5 classes have no image in tune: the promise is over images as they come, and rare classes have none "
         "of their own" in capsys.readouterr().err
     )
+    split = certify_logits()
+    present = split.labels != 3
+    certify = CertifyLogits(split.logits[:, present], split.labels[present])
+    calibrate_logits(tune_logits(), certify, COST, Settings(max_risks=(0.05,)))
+    assert "warning: 1 of 5 classes have no image in certify: the promise" in capsys.readouterr().err
 
 
 def test_doubts() -> None:

@@ -74,13 +74,13 @@ def answers_as_labels(split: AnyLogits) -> AnyLogits:
     return type(split)(split.logits, np.asarray(split.logits[-1].argmax(axis=-1), dtype=np.int64))
 
 
-def absent_classes(labels: Labels, classes: int) -> str | None:
-    """A line where classes have no image in tune. The promise is over images as they come, so it holds all the same."""
+def absent_classes(labels: Labels, classes: int, split: str) -> str | None:
+    """A line where classes have no image in a split. The promise is over images as they come, so it holds all the same."""
     missing = int((np.bincount(labels, minlength=classes) == 0).sum())
     if not missing:
         return None
     return (
-        f"{missing:,} of {classes:,} classes have no image in tune: the promise is over images as they come, "
+        f"{missing:,} of {classes:,} classes have no image in {split}: the promise is over images as they come, "
         "and rare classes have none of their own"
     )
 
@@ -88,7 +88,9 @@ def absent_classes(labels: Labels, classes: int) -> str | None:
 def doubts(tune: Logits, certify: Logits, temperatures: Sequence[float]) -> list[str]:
     """Reasons why a promise is worth less than it seems, a line each: absent classes, images seen before, a poor network."""
     classes = certify.logits.shape[-1]
-    lines = [absent_classes(tune.labels, classes)]
+    lines = [
+        absent_classes(split.labels, classes, name) for name, split in (("tune", tune), ("certify", certify))
+    ]
     right = (certify.logits.argmax(axis=-1) == certify.labels).mean(axis=1)
     final, early = float(right[-1]), float(right[:-1].max(initial=0.0))
     if final >= NEARLY_ALWAYS and len(certify) >= 200:
