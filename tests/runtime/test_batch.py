@@ -222,6 +222,8 @@ def test_refusals(tmp_path: Path) -> None:
         erde.Predictor(bundle, keep="id")
     with user_error("keep has 'label', which is a column of the answers"):
         erde.Predictor(bundle, keep=["label"])
+    with user_error("keep has 'id' twice"):
+        erde.Predictor(bundle, keep=["id", "path", "id"])
     with user_error(r"no column 'image' \(did you mean 'images'\?\)"):
         erde.Predictor(bundle)({"images": []})
     with user_error("no column 'id'"):

@@ -68,7 +68,9 @@ class Predictor:
             raise UserError(f"batch_size is {batch_size}, expected 1 or more")
         if isinstance(keep, str):
             raise UserError(f"keep is '{keep}', expected a list of names: give keep=['{keep}']")
-        for name in keep:
+        for index, name in enumerate(keep):
+            if name in keep[:index]:
+                raise UserError(f"keep has '{name}' twice: give each name once")
             if name in ANSWERS:
                 raise UserError(f"keep has '{name}', which is a column of the answers: rename it first")
         self.bundle, self.column, self.keep = str(bundle), column, tuple(keep)
