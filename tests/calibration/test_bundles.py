@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import erde
-from erde.bundle.sealing import MANIFEST, read, seal_of
+from erde.bundle.manifest import MANIFEST
+from erde.bundle.sealing import read, seal_of
 from erde.bundle.shipped import bundle_folder
 from erde.data.load import DataSplits
 from erde.runtime.session import Session
