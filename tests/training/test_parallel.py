@@ -54,7 +54,7 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     print(f"largest difference {worst:.1e}")
     # The second process wrote nothing, the first one did.
     assert json.loads((tmp_path / "second.json").read_text()) == []
-    assert entries(tmp_path / "folder") == [FINAL, "tensorboard"]
+    assert entries(tmp_path / "folder") == [FINAL, "tensorboard", "training.json"]
     assert len(entries(tmp_path / "folder" / "tensorboard")) == 1
 
 

@@ -294,7 +294,7 @@ def test_scalars_for_tensorboard(digits: DataSplits, tmp_path: Path) -> None:
 def test_scalars_from_python(digits: DataSplits, tmp_path: Path) -> None:
     arguments = {"epochs": 1, "batch_size": 256, "device": "cpu"}
     erde.train(new_network(digits), digits, folder=tmp_path, tensorboard=True, **arguments)
-    assert entries(tmp_path) == [FINAL, "tensorboard"]
+    assert entries(tmp_path) == [FINAL, "tensorboard", "training.json"]
     with user_error("writes into the folder of the training: give one"):
         erde.train(new_network(digits), digits, tensorboard=True, **arguments)
     with user_error("train.together is for the arms of a recipe"):
