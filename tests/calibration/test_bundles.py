@@ -57,6 +57,22 @@ def test_elsewhere_only_the_bundle_goes(demo: Path, digits: DataSplits) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted([MANIFEST, *read(demo).files])
 
 
+def test_what_is_more_than_a_bundle_is_not_replaced(demo: Path, digits: DataSplits) -> None:
+    other = demo.with_name("site")
+    other.mkdir()
+    (other / MANIFEST).write_text('{"name": "my page"}')  # of a web page
+    (other / "index.html").write_text("mine")
+    bundle = bundle_folder("digits-demo")
+    for out in (other, demo):
+        there = sorted(out.rglob("*"))
+        with user_error("is there already and is no bundle, or more than that"):
+            erde.calibrate(bundle, digits, max_risk=0.1, out=out, **RULE)
+        assert sorted(out.rglob("*")) == there
+    plain = demo.with_name("v2")
+    for _ in range(2):
+        erde.calibrate(demo, digits, max_risk=0.1, out=plain, **RULE)
+
+
 @pytest.mark.parametrize("name", ["digits-demo", "hf://me/digits"])
 def test_a_bundle_that_is_no_folder_needs_a_place(
     name: str, digits: DataSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

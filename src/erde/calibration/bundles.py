@@ -10,7 +10,7 @@ from erde import bundle
 from erde.bundle.hub import on_hub
 from erde.bundle.manifest import Manifest
 from erde.bundle.profile import PROFILE
-from erde.bundle.sealing import CARD
+from erde.bundle.sealing import CARD, read_manifest
 from erde.bundle.shipped import bundle_folder
 from erde.calibration.checks import Request, check_reuse
 from erde.calibration.logits import calibrate_logits
@@ -65,7 +65,7 @@ def calibrate(
 ) -> CalibratedPolicy:
     """Calibrate the bundle at ``path`` on ``data.tune`` and ``data.certify``, and seal it anew.
 
-    Sealed in place, where all else in the folder stays, or into ``out``. ``max_risk`` is one target or several (the
+    Sealed in place, where all else in the folder stays, or into ``out``, a new place or a bundle's. ``max_risk`` is one target or several (the
     first is the default operating point). ``settings``: further ones, such as ``confidence=0.95``, ``budgets=[0.7]``,
     ``score="margin"``; all are the recipe's, and ``latency_budgets`` in milliseconds, for which the bundle needs a
     ``profile.json``. The reference is the bundle's own final exit.
@@ -81,9 +81,21 @@ def calibrate(
         raise UserError(f"'{out or path}' is no folder to write to: give out=, the place of the new bundle")
     # Resolved: a link to a bundle stays a link.
     target = Path(out or path).resolve()
-    if target.exists() and not (target / bundle.MANIFEST).is_file():
-        raise UserError(f"{target} is there already and is not a bundle: give another place for the new one")
-    return calibrate_bundle(Session(path), data, request, target)
+    session = Session(path)
+    if target.exists() and target != session.folder.resolve() and not _is_only_a_bundle(target):
+        raise UserError(
+            f"{target} is there already and is no bundle, or more than that: give another place for the new one"
+        )
+    return calibrate_bundle(session, data, request, target)
+
+
+def _is_only_a_bundle(folder: Path) -> bool:
+    """Whether nothing but a bundle is in ``folder``, which is going to be removed."""
+    try:
+        own = {bundle.MANIFEST, CARD, PROFILE, *read_manifest(folder).files}
+    except UserError:
+        return False
+    return {path.name for path in folder.iterdir()} <= own
 
 
 def calibrate_bundle(
