@@ -65,10 +65,10 @@ def calibrate(
 ) -> CalibratedPolicy:
     """Calibrate the bundle at ``path`` on ``data.tune`` and ``data.certify``, and seal it anew.
 
-    Sealed in place, where all else in the folder stays, or into ``out``, a new place or a bundle's. ``max_risk`` is one target or several (the
-    first is the default operating point). ``settings``: further ones, such as ``confidence=0.95``, ``budgets=[0.7]``,
-    ``score="margin"``; all are the recipe's, and ``latency_budgets`` in milliseconds, for which the bundle needs a
-    ``profile.json``. The reference is the bundle's own final exit.
+    Sealed in place, where all else in the folder stays, or into ``out``, a new place or that of a bundle. ``max_risk`` is
+    one target or several (the first is the default operating point). ``settings``: further ones, such as
+    ``confidence=0.95``, ``budgets=[0.7]``, ``score="margin"``; all are the recipe's, and ``latency_budgets`` in
+    milliseconds, for which the bundle needs a ``profile.json``. The reference is the bundle's own final exit.
     """
     if max_risk is not None:
         settings["max_risks"] = [max_risk] if isinstance(max_risk, int | float | str) else list(max_risk)
