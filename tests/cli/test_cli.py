@@ -29,6 +29,8 @@ def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["erde", *arguments])
+    # Under `python -m pytest` click would take that for the program's name.
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", "")
     with pytest.raises(SystemExit) as stopped:
         main.main()
     captured = capsys.readouterr()
