@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from promise import Population, violation_rates
 
 from erde.calibration.bundles import seal_calibrated
-from erde.calibration.logits import answers_as_labels, calibrate_logits
+from erde.calibration.checks import answers_as_labels
+from erde.calibration.logits import calibrate_logits
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, sweep
 from erde.chains.building import built_chain, check_chain, class_names, common_shape
