@@ -92,10 +92,14 @@ def calibrate(
 def _is_only_a_bundle(folder: Path) -> bool:
     """Whether nothing but a bundle is in ``folder``, which is going to be removed."""
     try:
-        own = {bundle.MANIFEST, CARD, PROFILE, *read_manifest(folder).files}
+        own = _sealed_files(read_manifest(folder))
     except UserError:
         return False
-    return {path.name for path in folder.iterdir()} <= own
+    return {path.name for path in folder.iterdir()} <= {PROFILE, *own}
+
+
+def _sealed_files(manifest: Manifest) -> set[str]:
+    return {bundle.MANIFEST, CARD, *manifest.files}
 
 
 def calibrate_bundle(
@@ -124,7 +128,7 @@ def seal_calibrated(session: Session, calibrated: CalibratedPolicy, out: Path) -
     """Seal the bundle of ``session`` with another policy into ``out``."""
     folder, manifest = session.folder.resolve(), session.manifest
     if out == folder:  # others may keep their own files there
-        sealed = {bundle.MANIFEST, CARD, *manifest.files}
+        sealed = _sealed_files(manifest)
         beside_seal = [path for path in folder.iterdir() if path.name not in sealed]
     else:  # the stages stay, so their times do
         beside_seal = [folder / PROFILE] if (folder / PROFILE).is_file() else []

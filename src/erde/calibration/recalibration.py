@@ -18,7 +18,7 @@ from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
 from erde.common import progress
 from erde.common.errors import UserError
-from erde.common.files import check_folder
+from erde.common.files import check_folder, check_new
 from erde.common.splits import Labels
 from erde.policy.points import Precision
 from erde.recipe.validation import validate
@@ -74,9 +74,7 @@ def recalibrate_bundle(
     bundle: Path, data: Path, out: Path, settings: Settings, tune_share: float = 0.5, seed: int = 0
 ) -> CalibratedPolicy:
     """Calibrate the bundle on labelled images below ``data`` and seal a new one at ``out``; the old one stays."""
-    if out.exists():
-        raise UserError(f"{out} is there already: give another place with --out, or remove it")
-    check_folder(out.parent)
+    check_new(out)
     session = Session(bundle)
     shape = session.manifest.input_shape
     if settings.guarantee == "disagreement":
@@ -203,9 +201,7 @@ def recalibrate_with_labels(
     Rule and temperatures stay those of the bundle; ``settings`` as they were for :func:`ask_for_labels`.
     """
     bundle, data, labels, out = Path(bundle), Path(data), Path(labels), Path(out)
-    if out.exists():
-        raise UserError(f"{out} is there already: give another place with --out, or remove it")
-    check_folder(out.parent)
+    check_new(out)
     waiting = _Waiting.of(bundle, data, settings, tune_share, seed)
     known = waiting.read(labels)
     asked = waiting.few.asked()

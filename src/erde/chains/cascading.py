@@ -22,7 +22,7 @@ from erde.chains.networks import Network, open_network
 from erde.chains.preprocessing import Preprocessing
 from erde.common import progress
 from erde.common.errors import UserError
-from erde.common.files import check_folder
+from erde.common.files import check_new
 from erde.policy.rule import softmax
 from erde.runtime.session import Session
 
@@ -59,9 +59,7 @@ def cascade(
     """
     out, folder = Path(out), Path(images)
     settings = settings or Settings()
-    if out.exists():
-        raise UserError(f"{out} is there already: give another place with --out, or remove it")
-    check_folder(out.parent)
+    check_new(out)
     opened = open_networks([Path(network) for network in networks], preprocessing)
     check_chain(opened)
     names = class_names(opened, classes)

@@ -17,7 +17,7 @@ from erde import bundle
 from erde.bundle.manifest import Manifest
 from erde.chains.onnx_files import IR_VERSION, import_onnx, opset_of, serialised
 from erde.common.errors import UserError
-from erde.common.files import replacing_file
+from erde.common.files import check_new, replacing_file
 from erde.policy import rule as policy
 from erde.policy.cost import first_stage
 from erde.policy.points import OperatingPoint
@@ -46,8 +46,7 @@ def write_single_file(
     path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"{path} is no name of an ONNX file: expected one that ends in .onnx")
-    if path.exists():
-        raise UserError(f"{path} is there already: choose another name, or remove it")
+    check_new(path, "choose another name")
     session = Session(bundle_folder, threads=1)
     manifest = session.manifest
     point = manifest.point(operating_point)

@@ -114,6 +114,13 @@ def check_folder(path: Path) -> None:
         raise UserError(f"cannot create the folder {path}: {parent} is a file; choose another folder")
 
 
+def check_new(path: Path, advice: str = "give another place with --out") -> None:
+    """Raise if ``path`` is there, or if one of its parents is a regular file."""
+    if path.exists():
+        raise UserError(f"{path} is there already: {advice}, or remove it")
+    check_folder(path.parent)
+
+
 def make_folder(path: Path) -> Path:
     """Create ``path`` and its parents."""
     check_folder(path)

@@ -14,9 +14,8 @@ from erde.common.errors import UserError, in_one_line
 from erde.common.files import write_json
 from erde.common.model import Frozen
 from erde.evaluation.results import Arm, ExitCost, Interval, Results
-from erde.evaluation.run_folder import FREE_TO_CHANGE
 from erde.evaluation.study import ArmSeed, Study, arm_seeds, summarise
-from erde.recipe.schema import TEACHER, Config
+from erde.recipe.schema import FREE_TO_CHANGE, TEACHER, Config
 from erde.recipe.study import LedgerConfig, StudyConfig
 from erde.recipe.validation import first_difference, validate
 

@@ -27,16 +27,6 @@ EXITS = "exits.json"
 LOGITS = "logits.npz"
 # In it: the SHA-256 of the stages that gave the logits.
 STAGES_HASHES = "stages_sha256"
-# Keys that leave the results as they are: a run may go on with others.
-FREE_TO_CHANGE = (
-    ("train", "together"),
-    ("train", "checkpoint_seconds"),
-    ("train", "tensorboard"),
-    ("teacher", "cache"),
-    ("data", "workers"),
-    ("data", "memory_limit_gib"),
-    ("data", "skip_unreadable"),  # what it leaves out would show in splits.json
-)
 
 
 class UnreadablePolicyError(UserError):

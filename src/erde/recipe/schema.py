@@ -34,6 +34,16 @@ from erde.recipe.validation import Model, validate
 TEACHER = "teacher"
 # Keys of `train` that are not passed on to the teacher: arms that are compared share it.
 STUDENTS_ONLY = ("image_weights", "gradient_equilibrium", "freeze_backbone")
+# Keys that leave the results as they are: a run may go on with others, group and key.
+FREE_TO_CHANGE = (
+    ("train", "together"),
+    ("train", "checkpoint_seconds"),
+    ("train", "tensorboard"),
+    ("teacher", "cache"),
+    ("data", "workers"),
+    ("data", "memory_limit_gib"),
+    ("data", "skip_unreadable"),  # what it leaves out would show in splits.json
+)
 
 
 class AugmentationConfig(Section):

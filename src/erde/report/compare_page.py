@@ -17,9 +17,9 @@ from typing import Any
 
 from erde.common.files import write_text
 from erde.evaluation.results import Arm, Comparison, Curve, Results
-from erde.evaluation.run_folder import FREE_TO_CHANGE
 from erde.evaluation.study import estimate
 from erde.policy.points import OperatingPoint
+from erde.recipe.schema import FREE_TO_CHANGE
 from erde.report.numbers import NONE, flat, rounded
 from erde.report.rendering import page, promised_on
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from erde.bundle.sealing import file_hash
 from erde.common import progress
-from erde.common.errors import UserError
-from erde.common.files import make_folder, replacing_file
+from erde.common.files import check_new, make_folder, replacing_file
 from erde.evaluation import run_folder
 from erde.exporting.onnx_files import (
     STAGES,
@@ -58,8 +57,7 @@ def export(run: Run) -> None:
 
 def export_without_exits(run: Run, arm: str, path: Path) -> None:
     """An arm's network without exits as one ordinary ONNX file, which is not there yet."""
-    if path.exists():
-        raise UserError(f"{path} is there already: choose another name, or remove it")
+    check_new(path, "choose another name")
     data = run.data
     export_plain(
         trained_network(run, arm),

@@ -21,9 +21,8 @@ from erde.common.files import (
     write_text,
 )
 from erde.data.sources import SHIPPED
-from erde.evaluation import run_folder
 from erde.recipe.load import load_saved_config
-from erde.recipe.schema import Config
+from erde.recipe.schema import FREE_TO_CHANGE, Config
 from erde.recipe.validation import first_difference, validate
 from erde.runs import training
 from erde.runs.folder import CONFIG, SPLITS, Run
@@ -175,7 +174,7 @@ def _resumed(config: Config, saved: Path) -> Config:
     """
     began = with_whole_paths(load_saved_config(saved)).model_dump(mode="json")
     now = _fill_from(config, began)
-    for group, key in run_folder.FREE_TO_CHANGE:
+    for group, key in FREE_TO_CHANGE:
         began[group][key] = now[group][key]
     difference = first_difference(began, now)
     if difference is not None:

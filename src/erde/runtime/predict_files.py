@@ -93,8 +93,8 @@ def predict_files(
 ) -> dict[str, Any]:
     """Answer every image that can be read; rows go to ``out`` (.csv or .jsonl) or as JSON lines to stdout.
 
-    Images that cannot be read or answered have no row. They are named on stderr, and in ``<out>.skipped.txt``. ``resume`` goes on
-    where an earlier call was stopped, if there was one: images that have a row are not answered again.
+    Images that cannot be read or answered have no row. They are named on stderr, and in ``<out>.skipped.txt``. ``resume``
+    goes on where an earlier call was stopped, if there was one: images that have a row are not answered again.
 
     Returns a summary: images answered, images skipped, exit rates, mean MACs.
 

@@ -19,16 +19,21 @@ from erde.networks.cost import network_cost
 from erde.networks.network import EarlyExitNetwork
 from erde.networks.shapes import example_input, mode
 from erde.recipe.losses import LossConfig, resolve_loss
-from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig, check_phases
+from erde.recipe.schema import (
+    FREE_TO_CHANGE,
+    AugmentationConfig,
+    DistillationConfig,
+    TrainConfig,
+    check_phases,
+)
 from erde.recipe.validation import first_difference, validate
 from erde.training import parallel
 from erde.training.job import FINAL, LAST, Job
 from erde.training.loop import choose_device, train_network
 from erde.training.teacher_cache import network_hash
 
-# In the folder of a training: what is trained there, but for keys that change nothing.
+# In the folder of a training: what is trained there.
 TRAINING = "training.json"
-FREE_TO_CHANGE = ("together", "checkpoint_seconds", "tensorboard")
 
 
 def train(
@@ -147,10 +152,11 @@ def _fit(
     if folder is None:
         return train_network(job, None).history
     job.check()
+    free = {key for group, key in FREE_TO_CHANGE if group == "train"}
     _claim(
         Path(folder),
         {
-            "train": config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE)),
+            "train": config.model_dump(mode="json", exclude=free),
             "loss": resolved.model_dump(mode="json"),
             "distillation": teaching.model_dump(mode="json") if job.teacher is not None else None,
             "augmentation": augmented.model_dump(mode="json"),
