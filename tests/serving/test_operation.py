@@ -435,6 +435,26 @@ def test_a_bundle_that_was_refused_is_tried_again(
     assert ["no memory" in line for line in lines] == [True, False]
 
 
+def test_a_bundle_that_is_copied_slowly_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = certified_bundle(tmp_path / "a")
+    model = Model("a", folder, threads=1)
+    content = (folder / "stage_1.onnx").read_bytes()
+
+    def lines_while_copied() -> int:
+        for part in (1, len(content) // 2, len(content) - 1):
+            (folder / "stage_1.onnx").write_bytes(content[:part])
+            assert not model.refresh()
+        return capsys.readouterr().err.count("is not taken")
+
+    assert lines_while_copied() == 1
+    (folder / "stage_1.onnx").write_bytes(content)
+    assert not model.refresh()  # complete, and the same as before
+    assert "opened again" in capsys.readouterr().err
+    assert lines_while_copied() == 1  # a new story
+
+
 def test_a_look_that_fails_is_logged_once_and_the_next_one_comes(
     bundle_a: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def test_a_process_that_cannot_open_a_changed_bundle_says_so(tmp_path: Path) -> 
         time.sleep(0.5)  # some more looks
         assert is_answered(server)
         _, _, err = server.stop()
+    assert len(err.splitlines()) == 2, err
     of_server, of_process = sorted(err.splitlines(), key=lambda line: ": process " in line)
     assert of_server.startswith("a: the changed bundle is not taken")
     assert of_process.startswith(f"a: process {process}: the changed bundle is not taken")
@@ -208,6 +210,21 @@ def test_a_version_that_the_server_knows_already(tmp_path: Path) -> None:
             processes.respond(exchange_of("r"), request_bytes(before), {})
     finally:
         processes.close()
+
+
+def test_two_threads_that_close_a_process_close_its_connection_once(
+    bundle_a: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = Processes([str(bundle_a)], threads=1, max_batch=4, count=1, poll=60.0, log=Log())
+    close = Connection._close  # type: ignore[attr-defined]
+
+    def slowly(connection: Connection) -> None:
+        time.sleep(0.5 if threading.current_thread() is threading.main_thread() else 0.2)
+        close(connection)
+
+    monkeypatch.setattr(Connection, "_close", slowly)
+    processes.kill()  # its keeper sees that it died, and closes it as well
+    processes.close()
 
 
 def test_what_crashed_is_counted_and_the_drift_watch_sees_all_answers(bundle_a: Path) -> None:

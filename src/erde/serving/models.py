@@ -60,6 +60,7 @@ class Model:
         self._alarmed: Monitor | None = None  # whose drift was logged
         self._stamp = _stamp(path)
         self._refused: Stamp = ()
+        self._said = ""  # why it was refused
         self._retry = 0.0  # when the refused one is tried again
         self.loaded = Loaded.open(path, threads)
         # Where load control will set a cheaper point; None for the bundle's own default.
@@ -112,8 +113,9 @@ class Model:
     def refresh(self) -> bool:
         """Open the bundle again if its folder has changed; True if it is another one now.
 
-        What cannot be loaded is logged once, and tried again now and then. The same bundle, of which a file beside the
-        seal has changed, keeps its drift watch.
+        What cannot be loaded is tried again now and then, and logged once for each reason: a bundle that is copied file
+        by file changes many times before it is complete. The same bundle, of which a file beside the seal has changed,
+        keeps its drift watch.
         """
         stamp = _stamp(self.path)
         # While a folder is being renamed there is none.
@@ -122,15 +124,16 @@ class Model:
         try:
             loaded = Loaded.open(self.path, self._threads)
         except Exception as error:  # files may vanish while they are read
-            if stamp != self._refused:
+            reason = in_one_line(str(error))
+            if reason != self._said:
                 self.log.event(
                     "bundle_refused",
                     self.name,
-                    f"the changed bundle is not taken, {self.loaded.version} stays: {in_one_line(str(error))}",
+                    f"the changed bundle is not taken, {self.loaded.version} stays: {reason}",
                 )
-            self._refused, self._retry = stamp, time.monotonic() + RETRY_SECONDS
+            self._refused, self._said, self._retry = stamp, reason, time.monotonic() + RETRY_SECONDS
             return False
-        self._stamp = stamp
+        self._stamp, self._said = stamp, ""
         old = self.loaded
         if loaded.version == old.version:
             self.loaded = replace(loaded, monitor=old.monitor)

@@ -225,6 +225,7 @@ class _Process:
     def __init__(self, settings: _Settings) -> None:
         # Threads, such as ONNX Runtime's, do not survive a fork.
         context = multiprocessing.get_context("spawn")
+        self._closing = threading.Lock()
         self._connection, its_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(its_end, settings), daemon=True)
         self._process.start()
@@ -265,11 +266,13 @@ class _Process:
 
     def close(self, patience: float = _STOP_SECONDS) -> None:
         """End it: it reads the end of the connection, or is killed."""
-        self._connection.close()
-        self._process.join(patience)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        # When the server stops, two threads do: the second would close a file that is another one's by now.
+        with self._closing:
+            self._connection.close()
+            self._process.join(patience)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
 
 
 class _Quiet(Log):
