@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,22 @@ def test_the_headline_is_the_mean_of_the_seeds(arm: str) -> None:
     cells = [cell.split(" ± ")[0].strip() for cell in line.strip("|").split("|")]
     assert cells[1] == " / ".join(f"{100 * value:.1f}" for value in exits)
     assert (cells[2], cells[4]) == (f"{100 * area:.1f}", f"{100 * saved:.1f}")
+
+
+def test_arms_of_one_teacher_count_the_same_errors_of_it() -> None:
+    wrong = defaultdict(set)
+    for row in study_page.read().rows:
+        if (share := row.measures.get("teacher wrong")) is not None:
+            wrong[row.study, row.seed].add(share)
+    assert wrong
+    assert [len(shares) for shares in wrong.values()] == [1] * len(wrong)
+
+
+def test_the_list_of_studies_is_that_of_the_ledger() -> None:
+    listed = re.findall(
+        r"^\| `([\w-]+)` \|.*->", (study_page.RESULTS / "README.md").read_text(encoding="utf-8"), re.M
+    )
+    assert listed == [study.name for study in load_ledger(study_page.LEDGER).studies]
 
 
 def test_only_the_places_are_written(tmp_path: Path) -> None:
