@@ -509,6 +509,19 @@ def test_another_split_of_the_same_images_is_a_second_choice_too() -> None:
     check_reuse(first, request(**again, sources=("others",)))
 
 
+@pytest.mark.parametrize("guarantees", [("risk", "disagreement"), ("disagreement", "risk")])
+def test_a_promise_without_labels_is_a_second_choice_on_the_same_images(guarantees: tuple[str, str]) -> None:
+    first, second = (
+        validate(Settings, {"max_risks": [0.05], "score": "margin", "sharpness": 1.0, "guarantee": guarantee})
+        for guarantee in guarantees
+    )
+    calibration = calibrate_logits(tune_logits(), certify_logits(), COST, first).calibration
+    check_reuse(calibration, request(settings=first))
+    with user_error("these certify images already certified other choices"):
+        check_reuse(calibration, request(settings=second))
+    check_reuse(calibration, request(settings=second, certify=certify_logits(seed=9)))
+
+
 def test_a_new_profile_is_no_second_choice() -> None:
     times = [Cost(COST.exit_macs, COST.no_exit_macs, (1.0, 2.0, last)) for last in (3.0, 3.1)]
     settings = Settings(max_risks=(0.05,), score="margin", sharpness=1.0, latency_budgets=(2.5,))

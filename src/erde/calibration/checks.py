@@ -243,8 +243,9 @@ def check_reuse(earlier: Calibration | None, request: Request) -> None:
     """:class:`UserError` where images that would certify ``request`` already certified other choices."""
     if earlier is None or request.is_that_of(earlier):
         return
-    certify = request.fingerprint(request.certify)
-    if earlier.certify_fingerprint == certify or set(earlier.sources) & set(request.sources):
+    # Noted with its labels or, by a promise of disagreement, without: the images are the same.
+    certify = {split.fingerprint() for split in (request.certify, answers_as_labels(request.certify))}
+    if earlier.certify_fingerprint in certify or set(earlier.sources) & set(request.sources):
         raise UserError(
             "these certify images already certified other choices: trying again until the answer pleases voids the "
             "promise; give new certify images, or ask for all risks in one calibration"
