@@ -204,6 +204,25 @@ def test_a_slow_moment_at_a_light_load_shuts_nobody_out(rungs: list[Rung], slow:
     assert len([time for time in refused if time > slow + 30]) <= 0.01 * len(late)
 
 
+def test_a_slow_answer_after_a_pause_shuts_nobody_out() -> None:
+    controller, now = Controller(RUNGS[:1], 0.1, parallel=2), 0.0
+
+    def admits(pause: float, seconds: float) -> bool:
+        nonlocal now
+        now += pause
+        controller.look(now, 0)
+        if not controller.admits(now, 0):
+            return False
+        now += seconds
+        controller.answered(now, 0, seconds, seconds, 0)
+        return True
+
+    assert all(admits(0.05, 0.01) for _ in range(1000))
+    # A machine that woke up: as slow as the objective, and of a thousand answers it is the only such.
+    assert admits(2.0, 0.1)
+    assert all(admits(0.05, 0.01) for _ in range(10))
+
+
 def test_requests_that_wait_unseen_count() -> None:
     controller = new_controller()
     controller.answered(0.0, 0, 0.002, 0.002, 0)

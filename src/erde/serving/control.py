@@ -133,8 +133,8 @@ class Controller:
         """
         self._latencies.append((now, latency))
         count, mean, variance = self._computing.get(rung, (0, 0.0, 0.0))
-        if now - max(self._answered.values(), default=now) >= WINDOW:
-            # An answer after a pause is all that is known of now: see admits.
+        if computing < mean and now - max(self._answered.values(), default=now) >= WINDOW:
+            # A slow moment may be over: a fast answer after a pause counts more. A slow one may be chance. See admits.
             count = min(count, _KEPT)
         self._answered[rung] = now
         for other, last in list(self._answered.items()):
