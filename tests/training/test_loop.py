@@ -27,6 +27,7 @@ from erde.common.splits import TrainSplit
 from erde.data.load import DataSplits
 from erde.losses import cross_entropy_loss
 from erde.networks import checkpoint
+from erde.networks.heads import reset_head
 from erde.networks.network import EarlyExitNetwork
 from erde.recipe.losses import resolve_loss
 from erde.recipe.schema import AugmentationConfig, DistillationConfig, TrainConfig
@@ -753,6 +754,8 @@ def test_train_from_python(digits: DataSplits, tmp_path: Path) -> None:
         ({"epochs": 2}, "train.epochs is 1, now it is 2"),
         ({"distillation": {"alpha": 0.2}}, "distillation.alpha is rising, now it is 0.2"),
         ({"seed": 7}, "seed is 0, now it is 7"),
+        ({"mean": (0.9,)}, r"data.mean is \[0.3.*\], now it is \[0.9\]"),
+        ({"std": (0.05,)}, r"data.std is \[0.3.*\], now it is \[0.05\]"),
     ],
 )
 def test_a_folder_with_another_training_is_refused(
@@ -761,7 +764,9 @@ def test_a_folder_with_another_training_is_refused(
     arguments = {"loss": "kd", "epochs": 1, "batch_size": 256, "device": "cpu", "folder": tmp_path / "some"}
 
     def distill(teacher: EarlyExitNetwork, **changed: Any) -> list[Epoch]:
-        return erde.distill(new_network(digits, exits=2), teacher, digits, **{**arguments, **changed})
+        normalised = {key: changed.pop(key) for key in ("mean", "std") if key in changed}
+        data = dataclasses.replace(digits, **normalised)
+        return erde.distill(new_network(digits, exits=2), teacher, data, **{**arguments, **changed})
 
     history = distill(copy.deepcopy(tiny_network))
     with user_error(f"holds another training: there {message}"):
@@ -773,6 +778,17 @@ def test_a_folder_with_another_training_is_refused(
         other.heads[0].linear.bias[0] += 1
     with user_error("holds another training: there teacher is"):
         distill(other)
+
+
+def test_a_folder_with_another_frozen_backbone_is_refused(digits: DataSplits, tmp_path: Path) -> None:
+    arguments = {"epochs": 1, "batch_size": 256, "device": "cpu", "folder": tmp_path, "freeze_backbone": True}
+    history = erde.train(new_network(digits), digits, **arguments)
+    with user_error("holds another training: there backbone is"):
+        erde.train(new_network(digits, seed=5), digits, **arguments)
+    # The heads' start is not compared.
+    same = new_network(digits)
+    reset_head(same.heads[0])
+    assert erde.train(same, digits, **arguments) == history
 
 
 @pytest.mark.parametrize("loss", ["kd", {"name": "erde", "beta": 0.5}])

@@ -49,7 +49,8 @@ def train(
     """Train all exits with joint cross-entropy on ``data.train``; ``settings`` are keys of ``train:``.
 
     Trains in place and returns one entry per epoch. With a ``folder``, a killed training continues there, and a finished
-    one is taken from there; a folder with another training is refused.
+    one is taken from there; a folder with another training is refused. Start weights are not compared, except those of
+    the backbone with ``freeze_backbone`` and without ``backbone_epochs``.
     """
     return _fit(
         network, data, seed=seed, device=device, folder=folder, augmentation=augmentation, settings=settings
@@ -162,7 +163,10 @@ def _fit(
             "augmentation": augmented.model_dump(mode="json"),
             "seed": seed,
             "images": data.train.fingerprint(),
+            "data": {"mean": list(data.mean), "std": list(data.std)},
             "teacher": network_hash(job.teacher) if job.teacher is not None else None,
+            # It stays what it is; other weights are where a training starts from.
+            "backbone": network_hash(nn.ModuleList([*network.stages, network.heads[-1]])) if frozen else None,
         },
     )
     return train_network(job, Path(folder)).history
