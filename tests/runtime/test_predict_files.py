@@ -259,8 +259,10 @@ def test_a_deadline_is_passed_on(
     profile = Session(bundle_copy, threads=1).profile(rounds=1)
     profile = profile.model_copy(update={"milliseconds": {1: [1.0] * 3, 8: [2.0] * 3}})
     profile.write(bundle_copy / PROFILE)
-    summary = predict_files(bundle_copy, paths, operating_point="no-exit", deadline_ms=4.5, threads=1)
-    assert summary["exit_rates"] == [0, 1, 0]
+    options: dict[str, Any] = {"operating_point": "no-exit", "deadline_ms": 4.5, "threads": 1}
+    for batch_size, last in ((1, 2), (6, 1)):  # a last batch of one image is as the others
+        summary = predict_files(bundle_copy, paths, batch_size=batch_size, **options)
+        assert summary["exit_rates"] == [float(index == last) for index in range(3)]
 
 
 # ---------------------------------------------------------------- images that cannot be read
@@ -447,7 +449,7 @@ def test_the_command_says_what_it_skipped(
     assert stderr == f"error: no image can be read: {reasons[0]}\n"
 
 
-@pytest.mark.parametrize("limits", [{}, {"deadline_ms": 3}])
+@pytest.mark.parametrize("limits", [{}, {"deadline_ms": 3, "batch_size": 8}])
 def test_an_image_on_which_a_stage_fails_is_skipped_with_a_reason(
     limits: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -739,6 +741,36 @@ def test_with_a_deadline_another_batch_size_is_another_limit(
         predict_files(bundle_copy, paths, out, deadline_ms=4.5, batch_size=1, threads=1, resume=True)
     predict_files(bundle_copy, paths, out, deadline_ms=4.5, batch_size=2, threads=1, resume=True)
     assert len(rows_of(out)) == 7
+
+
+def test_with_a_deadline_a_resumed_command_answers_as_one_that_was_not_stopped(
+    digit_files: tuple[list[Path], NDArray[np.uint8]],
+    bundle_copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths, _ = digit_files
+    folder, whole, out = tmp_path / "images", tmp_path / "whole.jsonl", tmp_path / "some.jsonl"
+    paths[0].write_bytes(b"not an image")
+    profile = Session(bundle_copy, threads=1).profile(rounds=1)
+    # One image would get as far as the final exit, two do not.
+    profile.model_copy(update={"milliseconds": {1: [1.0] * 3, 2: [2.0] * 3}}).write(bundle_copy / PROFILE)
+    options: dict[str, Any] = {
+        "deadline_ms": 4.5,
+        "batch_size": 2,
+        "threads": 1,
+        "operating_point": "no-exit",
+    }
+    predict_files(bundle_copy, [folder], whole, **options)
+    assert {row["exit"] for row in rows_of(whole)} == {1}
+    stop_after(1, monkeypatch)
+    with pytest.raises(Stopped):
+        predict_files(bundle_copy, [folder], out, **options)
+    # The image that was skipped is tried again, and the batches are others.
+    predict_files(bundle_copy, [folder], out, resume=True, **options)
+    assert [(row["path"], row["exit"]) for row in rows_of(out)] == [
+        (row["path"], row["exit"]) for row in rows_of(whole)
+    ]
 
 
 @pytest.mark.parametrize(

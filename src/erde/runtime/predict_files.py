@@ -107,7 +107,10 @@ def predict_files(
     limits: dict[str, Any] = {"max_exit": max_exit, "max_macs": max_macs, "deadline_ms": deadline_ms}
     point = session.manifest.point(operating_point).name
     count = sum(1 for _ in find_images(images))
-    # How far a deadline lets an image go depends on the batch that it is in.
+    # Before the images: whatever is wrong with a limit is wrong for all of them. For a whole batch: after a stop an image
+    # may be in another one, and must go as far.
+    last = session.plan(batch_size, operating_point=point, **limits)[1]
+    # How far a deadline lets an image go depends on the size of the batch.
     of_deadline = [] if deadline_ms is None else [batch_size]
     options = json.dumps([seal_of(session.manifest), point, limits, engine, *of_deadline])
     tally = _Tally([0] * len(session.manifest.stages))
@@ -118,8 +121,6 @@ def predict_files(
         waiting = (path for path in find_images(images) if not output.has(path))
         while paths := list(islice(waiting, batch_size)):
             readable, batch, reasons = _load(paths, session.manifest.input_shape)
-            # Before the images: whatever is wrong with a limit is wrong for all of them.
-            last = session.plan(len(batch), operating_point=point, **limits)[1] if readable else 0
             rows, failed = _answer(session, readable, batch, point, last)
             output.add(rows, reasons + failed)
             if task.due():
