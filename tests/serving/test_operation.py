@@ -455,6 +455,21 @@ def test_a_bundle_that_is_copied_slowly_is_refused_in_one_line(
     assert lines_while_copied() == 1  # a new story
 
 
+def test_after_a_roll_back_the_next_refused_bundle_is_logged_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = certified_bundle(tmp_path / "a")
+    model = Model("a", folder, threads=1)
+    for name in ("bad", "worse"):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "stage_1.onnx").write_bytes(b"torn")
+    for new, old in (("bad", "good"), ("good", "bad"), ("worse", "good")):
+        folder.rename(tmp_path / old)
+        (tmp_path / new).rename(folder)
+        assert not model.refresh()
+    assert capsys.readouterr().err.count("is not taken") == 2
+
+
 def test_a_look_that_fails_is_logged_once_and_the_next_one_comes(
     bundle_a: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

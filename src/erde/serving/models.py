@@ -118,6 +118,8 @@ class Model:
         keeps its drift watch.
         """
         stamp = _stamp(self.path)
+        if stamp == self._stamp:  # rolled back: the next refusal is a new story
+            self._said = ""
         # While a folder is being renamed there is none.
         if stamp in (self._stamp, ()) or (stamp == self._refused and time.monotonic() < self._retry):
             return False
