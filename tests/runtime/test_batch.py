@@ -214,6 +214,13 @@ def test_a_table_of_pandas(tmp_path: Path) -> None:
     check_parity(answers, bundle, images)
 
 
+@pytest.mark.parametrize("keep", [{"id"}, {"id": 1}.keys(), iter(["id"])], ids=["set", "keys", "iterator"])
+def test_names_to_keep_come_in_any_collection(keep: Any, tmp_path: Path) -> None:
+    bundle, images = convolution_bundle(tmp_path / "bundle"), some_images(2)
+    answers = erde.Predictor(bundle, keep=keep)({"image": images, "id": [3, 4]})
+    assert answers["id"].tolist() == [3, 4]
+
+
 def test_refusals(tmp_path: Path) -> None:
     bundle = convolution_bundle(tmp_path / "bundle")
     with user_error("batch_size is 0"):

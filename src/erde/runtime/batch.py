@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Predictor:
         bundle: str | Path,
         *,
         column: str = "image",
-        keep: Sequence[str] = (),
+        keep: Iterable[str] = (),
         operating_point: str | None = None,
         max_exit: int | None = None,
         max_macs: float | None = None,
@@ -68,12 +68,13 @@ class Predictor:
             raise UserError(f"batch_size is {batch_size}, expected 1 or more")
         if isinstance(keep, str):
             raise UserError(f"keep is '{keep}', expected a list of names: give keep=['{keep}']")
+        keep = tuple(keep)
         for index, name in enumerate(keep):
             if name in keep[:index]:
                 raise UserError(f"keep has '{name}' twice: give each name once")
             if name in ANSWERS:
                 raise UserError(f"keep has '{name}', which is a column of the answers: rename it first")
-        self.bundle, self.column, self.keep = str(bundle), column, tuple(keep)
+        self.bundle, self.column, self.keep = str(bundle), column, keep
         self._limits: dict[str, Any] = {
             "operating_point": operating_point, "max_exit": max_exit, "max_macs": max_macs,
         }  # fmt: skip
