@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,31 @@ def test_a_link_to_a_bundle_stays_a_link(demo: Path, digits: DataSplits) -> None
     assert seal_of(read(demo)) != before
     assert sorted(path.name for path in demo.parent.iterdir()) == ["current", "v1"]
     assert (demo / "notes.txt").is_file()
+
+
+@pytest.mark.parametrize("place", ["pipe", "folder/pipe"])
+def test_what_cannot_be_copied_in_place_is_said_in_a_line(place: str, demo: Path, digits: DataSplits) -> None:
+    (demo / place).parent.mkdir(exist_ok=True)
+    os.mkfifo(demo / place)
+    before, there = seal_of(read(demo)), sorted(demo.parent.rglob("*"))
+    with user_error(f"{demo / place}.*out="):
+        erde.calibrate(demo, digits, max_risk=0.1, **RULE)
+    assert seal_of(read(demo)) == before
+    assert sorted(demo.parent.rglob("*")) == there
+    # Elsewhere it stands in nobody's way.
+    erde.calibrate(demo, digits, max_risk=0.1, out=demo.with_name("v2"), **RULE)
+
+
+@pytest.mark.parametrize("inside", [".", ".git"])
+def test_the_working_directory_is_not_replaced(
+    inside: str, demo: Path, digits: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(demo / inside)
+    before = seal_of(read(demo))
+    with user_error("working directory"):
+        erde.calibrate("." if inside == "." else demo, digits, max_risk=0.1, **RULE)
+    assert seal_of(read(demo)) == before
+    assert Path.cwd() == (demo / inside).resolve()
 
 
 def test_elsewhere_only_the_bundle_goes(demo: Path, digits: DataSplits) -> None:

@@ -5,6 +5,7 @@ A bundle is only data: JSON, ONNX and a model card. docs/formats.md describes ev
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -186,14 +187,28 @@ def write(folder: Path, manifest: Manifest, stages: list[Path], beside_seal: Seq
         for path in stages:
             shutil.copyfile(path, beside / path.name)
         for path in beside_seal:
-            if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, beside / path.name, symlinks=True)
-            else:  # a link stays one where the folder stays
-                shutil.copy2(path, beside / path.name, follow_symlinks=path.parent != folder)
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.copytree(path, beside / path.name, symlinks=True)
+                else:  # a link stays one where the folder stays
+                    shutil.copy2(path, beside / path.name, follow_symlinks=path.parent != folder)
+            except shutil.Error as error:  # of a folder: what failed there, each with its place
+                place, _, reason = error.args[0][0]
+                raise _not_copied(place, reason) from error
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise _not_copied(path, error.strerror or str(error)) from error
         card = model_card(manifest)
         write_text(beside / CARD, card)
         files = {**manifest.files, CARD: file_hash(beside / CARD)}
         return seal(beside, manifest.model_copy(update={"files": files}))
+
+
+def _not_copied(path: str | Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} cannot be copied beside the new bundle: {in_one_line(reason)}; remove it, or give another place with out="
+    )
 
 
 def differences(first: Manifest, second: Manifest) -> dict[str, tuple[Any, Any]]:

@@ -65,10 +65,11 @@ def calibrate(
 ) -> CalibratedPolicy:
     """Calibrate the bundle at ``path`` on ``data.tune`` and ``data.certify``, and seal it anew.
 
-    Sealed in place, where all else in the folder stays, or into ``out``, a new place or that of a bundle. ``max_risk`` is
-    one target or several (the first is the default operating point). ``settings``: further ones, such as
-    ``confidence=0.95``, ``budgets=[0.7]``, ``score="margin"``; all are the recipe's, and ``latency_budgets`` in
-    milliseconds, for which the bundle needs a ``profile.json``. The reference is the bundle's own final exit.
+    Sealed in place, where all else in the folder stays, or into ``out``, a new place or that of a bundle, not above
+    the working directory: a folder is replaced as a whole. ``max_risk`` is one target or several (the first is the
+    default operating point). ``settings``: further ones, such as ``confidence=0.95``, ``budgets=[0.7]``,
+    ``score="margin"``; all are the recipe's, and ``latency_budgets`` in milliseconds, for which the bundle needs a
+    ``profile.json``. The reference is the bundle's own final exit.
     """
     if max_risk is not None:
         settings["max_risks"] = [max_risk] if isinstance(max_risk, int | float | str) else list(max_risk)
@@ -81,12 +82,24 @@ def calibrate(
         raise UserError(f"'{out or path}' is no folder to write to: give out=, the place of the new bundle")
     # Resolved: a link to a bundle stays a link.
     target = Path(out or path).resolve()
+    if _working_directory_is_in(target):
+        raise UserError(
+            f"the working directory lies in {target}, which is replaced as a whole: change to another directory, or give "
+            "another place for the new bundle, out="
+        )
     session = Session(path)
     if target.exists() and target != session.folder.resolve() and not _is_only_a_bundle(target):
         raise UserError(
             f"{target} is there already and is no bundle, or more than that: give another place for the new one"
         )
     return calibrate_bundle(session, data, request, target)
+
+
+def _working_directory_is_in(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # it was removed
+        return False
 
 
 def _is_only_a_bundle(folder: Path) -> bool:
