@@ -107,11 +107,12 @@ def predict_files(
     limits: dict[str, Any] = {"max_exit": max_exit, "max_macs": max_macs, "deadline_ms": deadline_ms}
     point = session.manifest.point(operating_point).name
     count = sum(1 for _ in find_images(images))
-    # Before the images: whatever is wrong with a limit is wrong for all of them. For a whole batch: after a stop an image
-    # may be in another one, and must go as far.
-    last = session.plan(batch_size, operating_point=point, **limits)[1]
+    # Before the images: whatever is wrong with a limit is wrong for all of them. For the largest batch: after a stop an
+    # image may be in another one, and must go as far.
+    largest = max(1, min(batch_size, count))
+    last = session.plan(largest, operating_point=point, **limits)[1]
     # How far a deadline lets an image go depends on the size of the batch.
-    of_deadline = [] if deadline_ms is None else [batch_size]
+    of_deadline = [] if deadline_ms is None else [largest]
     options = json.dumps([seal_of(session.manifest), point, limits, engine, *of_deadline])
     tally = _Tally([0] * len(session.manifest.stages))
     with (
