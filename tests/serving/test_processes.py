@@ -290,6 +290,40 @@ def test_processes_that_died_while_they_had_nothing_to_do(processes: Processes) 
     assert processes.respond(exchange_of("r"), request_bytes(), {})[1].point == "risk-1"
 
 
+class Slow:
+    """A request whose copy takes long; meanwhile the process that gets it is killed."""
+
+    def __init__(self, content: bytes, victims: set[int]) -> None:
+        self.content, self.victims = content, victims
+
+    def __reduce__(self) -> Any:
+        while self.victims:
+            os.kill(self.victims.pop(), signal.SIGKILL)
+            time.sleep(0.5)  # its keeper sees that it died
+        return bytes, (self.content,)
+
+
+def test_a_process_that_dies_while_it_is_sent_a_request(processes: Processes) -> None:
+    content: Any = Slow(request_bytes(), processes_of(os.getpid()))
+    assert processes.respond(exchange_of("r"), content, {})[1].point == "risk-1"
+
+
+def test_a_process_that_dies_while_it_is_looked_at(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (process,) = processes_of(os.getpid())
+    poll = Connection.poll
+
+    def slowly(connection: Connection, timeout: float = 0.0) -> bool:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        time.sleep(0.5)
+        return poll(connection, timeout)
+
+    monkeypatch.setattr(Connection, "poll", slowly)
+    assert processes.respond(exchange_of("r"), request_bytes(), {})[1].point == "risk-1"
+
+
 def _unreached(*_: Any) -> bytes:
     raise AssertionError
 

@@ -225,7 +225,8 @@ class _Process:
     def __init__(self, settings: _Settings) -> None:
         # Threads, such as ONNX Runtime's, do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        self._closing = threading.Lock()
+        # Who uses the connection, or closes it: a file closed under another thread's hands could be another one by now.
+        self._in_use = threading.Lock()
         self._connection, its_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(its_end, settings), daemon=True)
         self._process.start()
@@ -243,8 +244,9 @@ class _Process:
 
     def ask(self, *job: Any) -> Any:
         """Send a job and wait for its result; :class:`OSError` if the process dies."""
-        self._connection.send(job)
-        return self._receive()
+        with self._in_use:
+            self._connection.send(job)
+            return self._receive()
 
     def _receive(self) -> Any:
         try:
@@ -254,7 +256,8 @@ class _Process:
 
     def is_dead(self) -> bool:
         """Whether it died while it had nothing to do."""
-        return self._connection.closed or self._connection.poll()
+        with self._in_use:
+            return self._connection.closed or self._connection.poll()
 
     def wait(self) -> None:
         """Return when it has died."""
@@ -265,9 +268,8 @@ class _Process:
         self._process.kill()
 
     def close(self, patience: float = _STOP_SECONDS) -> None:
-        """End it: it reads the end of the connection, or is killed."""
-        # When the server stops, two threads do: the second would close a file that is another one's by now.
-        with self._closing:
+        """End it, once it is not asked any more: it reads the end of the connection, or is killed."""
+        with self._in_use:
             self._connection.close()
             self._process.join(patience)
             if self._process.is_alive():
