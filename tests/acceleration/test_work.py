@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from erde.acceleration import images as material_images
 from erde.acceleration import work
 from erde.acceleration.fronts import Training, affordable_trial, affordable_views, trial_epochs
-from erde.acceleration.images import Pool, load_material, read_pool
+from erde.acceleration.images import Material, Pool, load_material, read_pool
 from erde.acceleration.work import NO_GAIN, Accelerated, accelerate
 from erde.bundle.sealing import read
 from erde.chains.preprocessing import Preprocessing
@@ -20,8 +21,9 @@ from erde.data.load import DataSplits
 from erde.policy.points import Agreement, OperatingPoint
 from erde.runtime.session import Session
 from erde.training.learner import Learner
+from tests.common.test_files import LOCK, dead_process, other_process
 from tests.helpers.big_network import MACS, MEAN, STD, big_answers, write_big_network, write_photos
-from tests.helpers.checks import user_error
+from tests.helpers.checks import entries, user_error
 from tests.helpers.command import run_command
 
 BIG = Preprocessing(mean=(MEAN,), std=(STD,))
@@ -138,6 +140,49 @@ def test_a_trial_that_was_stopped_goes_on_as_it_began(
         with pytest.raises(KeyboardInterrupt):
             accelerate(big, photos, tmp_path / "out", minutes=minutes, resume=bool(seen))
     assert seen == [(3, True, 12, 1078)] * 2
+
+
+def test_one_process_at_a_time_works_in_a_folder(
+    big: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(work._Work, "train_front", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        accelerate(big, photos, out)
+    half = out / f".answers.npy.{dead_process()}-12345678.partial"
+    half.write_text("half")
+    other = other_process(LOCK, out / ".lock")
+    with user_error(f"{out} is being written by process {other.pid}"):
+        accelerate(big, photos, out, resume=True)
+    assert half.exists()
+    # The files that a killed process leaves are no obstacle.
+    other.kill()
+    other.wait()
+    with pytest.raises(RuntimeError, match="stopped"):
+        accelerate(big, photos, out, resume=True)
+    assert entries(out) == ["model", "settings.json"]
+
+
+def test_a_folder_that_another_start_takes_meanwhile(
+    big: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    # A start that was killed left its lock's file.
+    out.mkdir()
+    (out / ".lock").touch()
+
+    def load(*given: Any) -> Material:
+        (out / "settings.json").write_text("of the other one")
+        return load_material(*given)
+
+    monkeypatch.setattr(work, "load_material", load)
+    with user_error("is there already"):
+        accelerate(big, photos, out)
+    assert (out / "settings.json").read_text() == "of the other one"
 
 
 @pytest.mark.parametrize(("after_ms", "gains"), [(0.97, True), (0.99, False)])

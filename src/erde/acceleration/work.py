@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from erde.common import progress
 from erde.common.environment import erde_version
 from erde.common.errors import UserError
 from erde.common.files import (
+    Lock,
     is_leftover,
     make_folder,
     replacing_file,
@@ -59,6 +61,7 @@ from erde.recipe.losses import ERDEConfig, resolve_loss
 from erde.recipe.validation import validate
 from erde.report.chain_page import ClockRow, chain_page
 from erde.report.numbers import significant
+from erde.runs.opening import LOCK
 from erde.runtime.session import Session
 
 SETTINGS, TRIAL, PLAN, ANSWERS, BENCH, REPORT = (
@@ -136,7 +139,8 @@ def accelerate(
         resume: continue what was stopped.
 
     Raises:
-        UserError: a model or images that cannot be used, a folder that is there already, a risk that is none.
+        UserError: a model or images that cannot be used, a folder that is there already or that another process works in,
+            a risk that is none.
     """
     started = time.monotonic()
     settings = _settings(max_risk)  # as the next: what is wrong is said before hours of work
@@ -169,14 +173,22 @@ def accelerate(
         "classes": names,
     }
     _check_place(out, asked, resume)
-    material = load_material(pool, others, common_shape([network]), seed, max_risk)
+    load = partial(load_material, pool, others, common_shape([network]), seed, max_risk)
     if not resume:
+        # Images that are refused leave no folder.
+        material = load()
         make_folder(out)
+    with Lock(out / LOCK, str(out)):
+        # Another process may have been quicker.
+        _check_place(out, asked, resume)
         sweep_leftovers(out)
-        write_json(out / SETTINGS, asked)
-    work = _Work(out, network, names, material, loss, seed)
-    front = work.train_front(minutes, 60 * minutes - (time.monotonic() - started))
-    return work.finish(front, settings)
+        if resume:
+            material = load()
+        else:
+            write_json(out / SETTINGS, asked)
+        work = _Work(out, network, names, material, loss, seed)
+        front = work.train_front(minutes, 60 * minutes - (time.monotonic() - started))
+        return work.finish(front, settings)
 
 
 def _settings(max_risk: float) -> Settings:
@@ -189,8 +201,9 @@ def _check_place(out: Path, asked: dict[str, Any], resume: bool) -> None:
     """Refuse a folder that is there already, or to continue what was begun otherwise."""
     path = out / SETTINGS
     if not resume:
-        # A start that was killed leaves an empty folder, or half of the settings.
-        if out.exists() and not (out.is_dir() and all(map(is_leftover, out.iterdir()))):
+        # A start that was killed leaves its lock's file, and perhaps half of the settings.
+        others = [path for path in out.iterdir() if path.name != LOCK] if out.is_dir() else [out]
+        if out.exists() and not all(map(is_leftover, others)):
             raise UserError(
                 f"{out} is there already: give another place with --out, or continue with --resume"
             )
