@@ -113,6 +113,30 @@ def test_a_replaced_folder_keeps_nothing_of_the_old_one(tmp_path: Path) -> None:
     assert entries(path) == ["file.txt"]
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_behind_a_link_is_replaced_and_the_link_stays(exists: bool, tmp_path: Path) -> None:
+    path, link = tmp_path / "v1", tmp_path / "current"
+    link.symlink_to("v1")
+    if exists:
+        put(replacing_folder, path, "old")
+    with replacing_folder(link) as beside:
+        (beside / "file.txt").write_text("new")
+    assert link.readlink() == Path("v1")
+    assert get(path) == "new"
+    assert entries(tmp_path) == ["current", "v1"]
+
+
+def test_a_folder_that_another_writer_has_just_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "some"
+    put(replacing_folder, path, "old")
+    with replacing_folder(path) as beside:
+        (beside / "file.txt").write_text("new")
+        monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.undo()
+    assert get(path) == "new"
+    assert entries(tmp_path) == ["some"]
+
+
 def test_writers_of_the_same_file_do_not_share_a_half(tmp_path: Path) -> None:
     path = tmp_path / "some.txt"
     with replacing_file(path) as first, replacing_file(path) as other:
@@ -284,6 +308,16 @@ def test_sweep_leftovers(tmp_path: Path) -> None:
     assert entries(inside) == [
         "kd.partial", "last.safetensors", "partial", "some.partial.txt", "x.12-12345678.aside",
     ]  # fmt: skip
+
+
+def test_links_that_are_left_over_go_and_their_folders_stay(tmp_path: Path) -> None:
+    pid = dead_process()
+    put(replacing_folder, tmp_path / "v1", "kept")
+    (tmp_path / f".v1.{pid}-12345678.partial").symlink_to("v1")
+    (tmp_path / f".v1.{pid}-12345678.aside").symlink_to("v1")
+    sweep_leftovers(tmp_path)
+    assert entries(tmp_path) == ["v1"]
+    assert get(tmp_path / "v1") == "kept"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -80,7 +80,7 @@ def calibrate(
         )
     if on_hub(out or path) or (out is None and bundle_folder(path) != Path(path)):
         raise UserError(f"'{out or path}' is no folder to write to: give out=, the place of the new bundle")
-    # Resolved: a link to a bundle stays a link.
+    # Resolved, to be compared: a link to this bundle is this bundle.
     target = Path(out or path).resolve()
     if _working_directory_is_in(target):
         raise UserError(

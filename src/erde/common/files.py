@@ -54,16 +54,17 @@ def replacing_file(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Like :func:`replacing_file` for a whole folder; an older folder at ``path`` is replaced.
 
+    Where ``path`` is a link it stays one: the folder that it names is replaced, and the new one is written beside that.
     On Linux the two swap names in one step. Elsewhere the old one is renamed first; after a kill at that moment
     :func:`sweep_leftovers` renames it back.
     """
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     with _beside(path) as beside:
         try:
             beside.mkdir()
             yield beside
-            if not path.exists():
-                os.replace(beside, path)
-            elif not _exchange(beside, path):
+            if not (_take_free_name(beside, path) or _exchange(beside, path)):
                 aside = beside.with_suffix(".aside")
                 os.replace(path, aside)
                 try:
@@ -78,6 +79,19 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         finally:
             # The new one where something failed, else the old one.
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _take_free_name(folder: Path, path: Path) -> bool:
+    """Rename ``folder`` to ``path``; False if there is a folder, which another writer may have finished just now."""
+    if path.exists():
+        return False
+    try:
+        os.replace(folder, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -151,17 +165,21 @@ def sweep_leftovers(folder: Path) -> None:
         if match is None or _is_being_written(leftover.with_suffix(".partial"), match["pid"]):
             continue
         if leftover.with_name(match["name"]).exists():
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         else:
             os.replace(leftover, leftover.with_name(match["name"]))
     for leftover in sorted(folder.rglob("*.partial")):
         match = _PARTIAL.fullmatch(leftover.name)
         if match is None or _is_being_written(leftover, match["pid"]):
             continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_being_written(path: Path, pid: str | None) -> bool:
