@@ -489,6 +489,14 @@ def test_a_damaged_lock_file_is_still_a_lock(content: bytes, tmp_path: Path) -> 
     process.communicate()
 
 
+def test_a_file_that_is_no_lock_is_not_taken_for_one(tmp_path: Path) -> None:
+    path = tmp_path / "answers.lock"
+    path.write_text('{"name": "my own"}')
+    with user_error(f"{path} is there already and is no lock of erde's: .*move it away"):
+        Lock(path, "answers")
+    assert path.read_text() == '{"name": "my own"}'
+
+
 def test_many_processes_take_turns(tmp_path: Path) -> None:
     """Each adds 1 to a number twenty times; with a lock that lets two in, some would be lost."""
     code = """

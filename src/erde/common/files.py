@@ -30,6 +30,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?:(?P<pid>\d+)-)?[0-9a-f]{8}\.partial")
 # The old folder while a new one takes its name.
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-[0-9a-f]{8}\.aside")
+# What the file of a lock begins with, unless its process was killed before it wrote anything.
+_LOCK = b'{"pid": '
 # Files that this process is writing. A killed process may have had the same id: its files are removed.
 _under_way: set[Path] = set()
 
@@ -238,7 +240,8 @@ class Lock:
         subject: the name of the guarded thing, for the message to other processes.
 
     Raises:
-        UserError: another process holds it; the message names it, its host and since when.
+        UserError: another process holds it; the message names it, its host and since when. A file at ``path`` that is no
+            lock, which stays as it is.
     """
 
     # POSIX locks, unlike flock, are not inherited by forked workers, which may outlive a killed process by seconds.
@@ -299,6 +302,12 @@ def _acquire(path: Path, subject: str) -> BinaryIO:
         if same:
             break
         file.close()  # its last holder removed it meanwhile
+    file.seek(0)
+    if file.read(len(_LOCK)) not in (b"", _LOCK):
+        file.close()
+        raise UserError(
+            f"{path} is there already and is no lock of erde's: move it away, or choose another place"
+        )
     file.truncate(0)
     # Arguments may be long, and the message is one line.
     command = " ".join(sys.argv)[:200]
