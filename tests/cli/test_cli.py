@@ -311,6 +311,22 @@ def test_an_empty_argument_is_an_unset_variable(
         assert "one of the arguments is empty" in err
 
 
+@pytest.mark.parametrize(
+    "arguments", [("export",), ("export", "--plain", "x.onnx"), ("calibrate",), ("evaluate",)]
+)
+def test_what_is_one_process_refuses_several(
+    arguments: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(monkeypatch, capsys, *arguments, str(tmp_path))
+    assert code == 2
+    assert err.startswith(f"error: erde {arguments[0]} is one process: start it without torchrun")
+
+
 @pytest.mark.parametrize("name", ["../../x", "a/b", "/etc"])
 def test_the_name_of_a_recipe_is_no_way_out_of_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

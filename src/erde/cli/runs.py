@@ -10,6 +10,7 @@ import typer
 
 from erde.cli.options import Json, finish
 from erde.cli.show import show_calibrated, show_results
+from erde.common.environment import check_one_process
 from erde.common.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -88,11 +89,11 @@ def export(
     if plain is None:
         if arm is not None:
             raise UserError("--arm goes with --plain; without --plain all arms are exported")
-        with _existing(folder) as run:
+        with _existing_alone(folder, "export") as run:
             export_arms(run)
         _next_step(folder, "export", "erde calibrate", as_json)
         return
-    run = _existing(folder, read_only=True)
+    run = _existing_alone(folder, "export", read_only=True)
     arm = arm or run.config.export.arm
     if arm not in run.config.trained_arms:
         raise UserError(f"no arm '{arm}' in this run{nearest(arm, run.config.trained_arms)}")
@@ -173,7 +174,7 @@ def calibrate(
         _refuse(given, f"{target} is a run: its own recipe says what to calibrate")
         from erde.runs.calibrating import calibrate as calibrate_arms
 
-        with _existing(target) as run:
+        with _existing_alone(target, "calibrate") as run:
             calibrate_arms(run)
         _next_step(target, "calibrate", "erde evaluate", as_json)
         return
@@ -259,7 +260,7 @@ def evaluate(
         _refuse({"--policy": policy, "--out": out}, f"{target} is a run: its results stay in its folder")
         from erde.runs.evaluating import evaluate as evaluate_arms
 
-        with _existing(target) as run:
+        with _existing_alone(target, "evaluate") as run:
             evaluate_arms(run, again=True)
         if formats is not None:
             _write_figures([target], target / "figures", formats)
@@ -389,6 +390,12 @@ def _existing(folder: Path, read_only: bool = False) -> Run:
     from erde.runs.opening import existing_run
 
     return existing_run(folder, read_only=read_only)
+
+
+def _existing_alone(folder: Path, command: str, read_only: bool = False) -> Run:
+    """The run for a command that is one process."""
+    check_one_process(command)
+    return _existing(folder, read_only)
 
 
 def _first_process_only() -> None:

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from erde.common.errors import UserError
+
 # The most CPUs that this process takes, where several share a machine. None: all that it may use.
 most_cpus: int | None = None
 
@@ -19,6 +21,12 @@ def available_cpus() -> int:
     """CPUs that this process may use, or its share of them."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cpus if most_cpus is None else min(cpus, most_cpus)
+
+
+def check_one_process(command: str) -> None:
+    """Raise if ``torchrun`` started this process as one of several, which would all write the same files."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"erde {command} is one process: start it without torchrun; erde run takes several")
 
 
 def erde_version() -> str:

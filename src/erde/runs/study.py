@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -170,8 +169,7 @@ def _check_processes(command: str, ray: bool) -> None:
     if ray:
         import_ray()
     # Its runs would have to join and leave the other processes again.
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(f"erde {command} is one process: start it without torchrun; erde run takes several")
+    environment.check_one_process(command)
 
 
 def _run(config: Config, place: Path) -> None:
