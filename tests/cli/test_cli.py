@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -284,6 +285,42 @@ def test_both_signals_that_stop_say_so_and_sweep(number: signal.Signals, code: i
     process.send_signal(number)
     out, err = process.communicate()
     assert (process.returncode, out, err) == (code, "swept\n", "stopped\n")
+
+
+# As torch has it, which takes every end of a DataLoader's worker for a failure.
+GROUP = """
+import signal, subprocess, sys, time
+from erde.cli import about, main
+def failed(*_):
+    raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+def work():
+    worker = subprocess.Popen(["sleep", "600"])
+    try:
+        print("begun", flush=True)
+        time.sleep(600)
+    finally:
+        worker.wait()
+        print("swept", flush=True)
+signal.signal(signal.SIGCHLD, failed)
+about.LISTS["losses"] = work
+sys.argv[1:] = ["list", "losses"]
+main.main()
+"""
+
+
+def test_a_whole_group_is_stopped() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", GROUP],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (-signal.SIGTERM, "swept\n", "stopped\n")
 
 
 def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback() -> None:

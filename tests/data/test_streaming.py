@@ -30,9 +30,12 @@ from erde.data.encoded import ResizedCrop, StreamedImages, pixels
 from erde.data.image_folders import open_image_folder
 from erde.data.load import DataSplits, load_data
 from erde.data.streaming import PREFETCH, DecodedBatches
+from erde.networks.attach import attach_exits
+from erde.networks.backbones import build_backbone
 from erde.recipe.schema import AugmentationConfig, DataConfig
 from erde.recipe.validation import validate
 from erde.training.api import train
+from erde.training.learner import Learner
 from tests.helpers.checks import user_error
 
 CROP = AugmentationConfig(resized_crop=(0.08, 1.0))
@@ -552,6 +555,27 @@ def test_a_worker_that_is_killed(folder: Path) -> None:
     loader = DecodedBatches(images, np.zeros(100, np.int64), workers=1, pin_memory=False)
     with user_error(r"a process that decodes images was killed, .* lower data\.workers"):
         list(loader.decode(0, np.arange(32).reshape(2, 16)))
+
+
+def test_a_worker_that_is_killed_while_the_network_computes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = set(multiprocessing.active_children())
+
+    def compute(*_: Any) -> None:
+        for worker in set(multiprocessing.active_children()) - others:
+            os.kill(worker.pid, signal.SIGKILL)
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            sum(range(1000))
+
+    monkeypatch.setattr(Learner, "step", compute)
+    data = load(folder)
+    network = attach_exits(
+        build_backbone("resnet8x0.25", classes=10, channels=3), 2, input_size=data.input_size
+    )
+    with user_error(r"a process that decodes images was killed, .* lower data\.workers"):
+        train(network, data, device="cpu", epochs=1, batch_size=16, augmentation={"resized_crop": [0.2, 1]})
 
 
 # ---------------------------------------------------------------- memory

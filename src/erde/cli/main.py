@@ -122,6 +122,10 @@ class TerminationError(BaseException):
 
 
 def _on_termination(*_: object) -> None:
+    if hasattr(signal, "SIGCHLD"):
+        # The whole group may have been told to stop. Torch would raise an error for each worker that ends; without any
+        # function Python would complain of a signal that came just before.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     raise TerminationError
 
 

@@ -19,6 +19,10 @@ PREFETCH = 2
 # Seconds to wait for a batch, far beyond what the largest takes to decode: a worker that is stuck must not stop a training
 # for good without a word.
 PATIENCE = 600
+_KILLED = (
+    "a process that decodes images was killed, most likely because memory or /dev/shm is full: lower data.workers or "
+    "train.batch_size, or decode without processes: data.workers=0"
+)
 
 
 class _Batches(Dataset[Any]):
@@ -98,18 +102,22 @@ class DecodedBatches:
                 self._holder.atexit = False
             yield from iterator
         except RuntimeError as error:
+            explain_killed_worker(error)
             text = str(error)
             if "exited unexpectedly" in text or "shared memory" in text or "shm" in text:
-                raise UserError(
-                    "a process that decodes images was killed, most likely because memory or /dev/shm is full: "
-                    "lower data.workers or train.batch_size, or decode without processes: data.workers=0"
-                ) from error
+                raise UserError(_KILLED) from error
             if "timed out" in text:
                 raise UserError(
                     f"no process that decodes images has answered for {PATIENCE} seconds: continue the training, with more "
                     "time for this process, or without processes: data.workers=0"
                 ) from error
             raise
+
+
+def explain_killed_worker(error: RuntimeError) -> None:
+    """Raise a :class:`UserError` if torch says that a worker was killed, which it does wherever the main thread is."""
+    if "DataLoader worker (pid" in str(error):
+        raise UserError(_KILLED) from error
 
 
 def _do_nothing(iterator: Any) -> None:

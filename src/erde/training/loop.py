@@ -20,6 +20,7 @@ import torch
 from erde.common import environment, progress
 from erde.common.errors import UserError
 from erde.data.batches import TrainBatches
+from erde.data.streaming import explain_killed_worker
 from erde.training import parallel
 from erde.training.job import Job, Outcome
 from erde.training.learner import Learner
@@ -55,7 +56,7 @@ def train_network(job: Job, folder: Path | None = None, log: progress.RunLog | N
     """Train ``job.network`` in place; with a ``folder``, checkpoints stand there and training continues from them.
 
     Raises:
-        UserError: a loss that is not finite, no memory, a full disk; the last good checkpoint is kept.
+        UserError: a loss that is not finite, no memory, a full disk, a killed worker; the last good checkpoint is kept.
     """
     return train_together([job], [folder], log)[0]
 
@@ -94,6 +95,7 @@ def train_together(
     except RuntimeError as error:
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
             raise _out_of_memory(jobs) from error
+        explain_killed_worker(error)
         raise
     finally:
         # freeze_backbone belongs to this training, not to the network.
