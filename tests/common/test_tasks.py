@@ -51,6 +51,15 @@ def test_processes_give_what_the_function_gives() -> None:
         assert exit_code(process) == -signal.SIGTERM
 
 
+def blocked(_: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_an_interrupt_does_not_reach_a_process_that_starts() -> None:
+    assert list(in_processes(blocked, [0], 1)) == [True]
+    assert not blocked(0)
+
+
 def exit_code(process: BaseProcess) -> int | None:
     """What a process ended with. The pool's thread waits for it too, and may be told a moment earlier."""
     deadline = time.monotonic() + 30

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -111,6 +113,28 @@ def test_a_stop_ends_a_process_that_hangs(bundle_a: Path) -> None:
     assert code == 0
     assert "Traceback" not in err
     assert "died" not in err
+
+
+def test_an_interrupt_of_the_whole_group_while_processes_start() -> None:
+    command = [sys.executable, "-m", "erde", "serve", "digits-demo", "--processes", "--parallel", "2"]
+    process = subprocess.Popen(
+        [*command, "--http-port", "0", "--grpc-port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: len(processes_of(process.pid)) == 2)
+        processes = processes_of(process.pid)
+        time.sleep(0.3)  # they import
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, out, err) == (130, "", "stopped\n")
+    assert not any(Path(f"/proc/{number}").exists() for number in processes)
 
 
 def test_processes_end_with_a_server_that_is_killed(bundle_a: Path) -> None:

@@ -34,7 +34,9 @@ def in_processes(
     """
     with _processes(min(workers, max(1, len(tasks)))) as pool:
         try:
-            for done in as_completed([pool.submit(work, task) for task in tasks]):
+            with no_interrupts():
+                submitted = [pool.submit(work, task) for task in tasks]
+            for done in as_completed(submitted):
                 yield done.result()
         except BrokenProcessPool as error:
             raise UserError(
@@ -58,6 +60,19 @@ def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown()
+
+
+@contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C from processes that this thread starts: all of a group get it, and the parent ends its own."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:

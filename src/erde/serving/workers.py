@@ -10,14 +10,16 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from erde.common.errors import UserError, in_one_line
+from erde.common.tasks import no_interrupts
 from erde.serving.answering import Answer, Answering, Encoded, Exchange
 from erde.serving.errors import Reason, RequestError, as_request_error
 from erde.serving.log import Log
@@ -125,11 +127,19 @@ class Processes:
         # Of each process that died: whether another one could not be started in its place.
         self._missing = [False] * count
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        others = set(multiprocessing.active_children())
+        pool = ThreadPoolExecutor(count)
         try:
-            with ThreadPoolExecutor(count) as pool:
-                first = list(pool.map(_Process, [self._settings] * count))
-        except OSError as error:
-            raise UserError(f"a process of the server did not start: {error}") from error
+            first = list(pool.map(_Process, [self._settings] * count))
+        except BaseException as error:
+            # Nobody waits until the others are ready; and once more for those that began meanwhile.
+            _kill_children(others)
+            pool.shutdown(cancel_futures=True)
+            _kill_children(others)
+            if isinstance(error, OSError):
+                raise UserError(f"a process of the server did not start: {error}") from error
+            raise
+        pool.shutdown()
         # Each is exchanged for the one in its place.
         self._current = first
         for number, process in enumerate(first):
@@ -219,6 +229,12 @@ class Processes:
         process.close()
 
 
+def _kill_children(others: Collection[BaseProcess]) -> None:
+    """Kill the processes that this one has started, but for ``others``."""
+    for process in set(multiprocessing.active_children()) - set(others):
+        process.kill()
+
+
 class _Process:
     """A process that is ready to answer; :class:`OSError`, in one line, if it does not get there."""
 
@@ -229,7 +245,8 @@ class _Process:
         self._in_use = threading.Lock()
         self._connection, its_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(its_end, settings), daemon=True)
-        self._process.start()
+        with no_interrupts():
+            self._process.start()
         # Open here, it would never read as ended.
         its_end.close()
         try:
