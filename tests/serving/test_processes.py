@@ -137,6 +137,23 @@ def test_an_interrupt_of_the_whole_group_while_processes_start() -> None:
     assert not any(Path(f"/proc/{number}").exists() for number in processes)
 
 
+def test_a_stop_kills_a_process_that_is_starting(bundle_a: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = processes_of(os.getpid())
+    processes = Processes([str(bundle_a)], threads=1, max_batch=4, count=1, poll=60.0, log=Log())
+    try:
+        (first,) = processes_of(os.getpid()) - others
+        os.kill(first, signal.SIGKILL)
+        until(lambda: processes_of(os.getpid()) - others - {first})
+        (second,) = processes_of(os.getpid()) - others - {first}
+        os.kill(second, signal.SIGSTOP)
+    finally:
+        processes.kill()
+        processes.close()
+    until(lambda: second not in processes_of(os.getpid()))
+    time.sleep(0.2)
+    assert capsys.readouterr().err == "the server: a process that answers died: another one starts\n"
+
+
 def test_processes_end_with_a_server_that_is_killed(bundle_a: Path) -> None:
     with serving([bundle_a], "--processes", "--parallel", "2") as server:
         processes = processes_of(server.process.pid)

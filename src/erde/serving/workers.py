@@ -10,12 +10,11 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from erde.common.errors import UserError, in_one_line
@@ -127,22 +126,20 @@ class Processes:
         # Of each process that died: whether another one could not be started in its place.
         self._missing = [False] * count
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-        others = set(multiprocessing.active_children())
-        pool = ThreadPoolExecutor(count)
+        # Each is exchanged for the one in its place.
+        self._current: list[_Process] = []
         try:
-            first = list(pool.map(_Process, [self._settings] * count))
+            for _ in range(count):
+                self._current.append(_Process(self._settings))
+            for process in self._current:
+                process.wait_until_ready()
         except BaseException as error:
-            # Nobody waits until the others are ready; and once more for those that began meanwhile.
-            _kill_children(others)
-            pool.shutdown(cancel_futures=True)
-            _kill_children(others)
+            for process in self._current:
+                process.close(patience=0)
             if isinstance(error, OSError):
                 raise UserError(f"a process of the server did not start: {error}") from error
             raise
-        pool.shutdown()
-        # Each is exchanged for the one in its place.
-        self._current = first
-        for number, process in enumerate(first):
+        for number, process in enumerate(self._current):
             threading.Thread(target=self._keep, args=(number, process), daemon=True).start()
 
     @property
@@ -189,7 +186,7 @@ class Processes:
         )
 
     def kill(self) -> None:
-        """Kill all processes, also one that answers or hangs, and start none in their place."""
+        """Kill all processes, also one that answers, hangs or starts, and start none in their place."""
         self._closed.set()
         for process in self._current:
             process.kill()
@@ -215,11 +212,14 @@ class Processes:
             while not self._closed.is_set():
                 try:
                     process = self._current[number] = _Process(self._settings)
+                    if self._closed.is_set():  # kill may have come before it was there
+                        process.kill()
+                    process.wait_until_ready()
                     self._log.event("process_started", "the server", "a new process answers")
                     break
                 except Exception as error:
                     self._missing[number] = True
-                    if str(error) != said:
+                    if str(error) != said and not self._closed.is_set():
                         said = str(error)
                         message = f"no process starts in its place, it is tried again: {in_one_line(said)}"
                         self._log.event("process_missing", "the server", message)
@@ -229,14 +229,8 @@ class Processes:
         process.close()
 
 
-def _kill_children(others: Collection[BaseProcess]) -> None:
-    """Kill the processes that this one has started, but for ``others``."""
-    for process in set(multiprocessing.active_children()) - set(others):
-        process.kill()
-
-
 class _Process:
-    """A process that is ready to answer; :class:`OSError`, in one line, if it does not get there."""
+    """A process that answers, once it is ready."""
 
     def __init__(self, settings: _Settings) -> None:
         # Threads, such as ONNX Runtime's, do not survive a fork.
@@ -249,6 +243,9 @@ class _Process:
             self._process.start()
         # Open here, it would never read as ended.
         its_end.close()
+
+    def wait_until_ready(self) -> None:
+        """Wait until it can be asked; it is ended, with :class:`OSError` in one line, if it does not get there."""
         try:
             if not self._connection.poll(_START_SECONDS):
                 raise TimeoutError(f"it was not ready within {_START_SECONDS:g} seconds")
