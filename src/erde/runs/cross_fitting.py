@@ -18,7 +18,8 @@ from torch import Tensor
 from erde.common import progress
 from erde.common.errors import UserError
 from erde.common.files import make_folder
-from erde.common.splits import TrainSplit
+from erde.common.splits import Labels, TrainSplit
+from erde.data.encoded import Index
 from erde.data.normalise import Normalise
 from erde.data.sources import part_of
 from erde.networks import checkpoint
@@ -30,17 +31,34 @@ from erde.training.loop import train_network
 from erde.training.teacher import Teacher
 
 HELD_OUT = "held_out.safetensors"
+# Not "folds": checkpoints do not say which images they were trained on, and earlier versions cut other folds.
+FOLDS = "stratified-folds"
 BATCH = 500
+
+
+def fold_of(labels: Labels, folds: int) -> Labels:
+    """The fold of each image (N,): each class dealt out in turn, class k from fold k on, so that folds are of even size.
+
+    The images of a train split's start are in the same folds as without the others.
+    """
+    # Not every folds-th image: a train split's order may repeat its classes with a period.
+    place = labels.copy()
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        place[rows] += np.arange(len(rows))
+    return place % folds
 
 
 def check(config: TeacherConfig, teacher_job: Job) -> None:
     """:class:`UserError` unless the recipe says where held-out predictions come from, and the folds can be trained on."""
     folds = config.cross_fit
     if folds is not None:
-        # The first fold is the largest: it leaves the fewest.
-        rest = np.flatnonzero(np.arange(len(teacher_job.train)) % folds != 0)
+        division = fold_of(teacher_job.train.labels, folds)
+        # It leaves the fewest images to train on.
+        largest = int(np.bincount(division).argmax())
+        rest = np.flatnonzero(division != largest)
         dataclasses.replace(
-            teacher_job, name=_fold_name(0, folds), train=_part(teacher_job.train, rest)
+            teacher_job, name=_fold_name(largest, folds), train=_part(teacher_job.train, rest)
         ).check()
     elif not config.disjoint:
         raise UserError(
@@ -49,17 +67,27 @@ def check(config: TeacherConfig, teacher_job: Job) -> None:
         )
 
 
-def keep_logits(folder: Path, compute: Callable[[], Tensor]) -> Tensor:
-    """Held-out logits (N, Et, K), computed once and kept in ``folder``."""
+def keep_logits(folder: Path, compute: Callable[[], Tensor], division: Labels | None = None) -> Tensor:
+    """Held-out logits (N, Et, K), computed once and kept in ``folder`` with the images' folds (N,), if there are any.
+
+    Raises:
+        UserError: logits of another division into folds are there, such as an earlier version of erde made.
+    """
+    folds = {} if division is None else {"folds": torch.from_numpy(division)}
     path = make_folder(folder) / HELD_OUT
     # All processes look before the first one can have written it.
     parallel.wait()
     if not path.exists():
         logits = compute()
         if parallel.is_first():
-            checkpoint.save(path, {"logits": logits}, {})
+            checkpoint.save(path, {"logits": logits, **folds}, {})
         parallel.wait()
-    return checkpoint.load(path)[0]["logits"]
+    kept = checkpoint.load(path)[0]
+    if any(name not in kept or not torch.equal(kept[name], fold) for name, fold in folds.items()):
+        raise UserError(
+            f"{path} is of other folds than today's: an earlier version of erde could hold out whole classes; start a new run"
+        )
+    return kept["logits"]
 
 
 def cross_fit(
@@ -76,22 +104,21 @@ def cross_fit(
     ``new_teacher(load)`` gives a fresh teacher, from its starting weights with ``load``. The folds' teachers are kept in
     ``folder``, so a stopped run goes on.
     """
-    # The train split is in stratified order: every folds-th image is a stratified part. Students and teacher
-    # both take their images from its start.
-    seen, asked = np.arange(len(teacher_job.train)), np.arange(len(students))
+    # Students and teacher both take their images from the train split's start.
+    seen, asked = fold_of(teacher_job.train.labels, folds), fold_of(students.labels, folds)
     logits: Tensor | None = None
-    for fold in range(folds):
-        checkpoints = folder / "folds" / str(fold)
+    for fold in np.unique(asked).tolist():
+        checkpoints = folder / FOLDS / str(fold)
         network = new_teacher(not (checkpoints / FINAL).exists())
         job = dataclasses.replace(
             teacher_job,
             scalars=None,
             name=_fold_name(fold, folds),
             network=network,
-            train=_part(teacher_job.train, seen[seen % folds != fold]),
+            train=_part(teacher_job.train, np.flatnonzero(seen != fold)),
         )
         train_network(job, checkpoints, log)
-        rows = asked[asked % folds == fold]
+        rows = np.flatnonzero(asked == fold)
         answers = ask_teacher(network, _part(students, rows), teacher_job)
         if logits is None:
             logits = torch.empty(len(students), *answers.shape[1:])
@@ -105,7 +132,7 @@ def cross_fit(
     return logits
 
 
-def _part(split: TrainSplit, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> TrainSplit:
+def _part(split: TrainSplit, rows: Index) -> TrainSplit:
     return TrainSplit(part_of(split.images, rows), split.labels[rows])
 
 

@@ -168,10 +168,10 @@ def _place(run: Run, arms: list[str]) -> str:
 
 def _held_out_logits(run: Run) -> Tensor:
     folder, folds = run.arm_folder(TEACHER), run.config.teacher.cross_fit
+    students = run.data.train_share(run.config.data.train_subset)
 
     def compute() -> Tensor:
         teacher_job = make_job(run, TEACHER, new_network(run, TEACHER, load=False), None)
-        students = run.data.train_share(run.config.data.train_subset)
         if run.config.teacher.disjoint:
             return cross_fitting.ask_teacher(trained_network(run, TEACHER), students, teacher_job)
         assert folds is not None
@@ -179,7 +179,8 @@ def _held_out_logits(run: Run) -> Tensor:
             folder, lambda load: new_network(run, TEACHER, load=load), teacher_job, students, folds, run.log
         )
 
-    return cross_fitting.keep_logits(folder, compute)
+    division = None if folds is None else cross_fitting.fold_of(students.labels, folds)
+    return cross_fitting.keep_logits(folder, compute, division)
 
 
 def _write_training(run: Run, arm: str, outcome: Outcome) -> None:
