@@ -67,6 +67,15 @@ def test_rows_are_enough_for_the_study(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 10_000 for path in (tmp_path / "results").iterdir())
 
 
+def test_a_promise_that_could_not_be_given_saves_nothing(tmp_path: Path) -> None:
+    rows = {row.arm: row for row in fill(STUDY, 3, tmp_path / "results", tmp_path / "run")}
+    row = rows["kd"].model_copy(update={"default_operating_point": "no-exit"})
+    # All exits are computed: more than the network without them takes.
+    assert row.macs_saved == 1 - row.exits[-1].macs / row.no_exit_macs < 0
+    one_exit = row.model_copy(update={"exits": row.exits[-1:]})
+    assert one_exit.macs_saved is None
+
+
 def test_a_seed_counts_when_all_its_rows_are_there(tmp_path: Path) -> None:
     empty = Ledger.read(LEDGER, tmp_path / "none")
     assert [row.file for row in empty.planned][:3] == [

@@ -14,7 +14,7 @@ from PIL import Image
 from erde.common.splits import TestLogits
 from erde.evaluation.results import Results
 from erde.policy.cost import Cost
-from erde.policy.points import Measured
+from erde.policy.points import Agreement, Measured
 from erde.policy.rule import PAPER_RULE, ExitRule
 from erde.report import figures, tables
 from erde.report.figures import series_of
@@ -331,6 +331,22 @@ def test_tables_hold_the_results(results: Results, tmp_path: Path) -> None:
     pair = read_both(tmp_path, "comparisons")[1][0]
     assert (pair["first"], pair["second"], pair["at"]) == ("erde", "ce", "default")
     assert pair["macs_high"] == results.comparisons[0].macs_interval[1]
+
+
+def test_what_was_seen_without_labels_has_columns_of_its_own(only_erde: Results, tmp_path: Path) -> None:
+    arm = only_erde.arms["erde"]
+    agreement = Agreement(
+        images=10, disagreement=0.1, macs=60.0, macs_saved=0.4, exit_rates=[0.5, 0.25, 0.25]
+    )
+    none, *others = arm.operating_points
+    points = [none, *(point.model_copy(update={"tune_agreement": agreement}) for point in others)]
+    arms = {"erde": arm.model_copy(update={"operating_points": points})}
+    figures.write({"run": only_erde.model_copy(update={"arms": arms})}, tmp_path, ["csv", "json"])
+    text, rows = read_both(tmp_path, "operating-points")
+    assert not any(isinstance(value, dict) for row in rows for value in row.values())
+    assert (rows[0]["tune_agreement_disagreement"], rows[1]["tune_agreement_disagreement"]) == (None, 0.1)
+    assert text[1]["tune_agreement_exit_rates"] == "0.5;0.25;0.25"
+    assert "tune_agreement" not in text[1]
 
 
 def test_disabled_exits_and_what_is_missing_are_empty_cells(results: Results) -> None:

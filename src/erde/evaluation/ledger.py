@@ -72,7 +72,12 @@ class Row(ArmSeed):
 
     @property
     def macs_saved(self) -> float | None:
-        """The share of MACs saved on test at the default operating point; None for a network with one exit."""
+        """The share of MACs saved on test at the default operating point; None for a network with one exit.
+
+        Below 0 where no promise could be given: all exits are computed, and the last one answers.
+        """
+        if len(self.exits) > 1 and self.default_operating_point == "no-exit":
+            return 1 - self.exits[-1].macs / self.no_exit_macs
         return self.measures.get(f"MACs saved at {self.default_operating_point}")
 
     def write(self, path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from erde.evaluation.results import Comparison, ExitCost, ExitMeasures, Results, ScoreOutcome
-from erde.policy.points import Certificate, Measured, OperatingPoint
+from erde.policy.points import Agreement, Certificate, Measured, OperatingPoint
 
 Row = dict[str, Any]
 
@@ -90,9 +90,10 @@ def _operating_points(results: Results) -> Iterator[Row]:
             yield {
                 "arm": name,
                 "default": point.name == arm.default_operating_point,
-                **_columns(point, OperatingPoint, without="certificate tune test"),
+                **_columns(point, OperatingPoint, without="certificate tune test tune_agreement"),
                 **_columns(point.certificate, Certificate, "certificate_"),
                 **_columns(point.tune, Measured, "tune_"),
+                **_columns(point.tune_agreement, Agreement, "tune_agreement_"),
                 **_columns(point.test, Measured, "test_"),
             }
 
