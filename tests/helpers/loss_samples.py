@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erde import losses
 from erde.losses import ExitSettings, build_loss
+from erde.losses.base import Criterion
 from erde.recipe.losses import LOSSES, LossConfig, resolve_loss
 
 EXITS, IMAGES, CLASSES, TRAIN_IMAGES = 3, 7, 5, 40
@@ -96,7 +97,7 @@ def make_settings(
     return ExitSettings(CLASSES, (0.2, 0.5, 0.9), temperature, (0.5, 1.0, 1.5), pairs, **values)
 
 
-def build(loss: Any, settings: ExitSettings | None = None, seed: int = 0) -> nn.Module:
+def build(loss: Any, settings: ExitSettings | None = None, seed: int = 0) -> Criterion:
     """The criterion of a loss, its random start fixed."""
     torch.manual_seed(seed)
     return build_loss(resolve_loss(loss), settings or make_settings())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from erde.losses.base import gather_ranks, ranks
+from erde.losses.base import Criterion, gather_ranks, ranks
 from erde.losses.crd import contrastive_loss, draw_negatives
 from tests.helpers import oracles
 from tests.helpers.loss_samples import (
@@ -269,7 +269,7 @@ def test_one_process_gathers_its_own_rows() -> None:
 STATEFUL = ["crd", "phuong", "dkd"]
 
 
-def criterion(name: str) -> nn.Module:
+def criterion(name: str) -> Criterion:
     return build({"name": name, **({"warmup_epochs": 2} if name == "dkd" else {})})
 
 
@@ -296,6 +296,7 @@ def work(rank: int, folder: str) -> None:
         module = criterion(name)
         arguments, extras = halves(name, rank)
         parts = module(*arguments, **extras)
+        module.end_step(1)
         results[name] = (float(parts["loss"]), module.state_dict())
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -322,6 +323,7 @@ def test_two_processes_keep_the_same_state_as_one(tmp_path: Path) -> None:
         whole = criterion(name)
         arguments, extras = halves(name, None)
         whole(*arguments, **extras)
+        whole.end_step(1)
         before = criterion(name).state_dict()
         for key, value in whole.state_dict().items():
             assert torch.equal(results[0][name][1][key], results[1][name][1][key]), (name, key)

@@ -138,6 +138,7 @@ def test_phuong_with_its_rising_temperature() -> None:
         close(parts["loss"].detach(), step["value"])
         (gradient,) = torch.autograd.grad(parts["loss"], student)
         close(gradient[:, 0], step["gradient_of_image_0_per_exit"])
+        module.end_step(1)
 
 
 def crd_inputs() -> tuple[Any, Any, list[Any]]:

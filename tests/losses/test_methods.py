@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from erde.losses.base import ExitSettings, exit_kl, soft_cross_entropy
+from erde.losses.base import Criterion, ExitSettings, exit_kl, soft_cross_entropy
 from erde.losses.dkd import decoupled_kl
 from erde.losses.kd import standardise_logits
 from tests.helpers import oracles
@@ -432,10 +432,18 @@ def test_the_entropy_term_does_not_see_the_controller() -> None:
 # ---------------------------------------------------------------- a network's own exits as teachers
 
 
+def temperatures_of(module: Criterion, student: Tensor, labels: Tensor, steps: int) -> list[float]:
+    temperatures = []
+    for _ in range(steps):
+        temperatures.append(float(module(student, None, labels)["temperature"]))
+        module.end_step(1)
+    return temperatures
+
+
 def test_phuongs_temperature_rises_while_the_last_exit_is_too_sure() -> None:
     student, _, labels = sample()
     module = build("phuong")
-    temperatures = [float(module(3 * student, None, labels)["temperature"]) for _ in range(60)]
+    temperatures = temperatures_of(module, 3 * student, labels, 60)
     rises = sum(b > a for a, b in itertools.pairwise(temperatures))
     assert temperatures[0] == 1
     assert temperatures[1] == pytest.approx(1.05)
@@ -448,9 +456,24 @@ def test_phuongs_temperature_rises_while_the_last_exit_is_too_sure() -> None:
 def test_phuongs_knobs_of_the_temperature() -> None:
     student, _, labels = sample()
     module = build({"name": "phuong", "start_temperature": 2.0, "growth": 1.5, "confidence": 1.0})
-    assert [float(module(student, None, labels)["temperature"]) for _ in range(2)] == [2.0, 2.0]
+    assert temperatures_of(module, student, labels, 2) == [2.0, 2.0]
     module = build({"name": "phuong", "start_temperature": 2.0, "growth": 1.5, "confidence": 0.0})
-    assert [float(module(student, None, labels)["temperature"]) for _ in range(2)] == [2.0, 3.0]
+    assert temperatures_of(module, student, labels, 2) == [2.0, 3.0]
+
+
+def test_phuongs_temperature_rises_by_the_whole_batch() -> None:
+    student, _, labels = sample()
+    half = len(labels) // 2
+    # The first half's answers are as sure as can be, the second's are not sure at all.
+    student = student.clone()
+    student[-1, :half] *= 1000
+    student[-1, half:] = 0
+    for confidence, rises in ((0.5, True), (0.7, False)):
+        module = build({"name": "phuong", "growth": 1.5, "confidence": confidence})
+        for rows in (slice(0, half), slice(half, 2 * half)):
+            assert float(module(student[:, rows], None, labels[rows])["temperature"]) == 1
+        module.end_step(2)
+        assert float(module.state_dict()["annealed_temperature"]) == (1.5 if rises else 1.0)
 
 
 @pytest.mark.parametrize("loss", [phuong_loss, byot_loss, exit_ensemble_loss])

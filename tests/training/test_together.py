@@ -18,7 +18,10 @@ from erde.losses import cross_entropy_loss
 from erde.losses.base import exit_cross_entropy
 from erde.networks import checkpoint
 from erde.networks.network import EarlyExitNetwork
+from erde.recipe.losses import resolve_loss
+from erde.recipe.schema import DistillationConfig
 from erde.training import parallel
+from erde.training.api import build_criterion
 from erde.training.job import FINAL, Job
 from erde.training.learner import Learner
 from erde.training.loop import train_network, train_together
@@ -159,6 +162,16 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(parts: int, digits: Data
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6)
         assert gradient.abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_phuongs_temperature_rises_once_a_step(parts: int, digits: DataSplits) -> None:
+    network = plain_network()
+    # At so low a temperature the last exit is always too sure.
+    loss = resolve_loss({"name": "phuong", "start_temperature": 0.1, "confidence": 0.2})
+    criterion = build_criterion(loss, DistillationConfig(), network, None, digits)
+    train_network(make_job(digits, criterion, network=network, epochs=1, accumulate=parts))
+    assert float(criterion.state_dict()["annealed_temperature"]) == pytest.approx(0.1 * 1.05**STEPS)
 
 
 def test_parts_keep_their_rows_together(digits: DataSplits) -> None:

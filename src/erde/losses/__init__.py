@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from erde.losses.base import ExitSettings
+from erde.losses.base import Criterion, ExitSettings
 from erde.losses.byot import BYOTLoss, byot_loss
 from erde.losses.crd import CRDLoss
 from erde.losses.cross_entropy import CrossEntropyLoss, cross_entropy_loss
@@ -20,7 +18,7 @@ from erde.losses.phuong import PhuongLoss, phuong_loss
 from erde.recipe.losses import LossConfig
 
 # The criterion of each loss of ``erde.recipe.losses.LOSSES``, from its keys and the settings that all arms share.
-CRITERIA: dict[str, Callable[[Any, ExitSettings], nn.Module]] = {
+CRITERIA: dict[str, Callable[[Any, ExitSettings], Criterion]] = {
     "ce": CrossEntropyLoss,
     "kd": KDLoss,
     "erde": ERDELoss,
@@ -33,7 +31,7 @@ CRITERIA: dict[str, Callable[[Any, ExitSettings], nn.Module]] = {
 }
 
 
-def build_loss(config: LossConfig, settings: ExitSettings) -> nn.Module:
+def build_loss(config: LossConfig, settings: ExitSettings) -> Criterion:
     """The criterion of an arm: ``criterion(student_logits, teacher_logits, labels, **extras) -> dict``."""
     return CRITERIA[config.name](config, settings)
 

@@ -87,6 +87,9 @@ class Criterion(nn.Module):
         self.register_buffer("alpha", torch.tensor(settings.alpha), persistent=False)
         self.register_buffer("exit_weights", torch.tensor(settings.exit_weights), persistent=False)
 
+    def end_step(self, parts: int) -> None:
+        """Called after each step of the optimiser in training; its batch came in so many ``parts``, each by a call."""
+
 
 # A criterion has the settings on the network's device, where a step need not bring them first.
 Settings = ExitSettings | Criterion

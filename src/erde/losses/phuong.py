@@ -57,23 +57,31 @@ class PhuongLoss(Criterion):
 
     config: PhuongConfig
     annealed_temperature: Tensor
+    sureness: Tensor
 
     def __init__(self, config: PhuongConfig, settings: ExitSettings) -> None:
         super().__init__(config, settings)
         self.register_buffer("annealed_temperature", torch.tensor(config.start_temperature))
+        # The sum over the parts of a step; 0 between two steps, so no checkpoint needs it.
+        self.register_buffer("sureness", torch.tensor(0.0), persistent=False)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
     ) -> dict[str, Tensor]:
         """The loss and its parts; ``temperature`` (scalar) is the one of this step. Ignores a teacher."""
-        # A copy: autograd keeps what it divides by, and the buffer changes below.
+        # A copy: it is given away, and the buffer changes at the step's end.
         temperature = self.annealed_temperature.clone()
         parts = phuong_loss(student_logits, labels, self.config, self, temperature)
         if self.training:
             with torch.no_grad():
                 surest = (at_least_float32(student_logits[-1]) / temperature).softmax(dim=-1).amax(dim=-1)
-                too_sure = gather_ranks(surest.mean()[None]).mean() > self.config.confidence
-                self.annealed_temperature.copy_(
-                    torch.where(too_sure, temperature * self.config.growth, temperature)
-                )
+                self.sureness += surest.mean()
         return {**parts, "temperature": temperature}
+
+    @torch.no_grad()
+    def end_step(self, parts: int) -> None:
+        """Raise the temperature if the last exit was too sure of the batch."""
+        too_sure = gather_ranks(self.sureness[None]).mean() / parts > self.config.confidence
+        temperature = self.annealed_temperature
+        temperature.copy_(torch.where(too_sure, temperature * self.config.growth, temperature))
+        self.sureness.zero_()

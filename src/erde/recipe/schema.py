@@ -203,8 +203,9 @@ class TrainConfig(Section):
     gamma: Positive = 0.1
     """For `step`: the factor at each milestone."""
     accumulate: Count = 1
-    """Compute each batch in this many parts, for less memory. The gradient is the same, except that batch norm sees one
-    part at a time."""
+    """Compute each batch in this many parts, for less memory. The gradient is the same but for what sees one part at a
+    time: batch norm, `image_weights: reached`, and the losses that keep what they have seen, `crd` and, with
+    `warmup_epochs`, `dkd`."""
     ema: OpenShare | None = None
     """Decay of a moving average of the weights, which becomes the trained network."""
     gradient_clip: Positive | None = None

@@ -19,7 +19,7 @@ from erde.common.files import make_folder
 from erde.common.history import Epoch, Health
 from erde.data.batches import Batch, TrainBatches
 from erde.losses import cross_entropy_loss
-from erde.losses.base import reach_weights
+from erde.losses.base import Criterion, reach_weights
 from erde.networks import checkpoint
 from erde.networks.gradients import scale_gradient
 from erde.networks.heads import reset_head
@@ -229,6 +229,8 @@ class Learner:
                 [*self.network.parameters(), *self.criterion.parameters()], config.gradient_clip
             )
         self.optimizer.step()
+        if isinstance(self.criterion, Criterion) and self.phase.name != "backbone":
+            self.criterion.end_step(config.accumulate)
         if self.average is not None:
             self._update_average()
         self.position = (self.position[0], self.position[1] + 1)
