@@ -283,9 +283,9 @@ class TeacherConfig(NetworkConfig):
     disjoint: bool = False
     """Take the teacher's images from outside `data.train_subset`, which must then be set."""
     cross_fit: Annotated[int, Field(ge=2)] | None = None
-    """Divide the train images into this many parts, and train one more teacher for each part on the others. For losses
-    that need a teacher's answers to images that it did not see (`erde` with `wrong_test: held_out`). The parts are cut by
-    image, whatever `data.group` is."""
+    """Divide the train images into this many parts, every class evenly, and train one more teacher for each part on the
+    others. For losses that need a teacher's answers to images that it did not see (`erde` with `wrong_test: held_out`).
+    The parts are cut by image, whatever `data.group` is."""
     cache: bool | str = False
     """Keep the teacher's answers to each view of each image on disk. `true`: in `<run>/teacher-cache`. A folder: runs
     can share it."""
