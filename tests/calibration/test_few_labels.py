@@ -26,6 +26,7 @@ from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule, decide, take_exit
 from erde.runtime.session import Session
 from tests.helpers.checks import user_error
+from tests.helpers.hand_made_bundle import pixel_bundle
 
 RULE = ExitRule("margin")
 SETTINGS = Settings(max_risks=(0.1,), confidence=0.8)
@@ -282,10 +283,88 @@ def test_filled_files_that_are_refused(
     ask.write_bytes(b"\xff\xfe\x00a")
     refused("ask.csv is not a CSV file in UTF-8")
     write(ask, rows)
-    shutil.copy(folder / rows[1]["image"], folder / rows[0]["image"])
-    refused(f"ask.csv, line 2: {rows[0]['image']} has changed or is gone since its label was asked for")
+    ask.write_text("image,sha256,label\n")
+    refused(f"ask.csv has no row for {len(rows)} of the images whose label is needed")
+    write(ask, rows)
+    changed = (folder / rows[0]["image"]).read_bytes()
+    (folder / rows[0]["image"]).write_bytes(changed + b"0")
+    refused(f"ask.csv, line 2: {rows[0]['image']} has changed since its label was asked for")
     ask.unlink()
     refused("ask.csv cannot be read: No such file")
+
+
+@pytest.fixture(scope="module")
+def agreeing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A bundle, and 80 images without labels on which all of its exits agree."""
+    from PIL import Image
+
+    scratch = tmp_path_factory.mktemp("agreeing")
+    folder = scratch / "pool"
+    folder.mkdir()
+    generator = np.random.default_rng(3)
+    for number in range(80):
+        row = generator.integers(0, 256, 5, dtype=np.uint8)
+        row[-1] = 0
+        Image.fromarray(np.stack([row] * 3)).save(folder / f"{number}.png")
+    return pixel_bundle(scratch / "bundle"), folder
+
+
+def test_where_all_exits_agree_no_label_is_needed(
+    agreeing: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", [])
+    bundle, folder = map(str, agreeing)
+    ask, out = tmp_path / "ask.csv", tmp_path / "new"
+    options = ("calibrate", bundle, "--data", folder, "--max-risk", "10%", "--confidence", "80%")
+    assert run(*options, "--labels-out", str(ask)) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"labels: 0 of 40 certify images need one; give {ask} as it is with --labels and the same options"
+        in said
+    )
+    assert run(*options, "--labels", str(ask), "--out", str(out)) == 0
+    (certificate,) = [point.certificate for point in read(out).operating_points if point.certificate]
+    assert (certificate.lost, certificate.images, certificate.guarantee) == (0, 40, "risk")
+
+
+def test_too_few_images_are_refused_before_a_label_is_asked_for(
+    agreeing: tuple[Path, Path], tmp_path: Path
+) -> None:
+    message = "40 images to certify on: a promise of 1 % with 90 % confidence needs 230 at the least"
+    for max_risks in ((0.01,), (0.001, 0.01)):
+        with user_error(message):
+            ask_for_labels(*agreeing, tmp_path / "ask.csv", Settings(max_risks=max_risks))
+    with user_error("40 images to certify on: a promise of 1 % in expectation needs 99 at the least"):
+        ask_for_labels(
+            *agreeing, tmp_path / "ask.csv", Settings(max_risks=(0.01,), guarantee="expected_risk")
+        )
+    assert not (tmp_path / "ask.csv").exists()
+    # A risk that they can certify is enough.
+    ask_for_labels(*agreeing, tmp_path / "ask.csv", Settings(max_risks=(0.01, 0.1)))
+
+
+def test_rows_of_other_images_do_no_harm(
+    tiny_bundle: Path, photos: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    folder, truth = Path(shutil.copytree(photos[0], tmp_path / "pool")), photos[1]
+    ask, joined = tmp_path / "ask.csv", tmp_path / "joined.csv"
+    ask_for_labels(tiny_bundle, folder, ask, SETTINGS)
+    rows = fill(ask, truth)
+    # Another folder's file, joined with its heading: its classes may be others.
+    others = [{"image": "other.png", "sha256": "0" * 64, "label": "eleven"}]
+    write(joined, [*others, {name: name for name in rows[0]}, *rows])
+    alone, with_others = (
+        recalibrate_with_labels(tiny_bundle, folder, labels, tmp_path / labels.stem, SETTINGS).points
+        for labels in (ask, joined)
+    )
+    assert alone == with_others
+    # An image of the list that is gone makes another pool, whose labels were not asked for.
+    (folder / rows[0]["image"]).unlink()
+    with user_error("has no row for .* the images, the bundle or an option have changed since"):
+        recalibrate_with_labels(tiny_bundle, folder, ask, tmp_path / "gone", SETTINGS)
 
 
 def test_pools_that_are_refused(tmp_path: Path) -> None:

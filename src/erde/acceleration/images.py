@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from erde.calibration.certificates import images_needed
+from erde.calibration.certificates import check_enough
 from erde.calibration.labelled_images import TuneAndCertify, distinct_files, set_fingerprint
 from erde.calibration.settings import Settings
 from erde.chains.cascading import Images, is_labelled
@@ -173,13 +173,7 @@ def _check_enough(train: int, certify: int, max_risk: float) -> None:
             f"{train:,} images to train on: a front needs {FEWEST_IMAGES:,} or more, and gets better with tens of thousands; "
             "no labels are needed"
         )
-    confidence = Settings().confidence
-    needed = images_needed(max_risk, confidence)
-    if certify < needed:
-        raise UserError(
-            f"{certify:,} images to certify on: a promise of {100 * max_risk:g} % with {100 * confidence:g} % "
-            f"confidence needs {needed:,} at the least. Give more images, or a larger --max-risk"
-        )
+    check_enough(certify, [max_risk], Settings().confidence)
 
 
 def decode(paths: Sequence[Path], shape: tuple[int, int, int]) -> Pixels:

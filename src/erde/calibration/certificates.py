@@ -18,6 +18,7 @@ careful end, and the last point before the first one that fails is certified. Fo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,6 +28,7 @@ from scipy.special import bdtr
 from scipy.stats import beta, binom, norm
 
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, sweep
+from erde.common.errors import UserError
 from erde.policy import rule as policy
 from erde.policy.points import Certificate, Guarantee, Reference
 
@@ -194,6 +196,21 @@ def images_needed(max_risk: float, confidence: float, guarantee: Guarantee = "ri
         return next(images for images in range(fewest, fewest + 4) if 1 / (images + 1) <= max_risk)
     # With none lost the test of the net drop is that of the risk.
     return math.ceil(math.log(1 - confidence) / math.log1p(-max_risk))
+
+
+def check_enough(
+    images: int, max_risks: Sequence[float], confidence: float, guarantee: Guarantee = "risk"
+) -> None:
+    """Raise a :class:`UserError` if the certify images are too few for every one of ``max_risks``."""
+    largest = max(max_risks)
+    needed = images_needed(largest, confidence, guarantee)
+    if images >= needed:
+        return
+    sure = "in expectation" if guarantee == "expected_risk" else f"with {100 * confidence:g} % confidence"
+    raise UserError(
+        f"{images:,} images to certify on: a promise of {100 * largest:g} % {sure} needs {needed:,} at the least. Give "
+        "more images, or a larger --max-risk"
+    )
 
 
 def certify(

@@ -196,14 +196,15 @@ def read_label_file(
 ) -> tuple[dict[str, int], dict[str, str]]:
     """SHA-256 to label (``UNKNOWN`` where it was left empty) of a filled CSV, and SHA-256 to image name.
 
-    ``digests`` has the SHA-256 of each image of the pool by its name, as in the file.
+    ``digests`` has the SHA-256 of each image of the pool by its name, as in the file. Rows of other images are skipped.
 
     Raises:
         UserError: no such file, another format, a label that is no class, two labels for one image, an image that
-            has changed or is gone.
+            has changed.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")))
+        rows = list(reader)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; --labels-out FILE writes such a file"
@@ -222,11 +223,13 @@ def read_label_file(
                 f"{path}, line {number}: expected the columns {','.join(COLUMNS)}, as --labels-out wrote them"
             )
         image, digest, label = (str(value).strip() for value in values)
-        if digests.get(image, digest) != digest or digest not in known:
+        if digests.get(image, digest) != digest:
             raise UserError(
-                f"{path}, line {number}: {image} has changed or is gone since its label was asked for: put it back, or ask "
-                "again with --labels-out"
+                f"{path}, line {number}: {image} has changed since its label was asked for: put it back, or ask again with "
+                "--labels-out"
             )
+        if digest not in known:
+            continue  # of another folder, or gone: the caller looks whether a row is missing
         if label and label not in classes:
             raise UserError(
                 f"{path}, line {number}: '{label}' is not a class of this bundle{nearest(label, classes)}; leave it empty where "
@@ -236,7 +239,8 @@ def read_label_file(
         if labels.setdefault(digest, value) != value:
             raise UserError(f"{path}, line {number}: {image} has two labels: keep the right one")
         names[digest] = image
-    if not rows:
+    # Where no label is needed there is nothing but the heading.
+    if not set(COLUMNS) <= set(reader.fieldnames or ()):
         raise UserError(
             f"{path} has no rows: expected the columns {','.join(COLUMNS)}, as --labels-out wrote them"
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from erde.bundle.manifest import Manifest
 from erde.calibration.bundles import calibrate_bundle, check_exits, seal_calibrated
+from erde.calibration.certificates import check_enough
 from erde.calibration.checks import Request, check_reuse
 from erde.calibration.few_labels import UNKNOWN, FewLabels, read_label_file, write_label_file
 from erde.calibration.labelled_images import Unlabelled, load_tune_and_certify, load_unlabelled
@@ -114,6 +115,8 @@ class _Waiting:
         progress.say(
             f"data: {len(images.tune):,} images to tune, {len(images.certify):,} to certify, no labels{copies}"
         )
+        # No label could help, and scoring the images may take long.
+        check_enough(len(images.certify), settings.max_risks, settings.confidence, settings.guarantee)
         few = FewLabels.of(
             session.all_logits(images.tune),
             session.all_logits(images.certify),

@@ -326,10 +326,15 @@ def _ask_for_labels(
     from erde.calibration.recalibration import ask_for_labels
 
     listed, images = ask_for_labels(bundle, data, labels_out, settings, share, seed, labels)
-    print(
-        f"labels: {listed:,} of {images:,} certify images need one; fill the column 'label' of {labels_out}, then give it with "
-        "--labels and the same options"
-    )
+    if listed:
+        print(
+            f"labels: {listed:,} of {images:,} certify images need one; fill the column 'label' of {labels_out}, then give it "
+            "with --labels and the same options"
+        )
+    else:
+        print(
+            f"labels: 0 of {images:,} certify images need one; give {labels_out} as it is with --labels and the same options"
+        )
     finish(as_json, {"labels_out": str(labels_out), "asked": listed, "certify_images": images})
 
 
