@@ -115,7 +115,8 @@ def test_an_out_folder_beneath_a_regular_file(refused: Refused, tmp_path: Path) 
 def test_a_folder_that_holds_something_else(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("", encoding="utf-8")
-    assert "not empty" in refused("run", "digits", "--out", "thesis")
+    words = "thesis is not empty: it holds other files: choose another folder with --out"
+    assert words in refused("run", "digits", "--out", "thesis")
 
 
 def test_a_bundle_with_a_changed_byte(refused: Refused, tiny_bundle: Path, tmp_path: Path) -> None:

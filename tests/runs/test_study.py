@@ -22,6 +22,7 @@ from erde.recipe.study import StudyConfig, load_study
 from erde.runs.study import run_study, taught_by
 from erde.training import loop
 from tests.e2e.conftest import erde, erde_process
+from tests.helpers.checks import entries
 from tests.helpers.hand_made_runs import cut_at, hand_made_run
 from tests.runtime.test_predict_shards import children
 
@@ -119,6 +120,13 @@ def test_a_missing_file_and_a_full_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no study at"):
         load_study(tmp_path / "none.yaml")
     (tmp_path / "note.txt").touch()
+    for resume in (False, True):  # --resume would train among them
+        with pytest.raises(
+            UserError, match="is not empty: it holds other files: choose another folder with --out"
+        ):
+            run_study(TINY, tmp_path, resume=resume)
+        assert entries(tmp_path) == ["note.txt"]
+    (tmp_path / "seed3").mkdir()
     with pytest.raises(UserError, match="is not empty: continue it with --resume"):
         run_study(TINY, tmp_path)
 

@@ -161,8 +161,8 @@ def _check_cache_folder(config: Config, saved: Path) -> None:
 def _check_empty(folder: Path) -> None:
     # A start that was killed leaves its lock's file, and perhaps half of config.yaml.
     if folder.is_dir() and any(path.name != LOCK and not is_leftover(path) for path in folder.iterdir()):
-        advice = "continue it with --resume" if (folder / CONFIG).is_file() else "it holds other files"
-        raise UserError(f"{folder} is not empty: {advice}, or choose another folder with --out")
+        advice = "continue it with --resume, or" if (folder / CONFIG).is_file() else "it holds other files:"
+        raise UserError(f"{folder} is not empty: {advice} choose another folder with --out")
     check_folder(folder)
 
 

@@ -64,8 +64,7 @@ def run_study(
     folder = Path(folder)
     _check_processes("study", ray)
     configs = {seed: study.config(seed, overrides) for seed in study.seeds}
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: continue it with --resume, or choose another with --out")
+    _check_place(study, folder, resume)
     make_folder(folder)
     measured: dict[int, dict[str, ArmSeed]] = {}
     with closing(_finish_seeds(study, configs, folder, workers, ray)) as finished:
@@ -78,6 +77,17 @@ def run_study(
             summary.write(folder / STUDY)
             write_text(folder / TEXT, study_text(summary))
     return summary
+
+
+def _check_place(study: StudyConfig, folder: Path, resume: bool) -> None:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    # A start that was killed may have left no more than the first seed's folder.
+    begun = (folder / STUDY).is_file() or any(run_place(folder, seed).is_dir() for seed in study.seeds)
+    if not begun:
+        raise UserError(f"{folder} is not empty: it holds other files: choose another folder with --out")
+    if not resume:
+        raise UserError(f"{folder} is not empty: continue it with --resume, or choose another with --out")
 
 
 def _finish_seeds(
