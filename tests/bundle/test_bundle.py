@@ -332,8 +332,8 @@ def nested(depth: int) -> list[Any]:
 HARM = {"bias": 0.0, "weights": [0.0] * 6, "class_weights": [0.0] * 10}
 
 FORGERIES: dict[str, tuple[Edit, str]] = {
-    "newer version": (set_at("format_version", to=4), "format version 4, this erde reads 3: install"),
-    "version as text": (set_at("format_version", to="2"), "format version '2', this erde reads 3"),
+    "newer version": (set_at("format_version", to=4), "format version 4, this erde reads 2 and 3: install"),
+    "version as text": (set_at("format_version", to="2"), "format version '2', this erde reads 2 and 3"),
     "unknown key": (set_at("extra", to=1), "not valid at extra: Extra inputs"),
     "unknown deep key": (set_at("stages", 0, "extra", to=1), r"not valid at stages\.0\.extra"),
     "missing key": (lambda value: value.pop("classes"), "not valid at classes: Field required"),
@@ -343,7 +343,7 @@ FORGERIES: dict[str, tuple[Edit, str]] = {
     "classes": (set_at("classes", to=["a", "b"]), "logits are not 3 exits x 2 images x 2 classes"),
     "precision": (set_at("precision", to="int4"), "not valid at precision"),
     "score": (set_at("score", to="entrophy"), r"unknown score 'entrophy' \(did you mean 'entropy'\?\)"),
-    "older version": (set_at("format_version", to=1), "format version 1, this erde reads 3"),
+    "older version": (set_at("format_version", to=1), "format version 1, this erde reads 2 and 3"),
     "ensemble": (set_at("ensemble", to="sum"), "not valid at ensemble"),
     "harm without parameters": (set_at("score", to="harm"), "score_parameters belong to the score 'harm'"),
     "parameters without harm": (

@@ -589,5 +589,7 @@ def test_without_the_onnx_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return real(name, *rest, **others)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with user_error('needs the onnx package, which is not installed: pip install "erde\\[analysis\\]"'):
+    with user_error(
+        'ONNX files are read and written by the onnx package, which is not installed: pip install "erde\\[analysis\\]"'
+    ):
         read_classifier(path, PLAIN)

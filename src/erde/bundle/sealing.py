@@ -98,7 +98,8 @@ def read_manifest(folder: Path) -> Manifest:
     version = value.get("format_version")
     if version not in READABLE_VERSIONS:
         raise UserError(
-            f"bundle {folder} has format version {in_one_line(repr(version))}, this erde reads {FORMAT_VERSION}: "
+            f"bundle {folder} has format version {in_one_line(repr(version))}, this erde reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: "
             "install the erde that wrote it, or export it again"
         )
     try:

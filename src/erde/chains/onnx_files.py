@@ -33,7 +33,8 @@ def import_onnx() -> Any:
         import onnx.version_converter
     except ImportError as error:
         raise UserError(
-            'reading ONNX files of other tools needs the onnx package, which is not installed: pip install "erde[analysis]"'
+            "ONNX files are read and written by the onnx package, which is not installed: "
+            'pip install "erde[analysis]"'
         ) from error
     return onnx
 
