@@ -289,12 +289,20 @@ def test_a_trial_is_longer_where_there_is_time() -> None:
     assert [trial_epochs(minutes) for minutes in (2, 60, 600)] == [2, 12, 15]
 
 
+def test_numbers_out_of_range(tmp_path: Path) -> None:
+    model = tmp_path / "none.onnx"
+    for minutes in (float("inf"), 1e300):
+        with user_error(f"{minutes} minutes: expected a finite number".replace("+", "[+]")):
+            accelerate(model, tmp_path, tmp_path / "out", minutes=minutes)
+    for seed in (-1, 2**64):
+        with user_error(f"the seed is {seed}, expected a whole number from 0 to 2,147,483,647"):
+            accelerate(model, tmp_path, tmp_path / "out", seed=seed)
+
+
 def test_what_is_refused(
     big: Path, photos: Path, tiny_bundle: Path, digits: DataSplits, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with user_error("inf minutes: expected a finite number"):
-        accelerate(big, photos, out, minutes=float("inf"))
     for risk in (0.0, 1.0, -0.1):
         with user_error(r"max_risks\.0: expected (greater than 0|less than 1)"):
             accelerate(big, tmp_path / "none", out, max_risk=risk)

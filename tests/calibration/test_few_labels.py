@@ -372,6 +372,8 @@ def test_pools_that_are_refused(tmp_path: Path) -> None:
         load_unlabelled(tmp_path / "none", (8, 8, 1))
     with user_error("0 images below .*: calibration needs two or more"):
         load_unlabelled(tmp_path, (8, 8, 1))
+    with user_error("the seed is -1, expected a whole number from 0 to 2,147,483,647"):
+        load_unlabelled(tmp_path, (8, 8, 1), seed=-1)
 
 
 def run(*arguments: str) -> int:

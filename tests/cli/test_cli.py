@@ -449,6 +449,38 @@ def test_bad_arguments_of_bundle_commands(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option", "number"),
+    [
+        ((*command, *needed), option, number)
+        for command, needed, option, numbers in (
+            (("bench", "x"), (), "--seed", ("-1", "2147483648")),
+            (("cascade", "x"), ("--data", "x", "--out", "y"), "--seed", ("-1", "2147483648")),
+            (("accelerate", "x"), ("--images", "x", "--out", "y"), "--seed", ("-1", "18446744073709551616")),
+            (("calibrate", "x"), (), "--seed", ("-1", "2147483648")),
+            (("predict", "x"), (), "--batch-size", ("0", "10000000000000000000")),
+            (("bench", "x"), (), "--images", ("0", "10000000000000000000")),
+            (("bench", "x"), (), "--rounds", ("1", "10000000000000000000")),
+            (("bundle", "profile", "x"), (), "--rounds", ("0", "10000000000000000000")),
+            (("serve", "x"), (), "--max-batch", ("0", "10000000000000000000")),
+            (("serve", "x"), (), "--max-queue", ("-1", "10000000000000000000")),
+        )
+        for number in numbers
+    ],
+)
+def test_a_number_out_of_range(
+    arguments: tuple[str, ...],
+    option: str,
+    number: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, err = run(monkeypatch, capsys, *arguments, option, number)
+    assert code == 2
+    assert f"Invalid value for '{option}'" in err
+    assert err.count("\n") == 1
+
+
 # ---------------------------------------------------------------- version, help, completion
 
 

@@ -17,6 +17,7 @@ from erde.common.images import to_array
 from erde.common.splits import TrainSplit
 from erde.data.load import load_data, load_splits, stratified_order
 from erde.recipe.schema import DataConfig
+from tests.helpers.checks import user_error
 from tests.helpers.image_sets import load, parts, picture, png, write_set, write_split
 
 torch.set_num_threads(1)
@@ -66,6 +67,11 @@ def test_every_stretch_of_the_stratified_order_is_stratified(seed: int) -> None:
     # Random all the same: not the order of the rows within a class.
     first = order[labels[order] == 0]
     assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.2
+
+
+def test_a_seed_out_of_range() -> None:
+    with user_error("the seed is -1, expected a whole number from 0 to 2,147,483,647"):
+        load_data("digits", channels=1, seed=-1, **DIGITS)
 
 
 def test_splits_are_decided_by_the_seed() -> None:

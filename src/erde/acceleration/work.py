@@ -42,7 +42,7 @@ from erde.chains.networks import Network, bundle_network, open_network
 from erde.chains.preprocessing import Preprocessing
 from erde.common import progress
 from erde.common.environment import erde_version
-from erde.common.errors import UserError
+from erde.common.errors import UserError, check_seed
 from erde.common.files import (
     Lock,
     is_leftover,
@@ -146,6 +146,7 @@ def accelerate(
     settings = _settings(max_risk)  # as the next: what is wrong is said before hours of work
     resolve_loss(loss)
     check_minutes(minutes)
+    check_seed(seed)
     if isinstance(model, nn.Module):
         with as_onnx_file(model, preprocessing) as (path, preprocessing):
             return accelerate(

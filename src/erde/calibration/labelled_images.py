@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from erde.common.errors import UserError, listed, nearest
+from erde.common.errors import UserError, check_seed, listed, nearest
 from erde.common.images import SUFFIXES, load_image, read_file
 from erde.common.splits import CertifySplit, Images, Labels, TuneSplit
 
@@ -76,7 +76,7 @@ def load_unlabelled(
     Raises:
         UserError: no such folder, fewer than two images.
     """
-    _check_share(tune_share)
+    _check_split(tune_share, seed)
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}: expected images")
     by_digest, copies = distinct_files(folder)
@@ -121,7 +121,8 @@ def set_fingerprint(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def _check_share(tune_share: float) -> None:
+def _check_split(tune_share: float, seed: int) -> None:
+    check_seed(seed)
     if not 0 < tune_share < 1:
         raise UserError(f"the tune share must lie between 0 and 1 (0 % and 100 %), got {tune_share:g}")
 
@@ -132,7 +133,7 @@ def halves(labels: Labels, tune_share: float, seed: int) -> tuple[NDArray[np.int
     On average each class gives its share to both parts, however rare it is: a part that rare classes are missing
     from would make the certificate lean one way.
     """
-    _check_share(tune_share)
+    _check_split(tune_share, seed)
     generator = np.random.default_rng(seed)
     tune, certify = [], []
     for label in np.unique(labels):

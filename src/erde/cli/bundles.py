@@ -12,10 +12,10 @@ import typer
 
 from erde.cli.options import Bundle, Engine, Json, finish
 from erde.cli.show import show_calibrated
-from erde.common.errors import UserError, printable
+from erde.common.errors import MAX_SEED, UserError, printable
 
-# More than any machine has.
-MAX_THREADS = 1024
+# More than any machine has, and more than anybody waits for.
+MAX_THREADS, MAX_IMAGES, MAX_ROUNDS = 1024, 1_000_000, 1_000_000
 
 bundle_app = typer.Typer(no_args_is_help=True, help="Verify, describe and compare bundles.")
 
@@ -44,7 +44,7 @@ def predict(
         float | None,
         typer.Option(help="The same, as milliseconds per batch, by the profile.json in the bundle's folder."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Images at a time.")] = 32,
     threads: Annotated[
         int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads; 1 per worker for shards.")
     ] = None,
@@ -127,9 +127,11 @@ def bench(
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images per call.")] = "1,8,32,128",
     threads: Annotated[str, typer.Option(help="CPU threads.")] = "1,2",
-    rounds: Annotated[int, typer.Option(min=2, help="Rounds in which all take turns.")] = 20,
-    images: Annotated[int, typer.Option(min=1, help="Images to draw from.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the draw of images and of the order of turns.")] = 0,
+    rounds: Annotated[int, typer.Option(min=2, max=MAX_ROUNDS, help="Rounds in which all take turns.")] = 20,
+    images: Annotated[int, typer.Option(min=1, max=MAX_IMAGES, help="Images to draw from.")] = 2000,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the draw of images and of the order of turns.")
+    ] = 0,
     engine: Annotated[
         list[str] | None,
         typer.Option(
@@ -204,7 +206,7 @@ def cascade(
     tune_share: Annotated[
         str | None, typer.Option(help="Of the images, for tune, 50% without it; the rest certifies.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split into tune and certify.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the split into tune and certify.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Put networks that exist already one behind another, and certify how often their answers change. No training.
@@ -262,7 +264,9 @@ def accelerate(
         Path | None, typer.Option(help="A text file with a class name per line, in the order of the logits.")
     ] = None,
     loss: Annotated[str, typer.Option(help="By which the front is trained; erde list losses.")] = "kd",
-    seed: Annotated[int, typer.Option(min=0, help="Of the split, the first weights and the data order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the split, the first weights and the data order.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what was stopped.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -369,7 +373,7 @@ def bundle_profile(
         int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads, as the bundle will run with.")
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Images per call.")] = "1,2,4,8,16,32",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, max=MAX_ROUNDS, help="Rounds; the median counts.")] = 30,
     engine: Engine = "onnxruntime",
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 from erde.cli.options import Json, finish
 from erde.cli.show import show_calibrated, show_results
 from erde.common.environment import check_one_process
-from erde.common.errors import UserError, nearest
+from erde.common.errors import MAX_SEED, UserError, nearest
 
 if TYPE_CHECKING:
     from erde.policy.points import Precision
@@ -151,7 +151,9 @@ def calibrate(
     no_exit_macs: Annotated[
         float | None, typer.Option(help="For logits: MACs of the network without exits.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the split into tune and certify.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Of the split into tune and certify.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Choose thresholds on one part of the images and certify them on the other.

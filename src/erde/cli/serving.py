@@ -31,9 +31,11 @@ def serve(
             min=1, max=1024, help="Requests answered at once; CPUs divided by --threads without it."
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Images in a request; more are refused.")] = 32,
+    max_batch: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Images in a request; more are refused.")
+    ] = 32,
     max_queue: Annotated[
-        int, typer.Option(min=0, help="Requests that may wait; more are told to come back.")
+        int, typer.Option(min=0, max=1_000_000, help="Requests that may wait; more are told to come back.")
     ] = 64,
     max_body: Annotated[int, typer.Option(min=1, max=1024, help="Size of a request, in MiB.")] = 32,
     slo_ms: Annotated[

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 MOST_LISTED = 40
 
 MAX_ERROR = 500
+# What every generator of random numbers takes.
+MAX_SEED = 2**31 - 1
 
 
 class UserError(ValueError):
@@ -16,6 +18,12 @@ class UserError(ValueError):
 
     The command line prints the message and exits with code 2. Everything else that is raised is a bug.
     """
+
+
+def check_seed(seed: int) -> None:
+    """Raise a :class:`UserError` unless 0 <= ``seed`` <= ``MAX_SEED``."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"the seed is {seed}, expected a whole number from 0 to {MAX_SEED:,}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

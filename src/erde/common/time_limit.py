@@ -14,10 +14,14 @@ class TimeIsUpError(BaseException):
     """No error, as an interrupt from the keyboard is none; unfinished files are removed on its way."""
 
 
+# Nineteen years: far beyond it a timer of the system takes no number.
+MAX_MINUTES = 10_000_000
+
+
 def check_minutes(minutes: float) -> None:
-    """Refuse what is no finite number."""
-    if not math.isfinite(minutes):
-        raise UserError(f"{minutes} minutes: expected a finite number")
+    """Refuse what is no finite number, and more than ``MAX_MINUTES``."""
+    if not math.isfinite(minutes) or minutes > MAX_MINUTES:
+        raise UserError(f"{minutes} minutes: expected a finite number, at most {MAX_MINUTES:,}")
 
 
 @contextlib.contextmanager

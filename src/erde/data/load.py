@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from erde.common.errors import UserError
+from erde.common.errors import UserError, check_seed
 from erde.common.progress import say
 from erde.common.splits import CertifySplit, Labels, TestSplit, TrainSplit, TuneSplit
 from erde.data.copies import separate
@@ -85,6 +85,7 @@ def load_data(name: str | os.PathLike[str], *, seed: int = 0, **settings: Any) -
 
     if not isinstance(name, str | os.PathLike):
         raise UserError(f"name is {name!r}: expected the name of a data set or a folder")
+    check_seed(seed)
     return load_splits(validate(DataConfig, {"name": os.fspath(name), **settings}, prefix="data."), seed)
 
 
