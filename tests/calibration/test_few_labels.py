@@ -317,7 +317,7 @@ def test_where_all_exits_agree_no_label_is_needed(
 ) -> None:
     monkeypatch.setattr("sys.argv", [])
     bundle, folder = map(str, agreeing)
-    ask, out = tmp_path / "ask.csv", tmp_path / "new"
+    ask, out = tmp_path / "new" / "ask.csv", tmp_path / "new" / "bundle"
     options = ("calibrate", bundle, "--data", folder, "--max-risk", "10%", "--confidence", "80%")
     assert run(*options, "--labels-out", str(ask)) == 0
     said = capsys.readouterr().out

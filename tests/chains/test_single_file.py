@@ -25,8 +25,9 @@ from erde.networks.network import EarlyExitNetwork
 from erde.policy import rule as policy
 from erde.runtime.session import Session
 from tests.helpers.big_network import MEAN, STD, write_big_network, write_photos
-from tests.helpers.checks import user_error
+from tests.helpers.checks import entries, user_error
 from tests.helpers.command import run_command
+from tests.helpers.hand_made_bundle import convolution_bundle
 
 
 def answers(path: Path, images: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.float32], list[int]]:
@@ -171,6 +172,16 @@ def test_the_command_and_what_is_refused(
     with user_error("answers otherwise than the bundle"):
         write_single_file(bundle_copy, tmp_path / "wrong.onnx", "no-exit")
     assert not (tmp_path / "wrong.onnx").exists()
+
+
+def test_a_new_folder_is_made(tmp_path: Path) -> None:
+    convolution_bundle(tmp_path / "bundle")
+    path = tmp_path / "x" / "y" / "z.onnx"
+    with user_error("no operating point 'risk-7'"):
+        write_single_file(tmp_path / "bundle", path, "risk-7")
+    assert not (tmp_path / "x").exists()
+    write_single_file(tmp_path / "bundle", path)
+    assert entries(path.parent) == ["z.onnx"]
 
 
 def test_a_file_that_is_there_stays(bundle_copy: Path, tmp_path: Path) -> None:

@@ -154,8 +154,8 @@ def test_the_command(
     assert run_command(monkeypatch, "ledger", "ledger.yaml", "--run", "--study", "other") == 0
     assert trained.places[-1] == "other/seed5"
     shutil.rmtree("runs")
-    assert run_command(monkeypatch, "ledger", "ledger.yaml", "--table", "table.md") == 0
-    assert "## Study first" in Path("table.md").read_text()
+    assert run_command(monkeypatch, "ledger", "ledger.yaml", "--table", "new/table.md") == 0
+    assert "## Study first" in Path("new/table.md").read_text()
     capsys.readouterr()
 
     assert run_command(monkeypatch, "ledger", "ledger.yaml", "--study", "firs") == 2

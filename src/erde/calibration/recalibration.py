@@ -19,7 +19,7 @@ from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
 from erde.common import progress
 from erde.common.errors import UserError
-from erde.common.files import check_folder, check_new
+from erde.common.files import check_new, make_folder
 from erde.common.splits import Labels
 from erde.policy.points import Precision
 from erde.recipe.validation import validate
@@ -167,7 +167,7 @@ def ask_for_labels(
         raise UserError(
             f"{labels_out} is there already, perhaps with labels: give another --labels-out, or remove it"
         )
-    check_folder(labels_out.parent)
+    make_folder(labels_out.parent)
     waiting = _Waiting.of(bundle, data, settings, tune_share, seed)
     known = waiting.read(None if labels is None else Path(labels))
     classes = waiting.session.classes

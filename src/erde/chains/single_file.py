@@ -17,7 +17,7 @@ from erde import bundle
 from erde.bundle.manifest import Manifest
 from erde.chains.onnx_files import IR_VERSION, import_onnx, opset_of, serialised
 from erde.common.errors import UserError
-from erde.common.files import check_new, replacing_file
+from erde.common.files import check_new, make_folder, replacing_file
 from erde.policy import rule as policy
 from erde.policy.cost import first_stage
 from erde.policy.points import OperatingPoint
@@ -50,6 +50,7 @@ def write_single_file(
     session = Session(bundle_folder, threads=1)
     manifest = session.manifest
     point = manifest.point(operating_point)
+    make_folder(path.parent)
     stages = [import_onnx().load(str(session.folder / stage.file)) for stage in manifest.stages]
     model = _Single(manifest, point, _at_one_opset(stages)).model()
     content = serialised(model, path)

@@ -301,12 +301,14 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Runs side by side on one page, seeds grouped, with paired intervals where the test images are the same."""
+    from erde.common.files import make_folder
     from erde.evaluation.run_folder import compare_runs, read_results
     from erde.report.compare_page import write_comparison
 
     results = read_results(runs)
     if len(results) < 2:
         raise UserError("give two runs or more to compare")
+    make_folder(out.parent)
     comparisons = compare_runs(runs, results)
     write_comparison(results, out, comparisons)
     print(f"{len(runs)} runs, {len(comparisons)} paired comparisons between them: {out}")

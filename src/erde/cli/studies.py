@@ -89,7 +89,7 @@ def ledger(
     A row is an arm of a study with one seed; its file in --results is all that the tables need.
     """
     from erde.common.errors import UserError, nearest
-    from erde.common.files import write_text
+    from erde.common.files import make_folder, write_text
     from erde.common.time_limit import TimeIsUpError, time_limit
     from erde.evaluation.ledger import Ledger
     from erde.recipe.study import load_ledger
@@ -103,6 +103,8 @@ def ledger(
         config = config.model_copy(
             update={"studies": [planned for planned in config.studies if planned.name in study]}
         )
+    if table is not None:
+        make_folder(table.parent)
     read, finished = Ledger.read(config, results), True
     if run or minutes is not None:
         from erde.runs.study import fill_ledger
