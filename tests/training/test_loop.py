@@ -845,6 +845,8 @@ def test_errors_from_python(digits: DataSplits, monkeypatch: pytest.MonkeyPatch)
         erde.train(network, digits, augmentation={"flips": True})
     with user_error(r"train\.batch_size is 9999"):
         erde.train(network, digits, batch_size=9999)
+    with user_error("the seed is -1, expected a whole number from 0"):
+        erde.train(network, digits, seed=-1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with user_error("torch sees no GPU"):
         erde.train(network, digits, device="cuda")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from erde.common.errors import UserError
+from erde.common.errors import UserError, check_seed
 from erde.common.files import make_folder, write_json
 from erde.common.history import Epoch
 from erde.data.load import DataSplits
@@ -107,6 +107,7 @@ def _fit(
     settings: Mapping[str, Any],
 ) -> list[Epoch]:
     _check(network, teacher, data)
+    check_seed(seed)
     config, resolved = validate(TrainConfig, settings, "train."), resolve_loss(loss)
     check_phases("this training", config, len(network.stages) > 1)
     if config.together:
