@@ -192,7 +192,7 @@ def test_of_two_that_start_the_same_run_the_slower_one_writes_nothing(
 
 def test_a_start_that_was_killed_leaves_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").write_text("of a dead process")
+    (tmp_path / "run" / ".lock").write_text('{"pid": 1}')
     (tmp_path / "run" / ".config.yaml.12345678.partial").write_text("half")
     monkeypatch.setattr("erde.runs.training.check", lambda _: None)
     open_run(recipe(tmp_path), tmp_path / "run", resume=False).close()

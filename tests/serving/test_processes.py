@@ -115,7 +115,11 @@ def test_a_stop_ends_a_process_that_hangs(bundle_a: Path) -> None:
     assert "died" not in err
 
 
-def test_an_interrupt_of_the_whole_group_while_processes_start() -> None:
+def test_an_interrupt_of_the_whole_group_while_processes_start(tmp_path: Path) -> None:
+    # They start slowly: the interrupt comes before they are ready, however busy the machine is.
+    slow = 'import sys, time\nif "--multiprocessing-fork" in sys.orig_argv:\n    time.sleep(10)\n'
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "erde", "serve", "digits-demo", "--processes", "--parallel", "2"]
     process = subprocess.Popen(
         [*command, "--http-port", "0", "--grpc-port", "0"],
@@ -123,11 +127,12 @@ def test_an_interrupt_of_the_whole_group_while_processes_start() -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path},
     )
     try:
         until(lambda: len(processes_of(process.pid)) == 2)
         processes = processes_of(process.pid)
-        time.sleep(0.3)  # they import
+        time.sleep(0.5)  # they import
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=30)
     finally:

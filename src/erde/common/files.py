@@ -303,7 +303,7 @@ def _acquire(path: Path, subject: str) -> BinaryIO:
             break
         file.close()  # its last holder removed it meanwhile
     file.seek(0)
-    if file.read(len(_LOCK)) not in (b"", _LOCK):
+    if not _LOCK.startswith(file.read(len(_LOCK))):
         file.close()
         raise UserError(
             f"{path} is there already and is no lock of erde's: move it away, or choose another place"
