@@ -128,6 +128,8 @@ def test_an_interrupt_of_the_whole_group_while_processes_start(tmp_path: Path) -
         text=True,
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": path},
+        # A job in the background of a script ignores interrupts, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         until(lambda: len(processes_of(process.pid)) == 2)
