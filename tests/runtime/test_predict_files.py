@@ -723,6 +723,12 @@ def test_stopped_in_the_first_batch_leaves_nothing_in_the_way(
             assert entries(out.parent) == [out.name]
 
 
+def write_slow_profile(bundle: Path) -> None:
+    """Times by which one image gets as far as the final exit within 4.5 ms, and two do not."""
+    profile = Session(bundle, threads=1).profile(rounds=1)
+    profile.model_copy(update={"milliseconds": {1: [1.0] * 3, 2: [2.0] * 3}}).write(bundle / PROFILE)
+
+
 def test_with_a_deadline_another_batch_size_is_another_limit(
     digit_files: tuple[list[Path], NDArray[np.uint8]],
     bundle_copy: Path,
@@ -731,8 +737,7 @@ def test_with_a_deadline_another_batch_size_is_another_limit(
 ) -> None:
     paths, _ = digit_files
     out = tmp_path / "some.jsonl"
-    profile = Session(bundle_copy, threads=1).profile(rounds=1)
-    profile.model_copy(update={"milliseconds": {1: [1.0] * 3, 2: [2.0] * 3}}).write(bundle_copy / PROFILE)
+    write_slow_profile(bundle_copy)
     stop_after(1, monkeypatch)
     with pytest.raises(Stopped):
         predict_files(bundle_copy, paths, out, deadline_ms=4.5, batch_size=2, threads=1)
@@ -752,9 +757,7 @@ def test_with_a_deadline_a_resumed_command_answers_as_one_that_was_not_stopped(
     paths, _ = digit_files
     folder, whole, out = tmp_path / "images", tmp_path / "whole.jsonl", tmp_path / "some.jsonl"
     paths[0].write_bytes(b"not an image")
-    profile = Session(bundle_copy, threads=1).profile(rounds=1)
-    # One image would get as far as the final exit, two do not.
-    profile.model_copy(update={"milliseconds": {1: [1.0] * 3, 2: [2.0] * 3}}).write(bundle_copy / PROFILE)
+    write_slow_profile(bundle_copy)
     options: dict[str, Any] = {
         "deadline_ms": 4.5,
         "batch_size": 2,
