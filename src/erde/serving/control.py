@@ -133,15 +133,16 @@ class Controller:
         """
         self._latencies.append((now, latency))
         count, mean, variance = self._computing.get(rung, (0, 0.0, 0.0))
+        share = 1 / (count + 1)
         if computing < mean and now - max(self._answered.values(), default=now) >= WINDOW:
             # A slow moment may be over: a fast answer after a pause counts more. A slow one may be chance. See admits.
-            count = min(count, _KEPT)
+            share = 1 / (min(count, _KEPT) + 1)
         self._answered[rung] = now
         for other, last in list(self._answered.items()):
             if now - last > _FORGOTTEN:
                 # A slow moment at the floor would else shut out what the points in use could answer.
                 del self._answered[other], self._computing[other]
-        share = max(_MEMORY, 1 / (count + 1))
+        share = max(_MEMORY, share)
         # A stall of the machine is to be forgotten soon.
         distance = min(computing, self.objective) - mean
         mean += share * distance
