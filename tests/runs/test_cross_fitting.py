@@ -123,6 +123,19 @@ def test_answers_of_other_folds_are_not_taken_for_todays(tmp_path: Path) -> None
         cross_fitting.keep_logits(folder, lambda: logits, labels)
 
 
+def test_a_run_that_is_trained_needs_no_held_out_answers(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", "teacher.disjoint=false", "teacher.train_subset=100", "teacher.cross_fit=2")
+    train(run)
+    distill(run)
+    # As an earlier version left it.
+    path = run.arm_folder(TEACHER) / cross_fitting.HELD_OUT
+    checkpoint.save(path, {"logits": checkpoint.load(path)[0]["logits"]}, {})
+    distill(run)
+    (run.checkpoints("erde") / FINAL).unlink()
+    with user_error("other folds than today's"):
+        distill(run)
+
+
 def test_the_largest_fold_leaves_enough_images_for_a_batch(tmp_path: Path) -> None:
     run = start(
         tmp_path / "run", "teacher.disjoint=false", "teacher.train_subset=100", f"teacher.cross_fit={FOLDS}"

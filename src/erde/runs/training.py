@@ -147,7 +147,7 @@ def _train_arms(run: Run, arms: list[str]) -> None:
     learns = any(arm != TEACHER and run.config.loss_of(arm).needs_teacher for arm in arms)
     teacher = trained_network(run, TEACHER) if learns else None
     jobs = [make_job(run, arm, new_network(run, arm, load=not is_trained(run, arm)), teacher) for arm in arms]
-    if any("held_out_logits" in job.extras for job in jobs):
+    if any("held_out_logits" in job.extras and not is_trained(run, job.name) for job in jobs):
         held_out = _held_out_logits(run)
         jobs = [
             dataclasses.replace(job, held_out_logits=held_out) if "held_out_logits" in job.extras else job
