@@ -780,6 +780,25 @@ def test_a_folder_with_another_training_is_refused(
         distill(other)
 
 
+def test_a_folder_of_an_earlier_version_is_gone_on_with(digits: DataSplits, tmp_path: Path) -> None:
+    arguments = {"epochs": 1, "batch_size": 256, "device": "cpu", "folder": tmp_path}
+    history = erde.train(new_network(digits), digits, **arguments)
+    # It knew fewer keys.
+    path = tmp_path / "training.json"
+    written = json.loads(path.read_text())
+    del written["data"], written["backbone"], written["train"]["gradient_equilibrium"]
+    path.write_text(json.dumps(written))
+    assert erde.train(new_network(digits), digits, **arguments) == history
+    # What it did not know it did not do.
+    with user_error("train.gradient_equilibrium is False, now it is True"):
+        erde.train(new_network(digits), digits, gradient_equilibrium=True, **arguments)
+    with user_error("seed is 0, now it is 1"):
+        erde.train(new_network(digits), digits, seed=1, **arguments)
+    path.write_text("[]")
+    with user_error("training.json is damaged"):
+        erde.train(new_network(digits), digits, **arguments)
+
+
 def test_a_folder_with_another_frozen_backbone_is_refused(digits: DataSplits, tmp_path: Path) -> None:
     arguments = {"epochs": 1, "batch_size": 256, "device": "cpu", "folder": tmp_path, "freeze_backbone": True}
     history = erde.train(new_network(digits), digits, **arguments)

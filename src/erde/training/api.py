@@ -155,6 +155,7 @@ def _fit(
         return train_network(job, None).history
     job.check()
     free = {key for group, key in FREE_TO_CHANGE if group == "train"}
+    sections = {"train": config, "loss": resolved, "distillation": teaching, "augmentation": augmented}
     _claim(
         Path(folder),
         {
@@ -162,26 +163,32 @@ def _fit(
             "loss": resolved.model_dump(mode="json"),
             "distillation": teaching.model_dump(mode="json") if job.teacher is not None else None,
             "augmentation": augmented.model_dump(mode="json"),
-            "seed": seed,
+            "seed": int(seed),
             "images": data.train.fingerprint(),
             "data": {"mean": list(data.mean), "std": list(data.std)},
             "teacher": network_hash(job.teacher) if job.teacher is not None else None,
             # It stays what it is; other weights are where a training starts from.
             "backbone": network_hash(nn.ModuleList([*network.stages, network.heads[-1]])) if frozen else None,
         },
+        {name: type(section)().model_dump(mode="json") for name, section in sections.items()},
     )
     return train_network(job, Path(folder)).history
 
 
-def _claim(folder: Path, asked: dict[str, Any]) -> None:
-    """Write down in ``folder`` what is trained there; :class:`UserError` where it has checkpoints of something else."""
+def _claim(folder: Path, asked: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> None:
+    """Write down in ``folder`` what is trained there; :class:`UserError` where it has checkpoints of something else.
+
+    ``defaults`` of the parts of ``asked`` stand for keys that an earlier version of erde did not have.
+    """
     path = folder / TRAINING
     if path.exists() and any((folder / name).exists() for name in (FINAL, LAST)):
         try:
             began = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(began, dict):
+                raise ValueError("no object")
         except ValueError as error:
             raise UserError(f"{path} is damaged: train in another folder, or remove this one") from error
-        if difference := first_difference(began, asked):
+        if difference := first_difference(_with_todays_keys(began, asked, defaults), asked):
             key, old, new = difference
             raise UserError(
                 f"{folder} holds another training: there {key} is {old}, now it is {new}; train in another folder"
@@ -189,6 +196,16 @@ def _claim(folder: Path, asked: dict[str, Any]) -> None:
     elif parallel.is_first():
         make_folder(folder)
         write_json(path, asked)
+
+
+def _with_todays_keys(
+    began: dict[str, Any], asked: dict[str, Any], defaults: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    whole = {**asked, **began}
+    for name, keys in defaults.items():
+        if isinstance(whole[name], dict) and isinstance(asked[name], dict):
+            whole[name] = {**{key: keys[key] for key in asked[name]}, **whole[name]}
+    return whole
 
 
 def _check(network: Any, teacher: Any, data: Any) -> None:
