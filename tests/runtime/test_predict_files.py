@@ -748,6 +748,29 @@ def test_with_a_deadline_another_batch_size_is_another_limit(
     assert len(rows_of(out)) == 7
 
 
+def test_with_a_deadline_too_a_resumed_command_takes_more_images(
+    digit_files: tuple[list[Path], NDArray[np.uint8]],
+    bundle_copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths, _ = digit_files
+    out = tmp_path / "some.jsonl"
+    write_slow_profile(bundle_copy)
+    # Time for all exits, whether a batch has six images or seven.
+    options: dict[str, Any] = {"deadline_ms": 1000.0, "threads": 1}
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("erde.runtime.predict_files._Output.name_skipped", stop)
+        with pytest.raises(Stopped):
+            predict_files(bundle_copy, paths[1:], out, **options)
+    predict_files(bundle_copy, paths, out, resume=True, **options)
+    assert {row["path"] for row in rows_of(out)} == {str(path) for path in paths}
+
+
 def test_with_a_deadline_a_resumed_command_answers_as_one_that_was_not_stopped(
     digit_files: tuple[list[Path], NDArray[np.uint8]],
     bundle_copy: Path,

@@ -111,8 +111,8 @@ def predict_files(
     # image may be in another one, and must go as far.
     largest = max(1, min(batch_size, count))
     last = session.plan(largest, operating_point=point, **limits)[1]
-    # How far a deadline lets an image go depends on the size of the batch.
-    of_deadline = [] if deadline_ms is None else [largest]
+    # How far a deadline lets an image go depends on the size of the batch, and on the profile.
+    of_deadline = [] if deadline_ms is None else [last]
     options = json.dumps([seal_of(session.manifest), point, limits, engine, *of_deadline])
     tally = _Tally([0] * len(session.manifest.stages))
     with (
