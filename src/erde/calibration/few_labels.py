@@ -199,8 +199,7 @@ def read_label_file(
     ``digests`` has the SHA-256 of each image of the pool by its name, as in the file. Rows of other images are skipped.
 
     Raises:
-        UserError: no such file, another format, a label that is no class, two labels for one image, an image that
-            has changed.
+        UserError: no such file, another format, a label that is no class, two labels for one image.
     """
     try:
         reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")))
@@ -223,13 +222,9 @@ def read_label_file(
                 f"{path}, line {number}: expected the columns {','.join(COLUMNS)}, as --labels-out wrote them"
             )
         image, digest, label = (str(value).strip() for value in values)
-        if digests.get(image, digest) != digest:
-            raise UserError(
-                f"{path}, line {number}: {image} has changed since its label was asked for: put it back, or ask again with "
-                "--labels-out"
-            )
         if digest not in known:
-            continue  # of another folder, or gone: the caller looks whether a row is missing
+            # Of another folder, where a name may stand too; or gone or changed. The caller looks whether a row is missing.
+            continue
         if label and label not in classes:
             raise UserError(
                 f"{path}, line {number}: '{label}' is not a class of this bundle{nearest(label, classes)}; leave it empty where "
