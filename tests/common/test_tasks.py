@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 import types
 from contextlib import closing
@@ -16,7 +18,7 @@ import pytest
 
 from erde.common import progress
 from erde.common.errors import UserError
-from erde.common.tasks import in_processes, in_ray
+from erde.common.tasks import in_processes, in_ray, no_interrupts
 from tests.helpers.checks import user_error
 
 
@@ -58,6 +60,28 @@ def blocked(_: int) -> bool:
 def test_an_interrupt_does_not_reach_a_process_that_starts() -> None:
     assert list(in_processes(blocked, [0], 1)) == [True]
     assert not blocked(0)
+
+
+def test_an_interrupt_waits_until_processes_have_started() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    ended, started = threading.Event(), []
+
+    def start() -> None:
+        with no_interrupts():
+            subprocess.run(["kill", "-INT", str(os.getpid())], check=True)
+            time.sleep(0.2)
+            started.append("whole")
+
+    # The system gives the signal to any thread that takes it, such as those of numpy.
+    threading.Thread(target=ended.wait).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert started
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        ended.set()
+        signal.signal(signal.SIGINT, before)
 
 
 def exit_code(process: BaseProcess) -> int | None:

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from types import FrameType
 from typing import Any, TypeVar
 
 from erde.common.errors import UserError, in_one_line
@@ -65,17 +66,30 @@ def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def no_interrupts() -> Iterator[None]:
-    """Keep Ctrl-C from processes that this thread starts: all of a group get it, and the parent ends its own."""
+    """Keep Ctrl-C from processes that this thread starts: all of a group get it, and the parent ends its own.
+
+    In the main thread it waits for the end of the block, so that no process is half started.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     # Where it starts with the first process, it unblocks the signal.
     resource_tracker.ensure_running()
+    # The mask is for the processes, which inherit it. Here other threads take the signal, such as those of numpy.
+    handler: Any = signal.getsignal(signal.SIGINT)
+    came: list[tuple[int, FrameType | None]] = []
+    holds = callable(handler) and threading.current_thread() is threading.main_thread()
+    if holds:
+        signal.signal(signal.SIGINT, lambda *given: came.append(given))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if holds:
+            signal.signal(signal.SIGINT, handler)
+            if came:
+                handler(*came[0])
 
 
 def _end_with_parent() -> None:
