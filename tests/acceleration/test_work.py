@@ -291,8 +291,8 @@ def test_a_trial_is_longer_where_there_is_time() -> None:
 
 def test_numbers_out_of_range(tmp_path: Path) -> None:
     model = tmp_path / "none.onnx"
-    for minutes in (float("inf"), 1e300):
-        with user_error(f"{minutes} minutes: expected a finite number".replace("+", "[+]")):
+    for minutes in (float("inf"), float("nan"), 1e300, -5.0, 0.0):
+        with user_error(f"^{minutes} minutes: expected more than 0, at most 10,000,000".replace("+", "[+]")):
             accelerate(model, tmp_path, tmp_path / "out", minutes=minutes)
     for seed in (-1, 2**64):
         with user_error(f"the seed is {seed}, expected a whole number from 0 to 2,147,483,647"):

@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from erde.common.errors import UserError
+from erde.common.errors import UserError, check_seed
 from erde.common.images import to_array
 from erde.common.splits import TrainSplit
 from erde.data.load import load_data, load_splits, stratified_order
@@ -69,9 +70,14 @@ def test_every_stretch_of_the_stratified_order_is_stratified(seed: int) -> None:
     assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.2
 
 
-def test_a_seed_out_of_range() -> None:
-    with user_error("the seed is -1, expected a whole number from 0 to 2,147,483,647"):
-        load_data("digits", channels=1, seed=-1, **DIGITS)
+@pytest.mark.parametrize("seed", [-1, None, 1.5, "3", True])
+def test_a_seed_out_of_range(seed: Any) -> None:
+    with user_error(f"the seed is {seed!r}, expected a whole number from 0 to 2,147,483,647"):
+        load_data("digits", channels=1, seed=seed, **DIGITS)
+
+
+def test_a_seed_of_numpy_is_a_seed() -> None:
+    check_seed(np.int64(3))
 
 
 def test_splits_are_decided_by_the_seed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 # Names that an error lists: a bundle may have a thousand classes.
 MOST_LISTED = 40
@@ -21,9 +22,12 @@ class UserError(ValueError):
 
 
 def check_seed(seed: int) -> None:
-    """Raise a :class:`UserError` unless 0 <= ``seed`` <= ``MAX_SEED``."""
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"the seed is {seed}, expected a whole number from 0 to {MAX_SEED:,}")
+    """Raise a :class:`UserError` unless ``seed`` is a whole number, Python's or numpy's, from 0 to ``MAX_SEED``."""
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if not (whole and 0 <= seed <= MAX_SEED):
+        raise UserError(
+            f"the seed is {in_one_line(repr(seed))}, expected a whole number from 0 to {MAX_SEED:,}"
+        )
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

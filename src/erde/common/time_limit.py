@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 from collections.abc import Iterator
 
@@ -19,9 +18,9 @@ MAX_MINUTES = 10_000_000
 
 
 def check_minutes(minutes: float) -> None:
-    """Refuse what is no finite number, and more than ``MAX_MINUTES``."""
-    if not math.isfinite(minutes) or minutes > MAX_MINUTES:
-        raise UserError(f"{minutes} minutes: expected a finite number, at most {MAX_MINUTES:,}")
+    """Raise a :class:`UserError` unless 0 < ``minutes`` <= ``MAX_MINUTES``."""
+    if not 0 < minutes <= MAX_MINUTES:
+        raise UserError(f"{minutes} minutes: expected more than 0, at most {MAX_MINUTES:,}")
 
 
 @contextlib.contextmanager
@@ -29,7 +28,7 @@ def time_limit(minutes: float | None) -> Iterator[None]:
     """Raise :class:`TimeIsUpError` in the block after so many minutes; None is no limit. For the main thread only.
 
     Raises:
-        UserError: minutes that are no finite number.
+        UserError: as :func:`check_minutes`.
     """
     if minutes is None:
         yield
