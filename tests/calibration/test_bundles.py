@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +65,23 @@ def test_what_cannot_be_copied_in_place_is_said_in_a_line(place: str, demo: Path
     assert sorted(demo.parent.rglob("*")) == there
     # Elsewhere it stands in nobody's way.
     erde.calibrate(demo, digits, max_risk=0.1, out=demo.with_name("v2"), **RULE)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("place", ["notes.txt", ".git/HEAD"])
+def test_a_full_disk_is_no_reason_to_remove_a_file(
+    place: str, number: int, demo: Path, digits: DataSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def full(source: str | Path, target: str | Path, **options: Any) -> Any:
+        if Path(source) == demo / place:
+            raise OSError(number, os.strerror(number), str(target))
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with user_error(f"no space left on the disk while writing {demo}: free some space"):
+        erde.calibrate(demo, digits, max_risk=0.1, **RULE)
 
 
 @pytest.mark.parametrize("inside", [".", ".git"])

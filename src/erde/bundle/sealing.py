@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -195,6 +196,9 @@ def write(folder: Path, manifest: Manifest, stages: list[Path], beside_seal: Seq
                     shutil.copy2(path, beside / path.name, follow_symlinks=path.parent != folder)
             except shutil.Error as error:  # of a folder: what failed there, each with its place
                 place, _, reason = error.args[0][0]
+                for number in (errno.ENOSPC, errno.EDQUOT):
+                    if f"[Errno {number}]" in reason:  # it has only the text
+                        raise OSError(number, os.strerror(number)) from error
                 raise _not_copied(place, reason) from error
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
