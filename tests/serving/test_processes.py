@@ -24,7 +24,7 @@ from erde.serving.errors import Reason, RequestError
 from erde.serving.grpc_api import exchange_of
 from erde.serving.log import Log
 from erde.serving.messages import CLASSES
-from erde.serving.workers import Processes
+from erde.serving.workers import Processes, _Process
 from tests.helpers.checks import user_error
 from tests.helpers.served import Served, as_json, certified_bundle, serving, some_images, until
 
@@ -144,15 +144,24 @@ def test_an_interrupt_of_the_whole_group_while_processes_start(tmp_path: Path) -
     assert not any(Path(f"/proc/{number}").exists() for number in processes)
 
 
-def test_a_stop_kills_a_process_that_is_starting(bundle_a: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_kills_a_process_that_is_starting(
+    bundle_a: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     others = processes_of(os.getpid())
     processes = Processes([str(bundle_a)], threads=1, max_batch=4, count=1, poll=60.0, log=Log())
     try:
         (first,) = processes_of(os.getpid()) - others
+        wait = _Process.wait_until_ready
+
+        def stop_and_wait(process: _Process) -> None:
+            assert process._process.pid is not None
+            os.kill(process._process.pid, signal.SIGSTOP)
+            wait(process)
+
+        monkeypatch.setattr(_Process, "wait_until_ready", stop_and_wait)
         os.kill(first, signal.SIGKILL)
         until(lambda: processes_of(os.getpid()) - others - {first})
         (second,) = processes_of(os.getpid()) - others - {first}
-        os.kill(second, signal.SIGSTOP)
     finally:
         processes.kill()
         processes.close()
