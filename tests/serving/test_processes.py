@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,21 @@ def test_a_stop_kills_a_process_that_is_starting(
     until(lambda: second not in processes_of(os.getpid()))
     time.sleep(0.2)
     assert capsys.readouterr().err == "the server: a process that answers died: another one starts\n"
+
+
+def test_an_interrupt_ends_a_process_that_has_just_started(
+    bundle_a: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def interrupted() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    others = processes_of(os.getpid())
+    monkeypatch.setattr("erde.serving.workers.no_interrupts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Processes([str(bundle_a)], threads=1, max_batch=4, count=1, poll=60.0, log=Log())
+    assert processes_of(os.getpid()) == others
 
 
 def test_processes_end_with_a_server_that_is_killed(bundle_a: Path) -> None:

@@ -239,8 +239,14 @@ class _Process:
         self._in_use = threading.Lock()
         self._connection, its_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(its_end, settings), daemon=True)
-        with no_interrupts():
-            self._process.start()
+        try:
+            with no_interrupts():
+                self._process.start()
+        except KeyboardInterrupt:  # nobody else knows it yet
+            if self._process.pid is not None:
+                self._process.kill()
+                self._process.join()
+            raise
         # Open here, it would never read as ended.
         its_end.close()
 
