@@ -252,6 +252,98 @@ def test_held_out_images_are_for_all_but_the_training(
         load_material(labelled, rows_of(labelled, slice(1000, None)), (8, 8, 1), 3, 0.01)
 
 
+def ordered_by_class(count: int, name: str) -> Pool:
+    """``count`` images in ten folders, as they are read: class by class."""
+    labels = np.repeat(np.arange(10), count // 10)
+    paths = tuple(Path(name, str(label), f"{row:05}.png") for row, label in enumerate(labels))
+    return Pool(paths, labels, tuple(str(path).encode() for path in paths))
+
+
+def class_of(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture of the path's class."""
+    return np.full(shape, int(path.parent.name), np.uint8)
+
+
+def check_shares(labels: np.ndarray) -> None:
+    """Every class has about a tenth of them."""
+    shares = np.bincount(labels, minlength=10) / len(labels)
+    assert shares.min() > 0.03, shares
+    assert shares.max() < 0.2, shares
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_first_images_are_of_all_classes(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def load_image(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+        read.append(path)
+        return class_of(path, shape)
+
+    monkeypatch.setattr(material_images, "load_image", load_image)
+    monkeypatch.setattr(material_images, "available_cpus", lambda: 1)
+    held_out = ordered_by_class(5000, "others") if apart else None
+    material = load_material(ordered_by_class(5000, "photos"), held_out, (1, 1, 1), 0, 0.01)
+    splits = material.calibration.splits
+    parts = [(material.train, material.train_labels), *((part.images, part.labels) for part in
+             (splits.tune, splits.certify, material.test))]  # fmt: skip
+    for images, labels in parts:
+        assert np.array_equal(np.asarray(images)[:, 0, 0, 0], labels)
+        check_shares(labels[: max(250, len(labels) // 10)])
+    # Files that lie one behind another are read so.
+    sizes = [len(labels) for _, labels in (*parts[1:], parts[0])]
+    for end, size in zip(np.cumsum(sizes), sizes, strict=True):
+        assert read[end - size : end] == sorted(read[end - size : end])
+
+
+def test_images_of_all_classes_are_timed(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(material_images, "load_image", class_of)
+    pool, others = ordered_by_class(500, "photos"), ordered_by_class(5000, "others")
+    material = load_material(pool, others, (8, 8, 1), 0, 0.01)
+    assert len(material.test.labels) > 2000
+    timed: list[np.ndarray] = []
+
+    def bench(path: Path, images: np.ndarray, **_: object) -> None:
+        timed.append(images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "bench", bench)
+    monkeypatch.setattr(Session, "profile", lambda *_, images, **__: timed.append(images))
+    accelerating = object.__new__(work._Work)
+    accelerating.out, accelerating.material, accelerating.seed = tmp_path, material, 0
+    (tmp_path / "bundle").symlink_to(tiny_bundle)
+    with pytest.raises(KeyboardInterrupt):
+        accelerating.finish(tmp_path / "front", work._settings(0.01))
+    assert [len(images) for images in timed] == [256, 2000]
+    for images in timed:
+        check_shares(images[:, 0, 0, 0])
+
+
+def test_a_folder_of_before_whose_images_were_in_another_order(
+    big: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(work._Work, "train_front", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        accelerate(big, photos, out)
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["order"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    with user_error(
+        "was begun with an earlier version of erde, which took the images in another order: .*another --out"
+    ):
+        accelerate(big, photos, out, resume=True)
+    # A front that is trained holds nothing that depends on the order.
+    (out / "front").mkdir()
+    with pytest.raises(RuntimeError, match="stopped"):
+        accelerate(big, photos, out, resume=True)
+
+
 def test_images_fit_into_memory(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,13 +66,16 @@ class Pool:
         )
 
     def take(self, rows: NDArray[np.int64]) -> tuple[tuple[Path, ...], Labels]:
-        """Files and labels at ``rows``."""
+        """Files and labels at ``rows``, in their order."""
         return tuple(self.paths[row] for row in rows), self.labels[rows]
 
 
 @dataclass(frozen=True)
 class Material:
-    """The images of an acceleration, uint8 (N, H, W, C): to train the front, to calibrate, to measure."""
+    """The images of an acceleration, uint8 (N, H, W, C): to train the front, to calibrate, to measure.
+
+    All are in random order: the first of them, which are all that a trial or the clock sees, are of every class.
+    """
 
     train: Pixels
     train_labels: Labels
@@ -119,7 +122,7 @@ def load_material(
         whole = len(order)
         for name, (share, most) in SHARES.items():
             size = min(most, round(share * whole))
-            parts[name] = pool.take(np.sort(order[:size]))
+            parts[name] = pool.take(order[:size])
             order = order[size:]
     else:
         if held_out.labelled != pool.labelled:
@@ -130,11 +133,11 @@ def load_material(
         left = _some(generator, held_out, whole, "held-out images")
         for name, share in HELD_OUT_SHARES.items():
             size = round(share * whole)
-            parts[name] = held_out.take(np.sort(left[:size]))
+            parts[name] = held_out.take(left[:size])
             left = left[size:]
-        parts["test"] = held_out.take(np.sort(left))
+        parts["test"] = held_out.take(left)
     _check_enough(len(order), len(parts["certify"][0]), max_risk)
-    train_paths, train_labels = pool.take(np.sort(order))
+    train_paths, train_labels = pool.take(order)
     decoded = {name: decode(paths, shape) for name, (paths, _) in parts.items()}
     labels = {name: values for name, (_, values) in parts.items()}
     labelled = bool((labels["certify"] != UNKNOWN).all())
@@ -183,7 +186,9 @@ def decode(paths: Sequence[Path], shape: tuple[int, int, int]) -> Pixels:
     def fill(row: int) -> None:
         images[row] = load_image(paths[row], shape)
 
+    # Files of one folder lie one behind another on many disks: they are read so, whatever the order of the images.
+    rows = sorted(range(len(paths)), key=paths.__getitem__)
     # Pillow decodes without the interpreter lock.
     with ThreadPoolExecutor(available_cpus()) as threads:
-        list(threads.map(fill, range(len(paths)), chunksize=64))
+        list(threads.map(fill, rows, chunksize=64))
     return images

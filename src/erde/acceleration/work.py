@@ -64,9 +64,11 @@ from erde.report.numbers import significant
 from erde.runs.opening import LOCK
 from erde.runtime.session import Session
 
-SETTINGS, TRIAL, PLAN, ANSWERS, BENCH, REPORT = (
-    "settings.json", "trial.json", "plan.json", "answers.npy", "bench.json", "report.html",
+SETTINGS, TRIAL, PLAN, ANSWERS, FRONT, BENCH, REPORT = (
+    "settings.json", "trial.json", "plan.json", "answers.npy", "front", "bench.json", "report.html",
 )  # fmt: skip
+# Of the images. Answers and training states that are kept go by it, so a folder with another one cannot be continued.
+ORDER = "random"
 # Of the time that is asked for, what training may take; the rest goes to answers, the trial and the measurement.
 TRAINING_SHARE = 0.8
 FEWEST_EPOCHS, MOST_EPOCHS = 4, 300
@@ -167,6 +169,7 @@ def accelerate(
         "model": file_hash(model),
         "preprocessing": network.origin["preprocessing"],
         "images": pool.fingerprint,
+        "order": ORDER,
         "held_out": None if others is None else others.fingerprint,
         "max_risk": max_risk,
         "loss": loss,
@@ -212,7 +215,12 @@ def _check_place(out: Path, asked: dict[str, Any], resume: bool) -> None:
     if not path.is_file():
         raise UserError(f"{out} holds nothing that could be continued: leave out --resume")
     begun = _read(path)
-    changed = [key for key in asked if key != "erde" and begun.get(key) != asked[key]]
+    if begun.get("order") != ORDER and not (out / FRONT).exists():
+        raise UserError(
+            f"{out} was begun with an earlier version of erde, which took the images in another order: begin anew with "
+            "another --out"
+        )
+    changed = [key for key in asked if key not in ("erde", "order") and begun.get(key) != asked[key]]
     if changed:
         raise UserError(
             f"{out} was begun with other settings ({', '.join(changed)}): give them again as they were, or another --out"
@@ -263,7 +271,7 @@ class _Work:
 
     def train_front(self, minutes: float, seconds: float) -> Path:
         """The front's bundle; of the ``minutes`` that were asked for, ``seconds`` are left."""
-        folder = self.out / "front"
+        folder = self.out / FRONT
         if folder.exists():
             return folder
         started = time.monotonic()
