@@ -16,7 +16,7 @@ from erde.common.splits import TrainSplit, TuneSplit
 from erde.data.load import DataSplits
 from erde.exporting.onnx_files import export_int8_stages, export_plain, export_stages
 from erde.networks import checkpoint
-from erde.networks.cost import network_cost
+from erde.networks.cost import count_macs, count_parameters, network_cost
 from erde.networks.network import EarlyExitNetwork
 from erde.runtime.stages import StageRunner
 from tests.helpers.checks import user_error
@@ -42,6 +42,17 @@ def own_logits(network: EarlyExitNetwork, x: Tensor) -> list[Tensor]:
         handed = stage(handed)
         result.append(head(handed if position is None else handed[position]))
     return result
+
+
+@pytest.mark.parametrize("boosted", [False, True])
+def test_without_exits_counts_what_the_final_exit_takes(boosted: bool) -> None:
+    network = make(boosted)
+    cost = network_cost(network, (1, 8, 8))
+    assert cost.no_exit_macs == count_macs(network.forward_final, torch.zeros(1, 1, 8, 8))[0]
+    # A boosted final exit adds to the logits of all heads before it; a plain one needs none of them.
+    parts = [*network.stages, *(network.heads if boosted else network.heads[-1:])]
+    assert cost.no_exit_parameters == count_parameters(nn.ModuleList(parts))
+    assert (cost.no_exit_macs == cost.macs[-1]) == boosted
 
 
 def test_each_exit_adds_half_of_the_one_before_and_trains_its_own_head_alone() -> None:
@@ -71,7 +82,8 @@ def test_each_exit_adds_half_of_the_one_before_and_trains_its_own_head_alone() -
 
 
 def test_boosting_costs_no_macs_and_no_weights() -> None:
-    assert network_cost(make(), (1, 8, 8)) == network_cost(make(False), (1, 8, 8))
+    boosted, without = (network_cost(make(kind), (1, 8, 8)) for kind in (True, False))
+    assert (boosted.macs, boosted.parameters) == (without.macs, without.parameters)
     assert make().state_dict().keys() == make(False).state_dict().keys()
     plain = make(exits=1)
     x = torch.randn(3, 1, 8, 8)

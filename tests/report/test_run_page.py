@@ -484,6 +484,17 @@ def test_whether_a_smaller_network_would_do(
     assert all(number in text for number in numbers), text
 
 
+def test_a_boosted_network_trained_without_exits_is_no_smaller_one() -> None:
+    results = make_results()
+    # The MACs without exits of a boosted one are those of all heads; its twin has one head.
+    boosted = results.arms["erde"].model_copy(update={"no_exit_macs": results.arms["erde"].cost[-1].macs})
+    plain = make_arm("fixed-full", 1, certified=True, quality=0.722)
+    page = Page(render(make_results(arms=results.arms | {"erde": boosted, "fixed-full": plain})))
+    assert "trained without exits (fixed-full): 72.2 %" in page.part(class_="tiles")
+    assert page.parts(data_smaller="fixed-small")
+    assert page.parts(data_smaller="fixed-full") == []
+
+
 def test_without_a_smaller_network_there_is_no_verdict() -> None:
     page = Page(render(make_results(names=("teacher", "erde"))))
     assert page.parts(data_smaller=None) == []

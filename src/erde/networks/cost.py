@@ -24,7 +24,10 @@ from erde.networks.shapes import Handed, InputSize, example_input, mode
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """Per exit the cumulative MACs and parameters (E,), heads so far included; and without early exits."""
+    """Per exit the cumulative MACs and parameters (E,), heads so far included; and without early exits.
+
+    Without early exits the final head is the only one; boosted exits need all heads for the final answer too.
+    """
 
     exit_names: tuple[str, ...]
     macs: tuple[int, ...]
@@ -119,10 +122,12 @@ def network_cost(network: EarlyExitNetwork, input_size: InputSize) -> NetworkCos
         return count_parameters(nn.ModuleList(parts))
 
     ends = range(1, len(stages) + 1)
+    # Of the final exit alone: as ``forward_final`` computes it.
+    needed = 0 if network.boosted else -1
     return NetworkCost(
         exit_names=tuple(network.exit_names),
         macs=tuple(sum(stage_macs[:end]) + sum(exit_macs[:end]) for end in ends),
         parameters=tuple(parameters(*stages[:end], *heads[:end]) for end in ends),
-        no_exit_macs=sum(stage_macs) + exit_macs[-1],
-        no_exit_parameters=parameters(*stages, heads[-1]),
+        no_exit_macs=sum(stage_macs) + sum(exit_macs[needed:]),
+        no_exit_parameters=parameters(*stages, *heads[needed:]),
     )

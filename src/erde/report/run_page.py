@@ -90,12 +90,18 @@ def render(results: Results, evidence: Evidence | None = None) -> str:
 
 def twin(results: Results) -> tuple[str, Arm] | None:
     """The arm that is the exported network without exits, where this run trained it."""
-    exported = results.arms[results.exported_arm]
     for name, arm in results.arms.items():
-        same = (arm.backbone, arm.no_exit_macs) == (exported.backbone, exported.no_exit_macs)
-        if name != results.exported_arm and len(arm.exits) == 1 and same:
+        if name != results.exported_arm and _is_twin(arm, results.arms[results.exported_arm]):
             return name, arm
     return None
+
+
+def _is_twin(arm: Arm, exported: Arm) -> bool:
+    """Whether ``arm`` is the network of ``exported`` without exits."""
+    # Without exits boosted ones count all their heads, and the other network has one: the backbone has to do.
+    boosted = len(exported.exits) > 1 and exported.no_exit_macs == exported.cost[-1].macs
+    same_cost = boosted or arm.no_exit_macs == exported.no_exit_macs
+    return len(arm.exits) == 1 and arm.backbone == exported.backbone and same_cost
 
 
 def is_rule(candidate: ScoreCandidate | ScoreOutcome, arm: Arm) -> bool:
@@ -133,7 +139,7 @@ def smaller_networks(results: Results) -> list[dict[str, Any]]:
     curve, rows = arm.curve, []
     for other, fixed in results.arms.items():
         macs, final = fixed.cost[-1].macs, fixed.exits[-1]
-        if other == name or len(fixed.exits) > 1 or macs >= arm.no_exit_macs:
+        if other == name or len(fixed.exits) > 1 or macs >= arm.no_exit_macs or _is_twin(fixed, arm):
             continue
         affordable = [index for index, cost in enumerate(curve.macs) if cost <= macs]
         # The path falls in MACs, so the first that is affordable is the dearest: nothing is picked by its test accuracy.
