@@ -57,8 +57,9 @@ class Contender(Frozen):
 class Measurement(Frozen):
     """One contender with one number of threads and images per call.
 
-    Percentiles are of milliseconds per call. ``macs_share`` and ``time_share`` are held against the network without
-    exits: the mean of what was computed, and the median (quartiles) over rounds of the ratio of times.
+    Percentiles are of milliseconds per call. ``macs_share`` and ``time_share`` are held against the reference, whose own
+    shares are 1: the mean of what was computed, and the median (quartiles) over rounds of the ratio of times. A bundle
+    at ``no-exit`` computes all heads, and those count.
     ``time_per_macs_saved`` is (1 - time_share) / (1 - macs_share); None where less than 2 % of the MACs are saved, or where
     the precision or the engine is not the reference's.
     """
@@ -108,7 +109,6 @@ class _Entry:
     open: Callable[[int], Callable[[NDArray[np.uint8]], tuple[NDArray[np.int64], NDArray[np.int64]] | None]]
     macs: float | None  # of a plain graph, per image; None where unknown
     exits: int
-    no_exit_macs: float = 0.0
 
 
 def bench(
@@ -265,7 +265,7 @@ def _bundle_entries(
             profiled_threads=profile.threads if profile and profile.engine == engine else None,
             engine=engine,
         )
-        return _Entry(about, open_session, None, len(manifest.stages), float(manifest.no_exit_macs))
+        return _Entry(about, open_session, None, len(manifest.stages))
 
     known = manifest.operating_points if points is None else [manifest.point(name) for name in points]
     if "no-exit" not in {point.name for point in known}:
@@ -355,10 +355,11 @@ def _race(
                     exits[index] += np.bincount(answer[1], minlength=len(exits[index]))
     names = [entry.about.name for entry in entries]
     first = entries[names.index(reference)]
-    whole = first.macs if first.macs is not None else first.no_exit_macs
     totals = seconds.sum(axis=2)
     shares = totals / totals[:, [names.index(reference)]]
     answered = rounds * turns * size
+    # As times are: of the work that the reference really did.
+    whole = macs[names.index(reference)] / answered
     return [
         _measurement(
             entry, seconds[:, index], shares[:, index], threads, size,
