@@ -540,14 +540,38 @@ def test_a_bundle_of_a_network_that_was_trained_elsewhere(digits: DataSplits, tm
     assert entries(tmp_path) == ["bundle"]
 
 
+def test_as_many_class_names_as_logits(tmp_path: Path) -> None:
+    images = erde.ImageFormat([f"class {index}" for index in range(9)], (8, 8, 1), [0.3], [0.4])
+    with user_error("9 class names for a network of 10 logits: give a name for each logit"):
+        erde.export(plain_network(), images, tmp_path / "bundle")
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("opset", [17, 24, 99, "18"])
+def test_an_opset_that_is_not_written(opset: Any, digits: DataSplits, tmp_path: Path) -> None:
+    with user_error(f"opset is {opset}, expected 18 to 23"):
+        erde.export(plain_network(), digits, tmp_path / "bundle", opset=opset)
+    assert entries(tmp_path) == []
+
+
+def test_a_graph_in_another_opset_than_the_one_asked_for(tmp_path: Path) -> None:
+    # torch writes opset 18 where it cannot convert.
+    with user_error("torch wrote opset 18, not opset 99"):
+        export_plain(plain_network(), GRAY, (0.3,), (0.4,), tmp_path / "some.onnx", opset=99)
+    assert entries(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"image_shape": (8, 8)}, r"image_shape=\(8, 8\): expected \(H, W, C\)"),
         ({"mean": (0.5,) * 3}, "mean has 3 values, expected 1"),
-        ({"std": (0.0,)}, r"std=\(0.0,\): expected values above 0"),
+        ({"mean": (float("nan"),)}, r"mean=\(nan,\): expected finite values"),
+        ({"std": (0.0,)}, r"std=\(0.0,\): expected finite values above 0"),
+        ({"std": (float("inf"),)}, r"std=\(inf,\): expected finite values above 0"),
         ({"classes": "cat"}, "classes='cat': expected a list of names"),
         ({"classes": []}, r"classes=\[\]: expected a list of names"),
+        ({"classes": ["cat"]}, r"classes=\['cat'\]: expected a list of names, two or more"),
         ({"classes": [1, 2]}, r"classes=\[1, 2\]: expected a list of names"),
     ],
 )

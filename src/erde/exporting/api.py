@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +17,12 @@ from erde.common.environment import erde_version
 from erde.common.errors import UserError, nearest
 from erde.common.files import make_folder
 from erde.data.load import DataSplits
+from erde.exporting.modules import prepare
 from erde.exporting.onnx_files import ExportedStages, export_int8_stages, export_stages
 from erde.exporting.parity import PARITY_TOLERANCE, probe_images
 from erde.networks.network import EarlyExitNetwork
+from erde.networks.shapes import example_input
+from erde.recipe.schema import OPSETS
 from erde.runtime.stages import StageRunner
 
 PRECISIONS = ("fp32", "int8")
@@ -33,12 +37,13 @@ class ImageFormat:
     """The images of a bundle, for a network that was trained without ``erde.load_data``.
 
     Args:
-        classes: the names, in the order of the logits.
+        classes: two names or more, in the order of the logits.
         image_shape: (H, W, C) of the uint8 images that the runtime is given.
         mean, std: per channel, of pixels between 0 and 1, as in training: the network gets ``(pixel / 255 - mean) / std``.
 
     Raises:
-        UserError: another number of channels in ``mean`` or ``std``, a standard deviation that is not above 0, no classes.
+        UserError: another number of channels in ``mean`` or ``std``, values that are not finite, a standard deviation that
+            is not above 0, fewer than two classes.
     """
 
     classes: Sequence[str]
@@ -57,14 +62,20 @@ class ImageFormat:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels:
                 raise UserError(f"{name} has {len(values)} values, expected {channels}, one for each channel")
-        if not all(value > 0 for value in self.std):
-            raise UserError(f"std={tuple(self.std)}: expected values above 0, for pixels between 0 and 1")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise UserError(f"mean={tuple(self.mean)}: expected finite values, for pixels between 0 and 1")
+        if not all(value > 0 and math.isfinite(value) for value in self.std):
+            raise UserError(
+                f"std={tuple(self.std)}: expected finite values above 0, for pixels between 0 and 1"
+            )
         if (
             isinstance(self.classes, str)
-            or not self.classes
+            or len(self.classes) < 2
             or not all(isinstance(name, str) for name in self.classes)
         ):
-            raise UserError(f"classes={self.classes!r}: expected a list of names, in the order of the logits")
+            raise UserError(
+                f"classes={self.classes!r}: expected a list of names, two or more, in the order of the logits"
+            )
 
 
 def build_manifest(
@@ -115,11 +126,13 @@ def export(
 
     ``data``, from ``erde.load_data`` or an :class:`ImageFormat`, has the classes, the image shape and the
     normalisation; for ``precision="int8"`` also train images, for ranges, and tune images, which decide how much stays
-    in float. Torch and the exported stages are compared on train images, if there are any.
+    in float. Torch and the exported stages are compared on train images, if there are any. ``opset``: of ONNX, 18 to 23.
     """
     folder = Path(path)
     if precision not in PRECISIONS:
         raise UserError(f"unknown precision '{precision}'{nearest(precision, PRECISIONS)}")
+    if opset not in range(OPSETS[0], OPSETS[1] + 1):
+        raise UserError(f"opset is {opset}, expected {OPSETS[0]} to {OPSETS[1]}")
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another path, or remove it first")
     if not isinstance(data, DataSplits | ImageFormat):
@@ -130,6 +143,14 @@ def export(
     train = data.train if isinstance(data, DataSplits) else None
     if precision == "int8" and train is None:
         raise UserError("precision='int8' needs images for its ranges: pass what erde.load_data gives")
+    network = prepare(network)
+    height, width, channels = data.image_shape
+    with torch.no_grad():
+        count = network.forward_final(example_input(network, (channels, height, width))).shape[-1]
+    if count != len(data.classes):
+        raise UserError(
+            f"{len(data.classes)} class names for a network of {count} logits: give a name for each logit, in their order"
+        )
     make_folder(folder.parent)
     floats, int8 = (folder.with_name(f".{folder.name}.{known}.partial") for known in PRECISIONS)
     try:

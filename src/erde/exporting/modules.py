@@ -205,6 +205,10 @@ def write_graph(
         logger.setLevel(level)
     assert program is not None
     model = program.model_proto
+    # Where it cannot convert, torch says so on the terminal and keeps its own.
+    written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if written != opset:
+        raise UserError(f"torch wrote opset {written}, not opset {opset}: ask for {written}")
     strip_metadata(model)
     if inputs == [FEATURES_IN]:
         block_input(model)

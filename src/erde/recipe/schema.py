@@ -32,6 +32,8 @@ from erde.recipe.validation import Model, validate
 
 # The name of the teacher among the arms of a run.
 TEACHER = "teacher"
+# Of ONNX, the lowest and the highest that stages are written in.
+OPSETS = (18, 23)
 # Keys of `train` that are not passed on to the teacher: arms that are compared share it.
 STUDENTS_ONLY = ("image_weights", "gradient_equilibrium", "freeze_backbone")
 # Keys that leave the results as they are: a run may go on with others, group and key.
@@ -347,7 +349,7 @@ class ExportConfig(Section):
 
     arm: str = "erde"
     """The arm whose bundle is written. Left out, and without an arm `erde`: the only arm with early exits."""
-    opset: Annotated[int, Field(ge=18, le=23)] = 18
+    opset: Annotated[int, Field(ge=OPSETS[0], le=OPSETS[1])] = 18
     """ONNX operator set."""
     precisions: list[Literal["fp32", "int8"]] = Field(["fp32"])
     """Precisions of the exported arm, each once. `fp32` must be there. With `int8` the arm also becomes an arm and a
