@@ -87,6 +87,16 @@ def test_images_that_may_not_be_written_to_stay_as_they_are(both: tuple[Session,
     assert np.array_equal(frozen, images)
 
 
+def test_pixels_between_0_and_1_are_refused(both: tuple[Session, Session]) -> None:
+    images = noise(3)
+    for session in both:
+        with user_error(r"expected uint8 images of shape \(N, 8, 8, 3\), got float64"):
+            session.all_logits(images / 255)
+    # What would be cast without a word.
+    with user_error("stage 0 fails on a batch of 3"):
+        both[1]._stages.all_logits(images / 255)
+
+
 @pytest.mark.parametrize("networks", [(0, 2), (0, 1, 2)])
 def test_stages_that_take_the_image_again(networks: tuple[int, ...], tmp_path: Path) -> None:
     chain = pixel_bundle(tmp_path / "chain", 3, networks=networks)
@@ -150,7 +160,11 @@ def resealed(folder: Path, to: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("precision", ["int8", "mixed"])
 def test_int8_answers_carry_no_certificate(precision: str, folder: Path, tmp_path: Path) -> None:
     bundle = resealed(folder, tmp_path / "bundle", precision=precision)
-    assert Session(bundle, threads=1, engine="openvino").predict(noise(3)).capped
+    answer = Session(bundle, threads=1, engine="openvino").predict(noise(3))
+    assert answer.capped
+    # There is no limit, and none is spoken of.
+    assert "limit" not in str(answer)
+    assert str(answer).endswith("; not certified")
     assert not Session(bundle, threads=1).predict(noise(3)).capped
 
 

@@ -225,7 +225,7 @@ def test_an_answer_in_print(session: Session, turned: Path) -> None:
     image = pixels(1, 8, 8, 3)
     limited = str(session.predict(image, operating_point="no-exit", max_exit=0)).splitlines()[-1]
     assert limited == (
-        "1 image at operating point no-exit with a limit: 1 / 0 / 0 left at exits 0 / 1 / 2, 100 MACs an image; "
+        "1 image at operating point no-exit: 1 / 0 / 0 left at exits 0 / 1 / 2, 100 MACs an image; "
         "not certified"
     )
     assert "at thresholds of your own: " in str(session.predict(image, thresholds=[0.5, 0.5]))

@@ -98,7 +98,7 @@ def _summary(answer: Prediction) -> str:
     how = "at thresholds of your own" if point is None else f"at operating point {printable(point)}"
     left = " / ".join(f"{images:,}" for images in np.bincount(answer.exits, minlength=exits))
     return (
-        f"{count:,} image{'s' if count > 1 else ''} {how}{' with a limit' if answer.capped and point else ''}: {left} left "
+        f"{count:,} image{'s' if count > 1 else ''} {how}: {left} left "
         f"at exit{'s' if exits > 1 else ''} {' / '.join(map(str, range(exits)))}, {answer.macs.mean():,.0f} MACs an image"
         f"{'; not certified' if answer.capped else ''}"
     )

@@ -63,9 +63,7 @@ class OpenVinoStages(Stages):
             outputs = [_name(output) for output in model.outputs]
             check_names(path, len(model.inputs), outputs, gives_both)
             self._compiled.append(compiled)
-        self._inputs = [compiled.inputs[0] for compiled in self._compiled]
-        self._types = [entry.get_element_type().to_dtype() for entry in self._inputs]
-        shapes = [entry.get_partial_shape() for entry in self._inputs]
+        shapes = [compiled.inputs[0].get_partial_shape() for compiled in self._compiled]
         self._single = [shape[0].is_static and shape[0].get_length() == 1 for shape in shapes]
         self._image_shape = tuple(side.get_length() if side.is_static else -1 for side in list(shapes[0])[1:])
         self._local = threading.local()
@@ -100,8 +98,9 @@ class OpenVinoStages(Stages):
         if requests is None:
             requests = self._local.requests = [compiled.create_infer_request() for compiled in self._compiled]
         request = requests[index]
-        # Memory is shared with arrays that may be written to only, although nothing is written.
-        x = np.require(x, self._types[index], ["C", "W"])
+        # Memory is shared with arrays that may be written to only, although nothing is written. Of another type they are
+        # not cast: OpenVINO refuses them.
+        x = np.require(x, None, ["C", "W"])
         request.set_input_tensor(self._openvino.Tensor(x, shared_memory=True))
         request.infer()
         return [tensor.data for tensor in request.output_tensors]

@@ -99,10 +99,12 @@ class Session:
         return sample_images(self.folder)
 
     def all_logits(self, images: ImageSource) -> NDArray[np.float32]:
-        """Raw logits (E, N, K) of every exit; for calibration, not for speed."""
+        """Raw logits (E, N, K) of every exit for uint8 images (N, H, W, C); for calibration, not for speed."""
         if tuple(images.shape[1:]) != self.manifest.input_shape:
             expected = ", ".join(map(str, self.manifest.input_shape))
             raise UserError(f"expected images of shape (N, {expected}), got {tuple(images.shape)}")
+        # Their type shows in what is taken from them only: they need not be an array.
+        self._check_images(images[:1])
         return self._stages.all_logits(images)
 
     def cost(self, timed: bool | None = None) -> Cost:
