@@ -215,6 +215,7 @@ def _check_place(out: Path, asked: dict[str, Any], resume: bool) -> None:
     if not path.is_file():
         raise UserError(f"{out} holds nothing that could be continued: leave out --resume")
     begun = _read(path)
+    # A front that is trained needs none of what goes by it.
     if begun.get("order") != ORDER and not (out / FRONT).exists():
         raise UserError(
             f"{out} was begun with an earlier version of erde, which took the images in another order: begin anew with "
