@@ -1,4 +1,4 @@
-"""A bundle behind KServe's ModelServer (pip install kserve erde).
+"""A bundle behind KServe's ModelServer (`pip install kserve .` in a copy of the erde repository).
 
     python kserve_model.py --model_name digits --bundle runs/a/bundle
 

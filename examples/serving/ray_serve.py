@@ -1,4 +1,6 @@
-"""A bundle as a Ray Serve deployment that grows with the load (pip install 'ray[serve]' erde).
+"""A bundle as a Ray Serve deployment that grows with the load.
+
+It needs `pip install 'ray[serve]' .` in a copy of the erde repository.
 
     serve run ray_serve:app bundle=/absolute/path/to/bundle
     curl --data-binary @photo.png 'localhost:8000/?operating_point=risk-1'

@@ -131,6 +131,8 @@ def test_what_is_pushed_comes_back_the_same(hub: Hub, command: Command, tmp_path
         "tags": ["early-exit", "onnx"],
     }
     assert "UCI Machine Learning Repository" in page
+    # No index has erde: a stranger who reads the page needs a copy of the repository.
+    assert re.findall("pip install .*", page) == ["pip install '.[hub]'  # in a copy of the erde repository"]
     assert SEAL in page
     assert f"{SEAL}\n" in command("pull", NAME, "--out", "new/copy", "--seal", SEAL)
     same_files(tmp_path / "new" / "copy")
@@ -324,6 +326,12 @@ def test_bad_names(hub: Hub, command: Command, name: str) -> None:
     assert "names no bundle on the hub: expected OWNER/NAME" in command.refusal("pull", name, "--out", "copy")
     with user_error("names no bundle on the hub|no bundle at"):
         erde.load(name if name.startswith("hf:") else f"hf://{name}")
+    assert hub.requests == []
+
+
+def test_a_bad_name_is_printed_as_it_was_given(hub: Hub, command: Command) -> None:
+    # pathlib keeps one slash of the two.
+    assert command.refusal("predict", "hf://bad", "pics").startswith("'hf://bad' names no bundle on the hub")
     assert hub.requests == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -30,6 +31,14 @@ TRITON = EXAMPLES / "triton" / "erde"
 def needs(package: str, install: str) -> pytest.MarkDecorator:
     missing = importlib.util.find_spec(package) is None
     return pytest.mark.skipif(missing, reason=f"{package} is not installed (pip install {install})")
+
+
+def test_no_example_asks_an_index_for_erde() -> None:
+    """It is on none: whoever follows an example has a copy of the repository."""
+    for path in EXAMPLES.parent.rglob("*"):
+        if path.suffix in (".py", ".md", ".ipynb", ".yaml", ".pbtxt", "") and path.is_file():
+            text = path.read_text("utf-8")
+            assert not re.search(r"pip install [^\n]*(?<![\w/-])'?erde\b(?! repository)", text), path
 
 
 def ask(url: str, body: bytes, kind: str = "application/json") -> tuple[int, Any]:

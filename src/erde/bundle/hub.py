@@ -44,8 +44,9 @@ class Place:
         text = text.as_posix() if isinstance(text, Path) else text
         match = _PLACE.fullmatch(text)
         if match is None:
+            shown = in_one_line(re.sub(r"^hf:/+", "hf://", text))
             raise UserError(
-                f"'{in_one_line(text)}' names no bundle on the hub: expected OWNER/NAME, such as me/digits, or with a "
+                f"'{shown}' names no bundle on the hub: expected OWNER/NAME, such as me/digits, or with a "
                 "revision OWNER/NAME@v1"
             )
         return cls(match["repository"], match["revision"])
@@ -154,7 +155,7 @@ def hub_page(manifest: Manifest, place: Place, license_name: str | None) -> str:
     }
     return (
         f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n{model_card(manifest)}\n## From the hub\n\n"
-        f"```text\n$ pip install 'erde[hub]'\n$ erde predict {place} image.png\n"
+        f"```text\n$ pip install '.[hub]'  # in a copy of the erde repository\n$ erde predict {place} image.png\n"
         f"$ erde pull {place} --out FOLDER\n```\n\nSeal: `{seal_of(manifest)}`\n"
     )
 

@@ -133,7 +133,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise UserError(
-            f"no bundle at {folder}: it has no {MANIFEST} (a bundle is what `erde export` writes)"
+            f"no bundle at {folder}: it has no {MANIFEST} (`erde run` and `erde.export` write bundles)"
         )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise UserError(f"bundle {folder}: {MANIFEST} is larger than {MAX_MANIFEST_BYTES // 2**20} MiB")

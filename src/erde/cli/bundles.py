@@ -70,10 +70,13 @@ def predict(
     Images that cannot be read or answered are skipped and listed at the end, or rows with a reason in shards; the
     exit code is then 3.
     """
+    from erde.bundle.sealing import read_manifest
     from erde.bundle.shipped import sample_images
 
     images = images or sample_images(bundle)
     if not images:
+        # A wrong name, or a folder of images in the bundle's place, is told as such.
+        read_manifest(bundle)
         raise UserError("no images: give image files, or folders that are searched for them")
     limits: dict[str, Any] = {
         "operating_point": operating_point, "max_exit": max_exit, "max_macs": max_macs,

@@ -312,9 +312,9 @@ class Evaluated:
 
 def evaluate_file(path: Path, policy_path: Path, out: Path | None = None) -> Evaluated:
     """Measure a policy on the ``test`` logits of a file, or on its only ones if it was not calibrated on them."""
+    opened = LogitsFile(path)
     read = read_policy(policy_path)
     calibrated, cost = read.policy, read.cost
-    opened = LogitsFile(path)
     saved = opened.split("test" if opened.has("test") else "")
     exits = len(cost.exit_macs)
     shape = (len(saved.logits.logits), saved.logits.logits.shape[-1])

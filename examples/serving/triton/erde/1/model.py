@@ -1,6 +1,6 @@
 """A bundle as a model of Triton's Python backend; config.pbtxt says where the bundle is.
 
-Triton's Python needs erde: pip install erde in its container.
+Triton's Python needs erde: `pip install .` in its container, in a copy of the erde repository.
 """
 
 import json
