@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
 import json
@@ -19,6 +20,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+import erde
+from erde.common.images import load_image
 from erde.demo import server, writing
 from erde.demo.writing import write_demo
 from erde.policy import rule as policy
@@ -73,6 +76,31 @@ def test_the_folder_holds_all_that_the_page_needs(bundle: Path, package: Path, t
     ]
     assert about["temperatures"] == list(manifest.temperatures)
     assert "provenance" not in about
+    assert about["samples"] == []
+
+
+def test_the_samples_of_a_bundle_come_with_it(package: Path, tmp_path: Path) -> None:
+    session = erde.load("digits-demo", threads=1)
+    write_demo(session.folder, tmp_path / "demo", package)
+    about = json.loads((tmp_path / "demo" / writing.NETWORK).read_text("utf-8"))
+    assert [sample["name"] for sample in about["samples"]] == [path.stem for path in session.samples()]
+    assert len(about["samples"]) == 3
+    for sample, path in zip(about["samples"], session.samples(), strict=True):
+        pixels = load_image(path, session.manifest.input_shape)
+        assert base64.b64decode(sample["image"]) == pixels.tobytes()
+
+
+def test_of_many_samples_the_first_are_taken(bundle: Path, package: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    (copy / "samples").mkdir()
+    for number in range(30):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(copy / "samples" / f"{number:02d}.png")
+    write_demo(copy, tmp_path / "demo", package)
+    about = json.loads((tmp_path / "demo" / writing.NETWORK).read_text("utf-8"))
+    assert [sample["name"] for sample in about["samples"]] == [f"{number:02d}" for number in range(24)]
+    (copy / "samples" / "00.png").write_bytes(b"none")
+    with user_error(r"00\.png is not a readable image"):
+        write_demo(copy, tmp_path / "demo", package)
 
 
 def test_the_page_may_fetch_nothing_from_elsewhere(bundle: Path, package: Path, tmp_path: Path) -> None:
@@ -261,6 +289,46 @@ def networks(folder: Path, bundle: Path) -> dict[str, tuple[Path, NDArray[np.uin
     made["chain"] = pixel_bundle(folder / "chain", EXITS, networks=(0, 2))
     colours = generator.integers(0, 256, (48, 8, 8, 3), dtype=np.uint8)
     return {"convolution": (bundle, colours), **{name: (path, pixels) for name, path in made.items()}}
+
+
+SHOWN = """({
+  heading: document.getElementById("heading").textContent,
+  names: [...document.querySelectorAll("#samples button")].map((button) => button.textContent),
+  titles: [...document.querySelectorAll("#samples button")].map((button) => button.title),
+  pressed: document.querySelectorAll("#samples [aria-pressed=true]").length,
+  label: document.getElementById("label").textContent,
+  hidden: document.getElementById("result").hidden,
+  state: document.getElementById("state").textContent,
+  promise: document.getElementById("promise").textContent,
+})"""
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed: nothing fetches the runtime")
+def test_the_page_opens_on_the_samples_or_says_that_it_has_noise(bundle: Path, tmp_path: Path) -> None:
+    session = erde.load("digits-demo", threads=1)
+    write_demo(session.folder, tmp_path / "digits")
+    write_demo(bundle, tmp_path / "none", tmp_path / "digits" / "runtime")
+    seen = []
+    with browsing(tmp_path) as browser:
+        for name in ("digits", "none"):
+            browser.open(f"http://{serve(tmp_path / name)}/")
+            browser.until("document.documentElement.dataset.ready", 240)
+            seen.append(browser.read(SHOWN))
+        browser.read("document.querySelector('#samples button').click()")
+        browser.until("!document.getElementById('result').hidden", 240)
+    digits, noise = seen
+    certificate = session.manifest.point(None).certificate
+    assert certificate is not None
+    assert digits == {
+        "heading": "Samples beside the bundle", "names": ["2", "8", "9"], "titles": ["2", "8", "9"], "pressed": 1,
+        "label": "2", "hidden": False, "state": "", "promise": certificate.sentence(),
+    }  # fmt: skip
+    assert noise["heading"] == "Noise, made for checking"
+    assert noise["names"] == ["", ""]
+    assert noise["titles"] == ["noise 1", "noise 2"]
+    assert (noise["pressed"], noise["hidden"], noise["state"]) == (0, True, "")
 
 
 @pytest.mark.slow

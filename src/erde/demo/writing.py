@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 import shutil
@@ -14,8 +15,10 @@ from typing import Any
 
 from erde import bundle
 from erde.bundle.manifest import Manifest
+from erde.bundle.shipped import sample_images
 from erde.common.errors import UserError, in_one_line
 from erde.common.files import replacing_folder, write_json
+from erde.common.images import load_image
 
 # The runtime of the page, an npm package, of which two files are used: this version is tested.
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
@@ -26,6 +29,7 @@ RUNTIME = {
 FETCH = f"npm pack {PACKAGE}@{VERSION}"
 PAGE = ("index.html", "style.css", "erde.js", "page.js")
 NETWORK = "network.json"
+MOST_SAMPLES = 24
 
 
 def write_demo(bundle_folder: Path, out: Path, runtime: Path | None = None) -> Manifest:
@@ -35,7 +39,8 @@ def write_demo(bundle_folder: Path, out: Path, runtime: Path | None = None) -> M
     An older demo at ``out`` is replaced if nothing was added to it; the bundle's manifest is returned.
 
     Raises:
-        UserError: whatever is wrong with the bundle; another version of the runtime, or none; ``out`` is something else.
+        UserError: whatever is wrong with the bundle or its samples; another version of the runtime, or none; ``out`` is
+            something else.
     """
     manifest = bundle.read(bundle_folder)
     if out.exists() and not (out.is_dir() and (_is_a_demo(out) or not any(out.iterdir()))):
@@ -57,7 +62,7 @@ def write_demo(bundle_folder: Path, out: Path, runtime: Path | None = None) -> M
                 raise UserError(
                     f"bundle {bundle_folder}: {stage.file} was changed while it was copied: try again"
                 )
-        write_json(partial / NETWORK, _about(manifest))
+        write_json(partial / NETWORK, {**_about(manifest), "samples": _samples(bundle_folder, manifest)})
     return manifest
 
 
@@ -94,6 +99,17 @@ def _about(manifest: Manifest) -> dict[str, Any]:
         "operating_points": points,
         "seal": bundle.seal_of(manifest),
     }
+
+
+def _samples(folder: Path, manifest: Manifest) -> list[dict[str, str]]:
+    """The first images of the folder ``samples`` beside the stages, as the network takes them, each with its name."""
+    return [
+        {
+            "name": path.stem,
+            "image": base64.b64encode(load_image(path, manifest.input_shape).tobytes()).decode(),
+        }
+        for path in sample_images(folder)[:MOST_SAMPLES]
+    ]
 
 
 def _copy_runtime(source: Path, target: Path) -> None:

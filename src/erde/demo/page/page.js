@@ -80,11 +80,16 @@ async function time(pixels, thresholds) {
   return { early: median(early), full: median(full), stages: stages.map(median), rounds: early.length };
 }
 
+function showPromise() {
+  const point = network.point(part("point").value);
+  part("promise").textContent = point.promise ?? point.note ?? "";
+  return point;
+}
+
 async function show(pixels) {
   current = pixels;
-  const point = network.point(part("point").value);
+  const point = showPromise();
   paint(part("preview"), pixels);
-  part("promise").textContent = point.promise ?? point.note ?? "";
   const answer = await network.answer(pixels, point.thresholds);
   const timed = await time(pixels, point.thresholds);
   if (current !== pixels) return;
@@ -162,6 +167,25 @@ async function check(sample, pixels) {
   }
 }
 
+const pixelsOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+
+/** A small image to click on, with its name below it if that says something. */
+function offer(name, image, named) {
+  const button = element("button");
+  button.type = "button";
+  button.title = name;
+  button.setAttribute("aria-label", name);
+  const canvas = document.createElement("canvas");
+  paint(canvas, image);
+  button.append(canvas);
+  if (named) button.append(element("span", name));
+  button.addEventListener("click", () => {
+    for (const other of part("samples").children) other.setAttribute("aria-pressed", String(other === button));
+    ask(image);
+  });
+  part("samples").append(button);
+}
+
 async function start() {
   network = await Network.load();
   const { about } = network;
@@ -176,26 +200,17 @@ async function start() {
     part("point").append(option);
   }
   const sample = about.reference_sample;
-  const pixels = Uint8Array.from(atob(sample.images), (letter) => letter.charCodeAt(0));
+  const pixels = pixelsOf(sample.images);
   await check(sample, pixels);
-  const size = pixels.length / sample.count;
-  for (let row = 0; row < sample.count; row += 1) {
-    const image = pixels.slice(row * size, (row + 1) * size);
-    const button = element("button");
-    button.type = "button";
-    button.title = `image ${row + 1} of the bundle`;
-    button.setAttribute("aria-label", button.title);
-    const canvas = document.createElement("canvas");
-    paint(canvas, image);
-    button.append(canvas);
-    button.addEventListener("click", () => {
-      for (const other of part("samples").children) other.setAttribute("aria-pressed", String(other === button));
-      ask(image);
-    });
-    part("samples").append(button);
+  showPromise();
+  part("heading").textContent = about.samples.length ? "Samples beside the bundle" : "Noise, made for checking";
+  for (const { name, image } of about.samples) offer(name, pixelsOf(image), true);
+  if (!about.samples.length) {
+    const size = pixels.length / sample.count;
+    for (let row = 0; row < sample.count; row += 1) offer(`noise ${row + 1}`, pixels.slice(row * size, (row + 1) * size), false);
   }
   part("file").addEventListener("change", (event) => choose(event.target.files));
-  part("point").addEventListener("change", () => current && ask(current));
+  part("point").addEventListener("change", () => (current ? ask(current) : showPromise()));
   for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
     document.addEventListener(kind, (event) => {
       event.preventDefault();
@@ -203,7 +218,9 @@ async function start() {
       if (kind === "drop") choose(event.dataTransfer.files);
     });
   }
-  part("samples").firstChild.click();
+  tell(network.warning ?? "", Boolean(network.warning));
+  // An answer to noise says nothing about the network: nobody is shown one who does not ask for it.
+  if (about.samples.length) part("samples").firstChild.click();
   await busy;
 }
 
