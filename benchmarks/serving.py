@@ -340,7 +340,8 @@ def draw(runs: dict[str, list[Reply]], bench: Bench, file: Path) -> None:
     ):
         axis.set_ylabel(title)
     for axis in axes[1:]:
-        axis.legend(loc="upper right", fontsize=8)
+        # Beside the axes, where it covers nothing.
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     axes[3].set_xlabel("seconds")
     figure.savefig(file, dpi=120)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -209,13 +210,23 @@ def test_what_lies_beside_a_bundle(tmp_path: Path) -> None:
 
 
 def test_it_is_written_and_drawn(
-    result: race.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    result: race.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result.write(tmp_path / "bench.json")
     assert race.Bench.model_validate(json.loads((tmp_path / "bench.json").read_text())) == result
+    labels = []
+    errorbar = Axes.errorbar
+
+    def noted(axes: Axes, *values: Any, label: str, **settings: Any) -> Any:
+        labels.append(label)
+        return errorbar(axes, *values, label=label, **settings)
+
+    monkeypatch.setattr(Axes, "errorbar", noted)
     figure = show.write_figure(result, tmp_path / "bench.png")
     assert figure is not None
     assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "1 image a call, fp32" in labels
+    assert not any(label.startswith("1 images") for label in labels)
     show.show(result)
     said = capsys.readouterr().out
     assert "every exit computed" in said

@@ -74,6 +74,8 @@ def test_list(
     assert code == 0
     assert set(json.loads(lines[-1])) == names
     assert {line.split()[0] for line in lines[:-1]} == names
+    # Shapes of arrays are for those who read the code.
+    assert "(B,)" not in out
 
 
 def test_cost_is_that_of_the_network(

@@ -116,7 +116,7 @@ def test_operating_points_stand_in_the_order_of_their_risk() -> None:
     points = ("risk-1", "risk-0.25", "risk-10", "risk-1, before the teacher", "risk-2")
     measures = {f"MACs saved at {point}": _compared({"kd": [0.3]}, "kd", ["kd"]) for point in points}
     text = study_text(Study(name="small", reference="kd", seeds=[0], test_images=100, measures=measures))
-    assert "| arm | risk-0.25 | risk-1 | risk-2 | risk-10 | risk-1, before the teacher |" in text
+    assert "| arm | risk-0.25 | risk-1 | risk-2 | risk-10 | risk-1, in front of the teacher |" in text
 
 
 def test_exits_that_were_chosen_by_the_clock_are_compared_by_their_places() -> None:

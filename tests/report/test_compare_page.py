@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from erde.evaluation.results import Cascade, CascadeFront, Results, RuntimeAgreement
 from erde.report import compare_page
 from erde.report.compare_page import render_comparison, seed_groups, write_comparison
+from tests.helpers.browser import browsing
 from tests.helpers.pages import Page, browse, compared, make_results, needs_browser, root_of
 
 RECIPE: dict[str, Any] = {
@@ -274,6 +276,43 @@ def test_a_browser_draws_the_arms_that_are_chosen(tmp_path: Path, seeds: dict[st
     assert 'data-traces="8 15 9"' in root
     boxes = re.findall(r'<label><input type="checkbox">([\w-]+)</label>', dom)
     assert boxes == ["erde", "kd", "fixed-small"]
+
+
+LEGEND = """(() => {
+  const place = document.getElementById("plot-tradeoff"), box = (kind) => place.querySelector(kind).getBoundingClientRect();
+  const rows = [...place.querySelectorAll(".legend .traces")].map((row) => Math.round(row.getBoundingClientRect().top));
+  return { rows: new Set(rows).size, bottom: box(".legend").bottom, top: box(".nsewdrag").top, plot: box(".nsewdrag").height,
+    dashes: place.data.filter((trace) => trace.mode === "lines").map((trace) => [trace.line.width, trace.line.dash]) };
+})()"""
+
+
+@needs_browser
+def test_on_screens_of_any_width_the_legend_stands_above_the_plot(
+    tmp_path: Path, seeds: dict[str, Results]
+) -> None:
+    other = {**RECIPE, "train": {"epochs": 31}}
+    runs = {**seeds, "runs/other": run(3).model_copy(update={"recipe": {**other, "seed": 3}})}
+    (tmp_path / "page.html").write_text(render_comparison(runs), "utf-8")
+    with browsing(tmp_path) as browser:
+        browser.look(390)
+        browser.open((tmp_path / "page.html").as_uri())
+        browser.until("document.documentElement.dataset.drawn")
+        browser.read("document.querySelectorAll('#choose-arms input')[1].click()")
+        browser.until("document.querySelectorAll('#plot-tradeoff .legend .traces').length >= 4")
+        legend = browser.read(LEGEND)
+        # A screen that is turned, and turned back.
+        turned = []
+        for width in (1280, 390):
+            browser.look(width)
+            time.sleep(1.5)
+            turned.append(browser.read(LEGEND))
+    assert legend["rows"] == turned[1]["rows"] > turned[0]["rows"] >= 2
+    for drawn in (legend, *turned):
+        assert drawn["bottom"] <= drawn["top"]
+        assert drawn["plot"] > 200
+    # Dotted, and thin, is the paper's rule; of the arms none is.
+    assert {width for width, dash in legend["dashes"] if dash == "dot"} == {1}
+    assert "dot" not in {dash for width, dash in legend["dashes"] if width > 1}
 
 
 @needs_browser

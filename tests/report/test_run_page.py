@@ -17,6 +17,7 @@ import pytest
 from erde.calibration.thresholds import ScoredSplit, sweep
 from erde.common.history import Epoch, Health
 from erde.common.splits import TestLogits
+from erde.evaluation.confusion import Confusion
 from erde.evaluation.evidence import ArmInput, Evidence, collect
 from erde.evaluation.results import Quantised, Results, RuntimeAgreement, SplitInfo
 from erde.policy.cost import Cost
@@ -396,10 +397,21 @@ def test_scores_above_their_target_on_test_are_marked(page: Page) -> None:
     assert "margin 1.4 none 21.0 22.0 0.90 71.6 entropy 1 none 21.0 19.0 1.17 above 71.6" in rows
 
 
-def test_the_class_that_pays_most_is_named(page: Page) -> None:
+def test_the_class_that_pays_most_is_named(results: Results, page: Page) -> None:
     text = page.part(data_worst="bird")
     assert "3.5 points" in text
     assert "71.6 to 68.1 %" in text
+    assert "With 625 images, a single one makes 0.16 points." in text
+    classes = [measured.model_copy(update={"images": 1}) for measured in results.arms["erde"].classes]
+    single = Page(render(replaced(results, classes=classes)))
+    assert "With 1 image, a single one makes 100.00 points." in single.part(data_worst="bird")
+
+
+def test_a_single_image_is_no_images(results: Results, evidence: Evidence) -> None:
+    pairs = np.array([0, 0, 1, 2, 3, 4]), np.array([0, 1, 1, 2, 3, 4])
+    counted = dataclasses.replace(evidence, confusion=Confusion(5, *pairs, np.array([9, 1, 9, 9, 9, 9])))
+    table = Page(render(results, counted)).part(data_classes="erde")
+    assert "automobile 1 image " in table
 
 
 def test_of_a_thousand_classes_those_that_pay_most_are_shown(results: Results) -> None:
@@ -553,6 +565,46 @@ def drawn_traces(dom: str) -> dict[str, int]:
     return {
         figure[: figure.index('"')]: len(re.findall(r'class="trace scatter', figure)) for figure in figures
     }
+
+
+FIGURES = """
+const drawn = (name) => document.getElementById('plot-' + name), data = (name) => drawn(name).data;
+document.documentElement.dataset.figures = JSON.stringify({
+  drops: drawn('classes').layout.annotations.map((note) => note.text),
+  clipped: data('reliability').filter((trace) => trace.mode.includes('markers')).map((trace) => trace.cliponaxis),
+  entropies: data('entropies').map(({ x, y, line }) => [x[0], x.slice(-1)[0], x.length, y.length, line.shape]),
+  last: data('entropies')[0].y.slice(-2),
+  dashes: ['tradeoff', 'exits', 'history', 'scores'].flatMap(data).filter((trace) => trace.line && trace.line.dash)
+    .map((trace) => [trace.name, trace.line.dash]),
+});
+"""
+
+
+@needs_browser
+def test_what_the_figures_draw(tmp_path: Path, results: Results, evidence: Evidence) -> None:
+    # 6.25 points: Python and JavaScript round it differently.
+    arm = results.arms["erde"]
+    classes = [arm.classes[0].model_copy(update={"drop": 0.0625}), *arm.classes[1:]]
+    source = render(replaced(results, classes=classes), evidence)
+    root = root_of(browse(tmp_path, source, then=FIGURES))
+    assert "data-failed" not in root
+    written = re.search(r'data-figures="([^"]*)"', root)
+    assert written is not None
+    drawn = json.loads(html.unescape(written[1]))
+    # Of the class figure's annotations none has another sign than the table.
+    table = re.search(r'<tbody data-classes="erde">(.*?)</tbody>', source, re.DOTALL)
+    assert table is not None
+    cells = [re.findall(r"<td data-value=[^>]*>([^<]*)</td>", row)[3] for row in table[1].split("<tr ")[1:]]
+    assert sorted(drawn["drops"]) == sorted(cells)
+    assert cells[0] == "+6.2"
+    # Markers at 100 % are whole.
+    assert drawn["clipped"] == [False] * 3
+    # The bars of a histogram are equally wide, the first and the last too.
+    assert drawn["entropies"] == [[0, 1, 21, 21, "hv"]] * 6
+    assert drawn["last"][0] == drawn["last"][1]
+    # Dotted is the paper's rule, and the line of the networks without exits, which is no arm's.
+    dotted = {name for name, dash in drawn["dashes"] if dash == "dot"}
+    assert dotted == {"erde, the paper's rule"}
 
 
 def slider(dom: str) -> dict[str, str]:

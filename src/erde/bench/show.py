@@ -108,7 +108,7 @@ def write_figure(result: Bench, path: Path) -> Path | None:
             [100 * (point.macs_share or 0) for point in points], times[:, 0],
             yerr=np.abs(times[:, 1:] - times[:, :1]).T, fmt="osD^vP"[number % 6], color=f"C{number}",
             markersize=5, capsize=2, linewidth=1, markerfacecolor="white" if precision == "int8" else None,
-            label=f"{size} images a call, {precision}",
+            label=f"{size} image{'' if size == 1 else 's'} a call, {precision}",
         )  # fmt: skip
     axes.set(xlabel=f"MACs (% of {result.reference})", ylabel=f"time (% of {result.reference})")
     axes.set_title(f"{threads} thread(s); on the dashed line every MAC saved is time saved", fontsize=10)

@@ -69,10 +69,10 @@ def energy_score(logits: NDArray[Any], sharpness: float = 1.0) -> Array:
 
 
 def agreement_run(labels: Sequence[NDArray[np.int64]]) -> Array:
-    """The number of exits in a row, up to the last of ``labels`` (exits x (B,)), that give its label: 1 or more.
+    """The number of exits in a row, up to the last, that give its label: 1 or more.
 
-    With the threshold k - 1/2 this is patience: leave once k exits in a row agree (Zhou et al. 2020,
-    arXiv 2006.04152).
+    ``labels`` are (B,) for each exit up to the last. With the threshold k - 1/2 this is patience: leave once k exits in
+    a row agree (Zhou et al. 2020, arXiv 2006.04152).
     """
     run = np.ones(labels[-1].shape)
     agreeing = np.ones(labels[-1].shape, dtype=np.bool_)

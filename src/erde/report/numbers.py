@@ -54,6 +54,11 @@ def thousands(count: int) -> str:
     return f"{count:,}"
 
 
+def images(count: int) -> str:
+    """A number of images, with its noun."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
 def decimal(value: float, digits: int = 3) -> str:
     """A number with so many decimals."""
     return f"{value:.{digits}f}"

@@ -18,7 +18,7 @@ from erde.policy.rule import ExitRule
 from erde.report import numbers
 
 FILTERS = (
-    "between", "confidence", "decimal", "limit", "millions", "p_value", "percent", "points", "signed",
+    "between", "confidence", "decimal", "images", "limit", "millions", "p_value", "percent", "points", "signed",
     "signed_between", "significant", "thousands",
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ from erde.evaluation.evidence import Evidence
 from erde.evaluation.results import Arm, Results, ScoreOutcome
 from erde.policy.points import ScoreCandidate
 from erde.report.classes import class_rows, worst_class
-from erde.report.numbers import flat, rounded
+from erde.report.numbers import flat, rounded, signed
 from erde.report.rendering import page, rule_in_words
 from erde.report.summary import sentences
 
@@ -211,6 +211,8 @@ def figure_data(results: Results, evidence: Evidence | None) -> dict[str, Any]:
             {
                 "name": results.data.classes[row.index],
                 **row.measures.model_dump(include={"drop", "exit_rates", "images"}),
+                # As the table writes it: the two stand on one page.
+                "signed_drop": signed(100 * row.measures.drop, 1),
             }
             for row in class_rows(arm)[:CLASSES_IN_FIGURE]
         ]

@@ -73,7 +73,10 @@ def _compared(study: Study, names: list[str], arm: str) -> bool:
 def _table(
     study: Study, names: list[str], known: str, arms: list[str], cell: Callable[[ArmMeasure], str]
 ) -> str:
-    columns = [name.removeprefix(known) for name in names]
+    # The name of the measure is kept: rows of ledgers have it.
+    columns = [
+        name.removeprefix(known).replace("before the teacher", "in front of the teacher") for name in names
+    ]
     lines = ["| arm | " + " | ".join(columns) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {arm} | " + " | ".join(cell(study.measures[name][arm]) for name in names) + " |" for arm in arms

@@ -3,7 +3,8 @@ const erde = (function () {
   "use strict";
   const root = document.documentElement;
   const report = JSON.parse(document.getElementById("report-data").textContent);
-  const DASHES = ["dash", "dot", "dashdot", "longdashdot", "longdash"];
+  // No "dot": dotted is the paper's rule.
+  const DASHES = ["dash", "dashdot", "longdashdot", "longdash"];
   const SYMBOLS = ["circle", "square", "triangle-up", "diamond", "pentagon", "hexagon", "star", "cross"];
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -20,6 +21,7 @@ const erde = (function () {
     const value = macs / 1e6;
     return value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : String(Number(value.toPrecision(3)));
   };
+  const images = (count) => count.toLocaleString("en") + (count === 1 ? " image" : " images");
   const interval = (measured) => percent(measured.accuracy) + " (" + percent(measured.low) + " to " + percent(measured.high) + ")";
   const errors = (list, shown) => ({
     type: "data", symmetric: false, thickness: 1, width: 3,
@@ -53,8 +55,9 @@ const erde = (function () {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text") },
       margin: { l: 52, r: 34, t: 28, b: 48 },
-      // Above the plot, so that no legend ever covers an axis title.
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.03, yanchor: "bottom" },
+      // Above the plot, so that no legend ever covers an axis title; from the top of the figure, since plotly then keeps
+      // room for as many rows as there are.
+      legend: { orientation: "h", x: 0, xanchor: "left", yref: "container", y: 1, yanchor: "top" },
       hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("text") }, align: "left" },
       modebar: { orientation: "v", bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("accent") },
       hovermode: "closest", uirevision: "keep",
@@ -204,7 +207,7 @@ const erde = (function () {
   }
 
   return {
-    report, bytes, DASHES, SYMBOLS, escaped, colour, armColour, exitColour, percent, millions, interval, errors, logTicks, axis, layout,
+    report, bytes, DASHES, SYMBOLS, escaped, colour, armColour, exitColour, percent, millions, images, interval, errors, logTicks, axis, layout,
     panels, figures, draw, drawAll, announce, offerCopies,
   };
 })();

@@ -150,7 +150,7 @@ erde.explore = (function () {
       ["Test accuracy", percent(counted.accuracy, 2), `${counted.right.toLocaleString("en")} of ${counted.images.toLocaleString("en")}`],
       ["MACs per image", percent(1 - counted.saved), `${millions(counted.macs)} of ${millions(arm.no_exit_macs)} million`],
       ["Risk", percent(counted.risk, 2), `${counted.lost.toLocaleString("en")} images lost by leaving early`],
-      ["Net drop of accuracy", percent(counted.drop, 2), `${counted.lost.toLocaleString("en")} lost, ${counted.won.toLocaleString("en")} won`],
+      ["Net drop of accuracy", percent(counted.drop, 2).replace("%", "points"), `${counted.lost.toLocaleString("en")} lost, ${counted.won.toLocaleString("en")} won`],
     ];
     if (counted.milliseconds !== null) tiles.splice(2, 0, ["Time per image", counted.milliseconds.toFixed(2) + " ms", "from the profile given"]);
     parts.tiles.replaceChildren(...tiles.map(([label, value, note]) => element("div", {},

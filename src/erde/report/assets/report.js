@@ -1,7 +1,7 @@
 // The figures of a run's report, in the colours of the page's theme.
 (function () {
   "use strict";
-  const { report, DASHES, SYMBOLS, escaped, colour, armColour, exitColour, percent, millions, interval, errors, logTicks, axis, layout } = erde;
+  const { report, DASHES, SYMBOLS, escaped, colour, armColour, exitColour, percent, millions, images, interval, errors, logTicks, axis, layout } = erde;
   const { state } = erde.explore;
   const arms = report.order.map((name) => readArm(name, report.arms[name]));
   const exported = arms.find((arm) => arm.exported);
@@ -188,8 +188,10 @@
         Object.assign({
           type: "scatter", mode: "lines+markers", hoverinfo: "text", line: { color: colour("accent"), width: 1.5 },
           x: filled.map((at) => 100 * bins.confidence[at]), y: filled.map((at) => 100 * bins.accuracy[at]),
+          // Markers at 0 and 100 % are whole.
+          cliponaxis: false,
           marker: { color: colour("accent"), opacity: 0.85, size: filled.map((at) => 5 + 17 * Math.sqrt(bins.count[at] / most)) },
-          text: filled.map((at) => `confidence ${percent(bins.confidence[at])}<br>right ${percent(bins.accuracy[at])}<br>${bins.count[at]} images`),
+          text: filled.map((at) => `confidence ${percent(bins.confidence[at])}<br>right ${percent(bins.accuracy[at])}<br>${images(bins.count[at])}`),
         }, made.of(i)),
       ];
     });
@@ -204,14 +206,14 @@
     const data = arm.exits.map((_, i) => ({
       type: "bar", orientation: "h", name: `exit ${i}`, hoverinfo: "text", x: easy.map((row) => 100 * row.exit_rates[i]), y: labels.map((_label, at) => at),
       marker: { color: exitColour(i, arm.exits.length), line: { width: 1, color: colour("card") } },
-      text: easy.map((row) => `<b>${escaped(row.name)}</b><br>exit ${i}: ${percent(row.exit_rates[i])}<br>drop ${(100 * row.drop).toFixed(1)} points of ${row.images} images`),
+      text: easy.map((row) => `<b>${escaped(row.name)}</b><br>exit ${i}: ${percent(row.exit_rates[i])}<br>drop ${row.signed_drop} points, ${images(row.images)}`),
       textposition: "none",
     }));
     const drops = easy.map((row, at) => ({
-      xref: "paper", x: 1.005, xanchor: "left", y: at, text: percent(-row.drop).replace(" %", ""), showarrow: false, font: { size: 12, color: colour(row.drop > 0.02 ? "warn" : "soft") },
+      xref: "paper", x: 1.005, xanchor: "left", y: at, text: row.signed_drop, showarrow: false, font: { size: 12, color: colour(row.drop > 0.02 ? "warn" : "soft") },
     }));
     return { data, layout: layout({
-      barmode: "stack", bargap: 0.25, uirevision: state.arm, margin: { l: 52, r: 80, t: 28, b: 48 }, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
+      barmode: "stack", bargap: 0.25, uirevision: state.arm, margin: { l: 52, r: 80, t: 28, b: 48 }, legend: { orientation: "h", x: 0, yref: "container", y: 1, yanchor: "top", traceorder: "normal" },
       xaxis: axis("share of the class's test images (%)", { range: [0, 100] }),
       yaxis: axis("", { tickmode: "array", tickvals: labels.map((_label, at) => at), ticktext: labels, ticks: "" }), annotations: drops,
     }) };
@@ -221,15 +223,16 @@
     const arm = shownArm();
     if (!arm.entropies) return null;
     const titles = arm.exits.map((_, i) => `exit ${i}`), bins = arm.entropies.teacher_right[0].length;
-    const at = arm.entropies.teacher_right[0].map((_, i) => (i + 0.5) / bins);
+    // A step at each edge of a bin; the last value is repeated, since a line ends at its last point.
+    const edges = Array.from({ length: bins + 1 }, (_, i) => i / bins), steps = (values) => [...values, values[bins - 1]];
     const made = erde.panels(place, titles, { title: "entropy / ln K", more: { range: [0, 1], dtick: 0.25 } }, { title: "share of the images (%)", more: { rangemode: "tozero" } });
     const kinds = [["teacher_right", "teacher right", "accent", "solid"], ["teacher_wrong", "teacher wrong", "warn", "dot"]];
     const data = kinds.flatMap(([key, name, stroke, dash]) => arm.exits.map((_, i) => {
       const counts = arm.entropies[key][i], all = Math.max(1, counts.reduce((sum, count) => sum + count, 0));
       return Object.assign({
-        type: "scatter", mode: "lines", name, legendgroup: name, showlegend: i === 0, hoverinfo: "text", x: at, y: counts.map((count) => (100 * count) / all),
-        line: { color: colour(stroke), dash, width: 2, shape: "hvh" }, fill: key === "teacher_right" ? "tozeroy" : "none",
-        text: counts.map((count, bin) => `${name}, entropy ${(bin / bins).toFixed(2)} to ${((bin + 1) / bins).toFixed(2)}<br>${count} images, ${percent(count / all)}`),
+        type: "scatter", mode: "lines", name, legendgroup: name, showlegend: i === 0, hoverinfo: "text", x: edges, y: steps(counts.map((count) => (100 * count) / all)),
+        line: { color: colour(stroke), dash, width: 2, shape: "hv" }, fill: key === "teacher_right" ? "tozeroy" : "none",
+        text: steps(counts.map((count, bin) => `${name}, entropy ${(bin / bins).toFixed(2)} to ${((bin + 1) / bins).toFixed(2)}<br>${images(count)}, ${percent(count / all)}`)),
       }, made.of(i));
     }));
     return { data, layout: layout(Object.assign(made.axes, { uirevision: state.arm, margin: { l: 52, r: 34, t: 56, b: 48 }, legend: { orientation: "h", x: 0, y: 1.09, yanchor: "bottom" } })) };
