@@ -328,7 +328,11 @@ def test_the_page_opens_on_the_samples_or_says_that_it_has_noise(bundle: Path, t
     assert noise["heading"] == "Noise, made for checking"
     assert noise["names"] == ["", ""]
     assert noise["titles"] == ["noise 1", "noise 2"]
-    assert (noise["pressed"], noise["hidden"], noise["state"]) == (0, True, "")
+    assert (noise["pressed"], noise["hidden"], noise["state"]) == (
+        0,
+        True,
+        "No image yet: drop one, or click.",
+    )
 
 
 @pytest.mark.slow

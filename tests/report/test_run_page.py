@@ -586,8 +586,11 @@ def test_what_the_figures_draw(tmp_path: Path, results: Results, evidence: Evide
     arm = results.arms["erde"]
     classes = [arm.classes[0].model_copy(update={"drop": 0.0625}), *arm.classes[1:]]
     source = render(replaced(results, classes=classes), evidence)
-    root = root_of(browse(tmp_path, source, then=FIGURES))
+    dom = browse(tmp_path, source, then=FIGURES)
+    root = root_of(dom)
     assert "data-failed" not in root
+    # A difference of accuracies is in points, on the slider too.
+    assert re.search(r"Net drop of accuracy</dt><dd>−?[\d.]+\spoints</dd>", dom)
     written = re.search(r'data-figures="([^"]*)"', root)
     assert written is not None
     drawn = json.loads(html.unescape(written[1]))

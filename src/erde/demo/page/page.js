@@ -218,7 +218,7 @@ async function start() {
       if (kind === "drop") choose(event.dataTransfer.files);
     });
   }
-  tell(network.warning ?? "", Boolean(network.warning));
+  tell(network.warning ?? "No image yet: drop one, or click.", Boolean(network.warning));
   // An answer to noise says nothing about the network: nobody is shown one who does not ask for it.
   if (about.samples.length) part("samples").firstChild.click();
   await busy;
