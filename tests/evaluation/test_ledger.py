@@ -67,6 +67,19 @@ def test_rows_are_enough_for_the_study(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 10_000 for path in (tmp_path / "results").iterdir())
 
 
+def test_rows_of_a_teacher_that_is_cross_fitted_are_read_back(tmp_path: Path) -> None:
+    held_out = {"loss": {"name": "erde", "wrong_test": "held_out"}}
+    arms = {"kd": {"loss": "kd"}, "ce": {"loss": "ce"}, "doubt": held_out, "doubt-too": held_out}
+    keys = {"arms": arms, "export": {"arm": "kd"}, "teacher.cross_fit": 2, "teacher.disjoint": False}
+    study = STUDY.model_copy(update={"keys": keys, "seeds": [3]})
+    fill(study, 3, tmp_path / "results", tmp_path / "run")
+    ledger = Ledger.read(LedgerConfig(studies=[study]), tmp_path / "results")
+    assert ledger.seeds(study, filled=True) == [3]
+    # A recipe with cross_fit needs an arm that asks for it.
+    kept = {row.arm: list(row.recipe["arms"]) for row in ledger.rows.values()}
+    assert kept["ce"] == ["kd", "ce", "doubt"]
+
+
 def test_a_promise_that_could_not_be_given_saves_nothing(tmp_path: Path) -> None:
     rows = {row.arm: row for row in fill(STUDY, 3, tmp_path / "results", tmp_path / "run")}
     row = rows["kd"].model_copy(update={"default_operating_point": "no-exit"})

@@ -198,9 +198,12 @@ def rows_of(study: StudyConfig, recipe: Config, run: Path, results: Results) -> 
 
 
 def _own_recipe(recipe: Config, arm: str) -> dict[str, Any]:
-    """The recipe without arms that neither are this one nor exported: there may be dozens."""
+    """The recipe of this arm and the exported one, and of those that make it sound: there may be dozens of others."""
+    kept = {arm, recipe.export.arm}
+    if recipe.teacher.cross_fit is not None:
+        kept.update(recipe.held_out_arms[:1])
     tree = recipe.model_dump(mode="json")
-    tree["arms"] = {name: about for name, about in tree["arms"].items() if name in (arm, recipe.export.arm)}
+    tree["arms"] = {name: about for name, about in tree["arms"].items() if name in kept}
     return tree
 
 

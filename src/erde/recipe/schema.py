@@ -538,8 +538,7 @@ class Config(Section):
                 "teacher.cache needs views that can be numbered, and cutout and resized_crop have endless ones: set "
                 "data.augmentation.cutout=0 and leave resized_crop out, or set teacher.cache=false"
             )
-        asks = any("held_out_logits" in arm.loss.extras for arm in self.arms.values())
-        if self.teacher.cross_fit is not None and not asks:
+        if self.teacher.cross_fit is not None and not self.held_out_arms:
             raise UserError(
                 "teacher.cross_fit is set, and no arm asks for held-out predictions: give an arm erde's "
                 "wrong_test: held_out, or leave cross_fit out"
@@ -626,6 +625,11 @@ class Config(Section):
     def trained_arms(self) -> list[str]:
         """All arms that are trained, the teacher first."""
         return [*([TEACHER] if self.needs_teacher else []), *self.arms]
+
+    @property
+    def held_out_arms(self) -> list[str]:
+        """Arms whose loss asks for the teacher's held-out predictions."""
+        return [name for name, arm in self.arms.items() if "held_out_logits" in arm.loss.extras]
 
     @property
     def measured_arms(self) -> list[str]:

@@ -48,8 +48,8 @@ class StudyConfig(Section):
             raise UserError(
                 f"reference: no arm '{self.reference}' in the recipe{nearest(self.reference, config.arms)}"
             )
-        asks = any("held_out_logits" in arm.loss.extras for arm in config.arms.values())
-        if self.one_teacher and seed != self.seeds[0] and asks and not config.teacher.trained:
+        first = seed == self.seeds[0]
+        if self.one_teacher and not first and config.held_out_arms and not config.teacher.trained:
             raise UserError(
                 f"study {self.name}: one_teacher gives seed {seed} a trained teacher, without the answers to unseen images that "
                 "erde's wrong_test 'held_out' asks for: set one_teacher: false, or another wrong_test"
