@@ -210,6 +210,25 @@ def test_the_command(
     assert "without labels" in captured.err
 
 
+def test_what_is_not_as_the_preprocessing_asks_is_said_once(
+    big: Path,
+    photos: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    about = tmp_path / "preprocessor_config.json"
+    about.write_text(json.dumps({"image_mean": [MEAN], "image_std": [STD], "do_resize": False}))
+    given = ("--preprocessing", str(about), "--out", str(tmp_path))
+    said = f"{about} asks for no resizing (do_resize is false); erde resizes images all the same\n"
+    # Both are refused right after the networks are opened; in the second, one file is that of two networks.
+    assert run_command(monkeypatch, "accelerate", str(big), "--images", str(photos[1]), *given) == 2
+    assert capsys.readouterr().err.count(said) == 1
+    given = (*given[:3], str(tmp_path / "out"))
+    assert run_command(monkeypatch, "cascade", str(big), str(big), "--data", str(photos[1]), *given) == 2
+    assert capsys.readouterr().err.count(said) == 1
+
+
 def test_what_is_refused(
     tiny_bundle: Path, big: Path, photos: tuple[Path, Path], tmp_path: Path, digits: DataSplits
 ) -> None:

@@ -161,6 +161,8 @@ def accelerate(
         raise UserError(
             f"{model} is a bundle: give the ONNX file of a classifier; erde cascade chains bundles"
         )
+    for note in network.notes:
+        progress.say(note)
     names = class_names([network], classes)
     pool = read_pool(Path(images), names)
     others = None if held_out is None else read_pool(Path(held_out), names)

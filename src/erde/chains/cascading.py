@@ -82,7 +82,10 @@ def seal_chain(
 
 
 def open_networks(paths: Sequence[Path], preprocessing: Sequence[Preprocessing] = ()) -> list[Network]:
-    """The networks at ``paths``; each ONNX file takes the next of ``preprocessing``, a single one is for all."""
+    """The networks at ``paths``; each ONNX file takes the next of ``preprocessing``, a single one is for all.
+
+    What a user should know about them is said.
+    """
     files = [path for path in paths if path.suffix == ".onnx"]
     if preprocessing and not files:
         raise UserError("a preprocessing belongs to an ONNX file, and none is given: bundles have their own")
@@ -92,7 +95,11 @@ def open_networks(paths: Sequence[Path], preprocessing: Sequence[Preprocessing] 
             "for all"
         )
     given = list(preprocessing) * (len(files) if len(preprocessing) == 1 else 1)
-    return [open_network(path, given.pop(0) if path in files and given else None) for path in paths]
+    opened = [open_network(path, given.pop(0) if path in files and given else None) for path in paths]
+    # Networks may share a preprocessing.
+    for note in dict.fromkeys(note for network in opened for note in network.notes):
+        progress.say(note)
+    return opened
 
 
 @dataclass(frozen=True)

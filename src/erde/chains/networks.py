@@ -30,6 +30,7 @@ class Network:
         origin: what is known of its making, for the manifest.
         write: writes its graphs to a folder, under the names of the stages given, for images of a shape.
         manifest: of a bundle.
+        notes: lines that a user should see.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Network:
     origin: dict[str, Any]
     write: Callable[[Sequence[Stage], Path, Shape], None]
     manifest: Manifest | None = None
+    notes: tuple[str, ...] = ()
 
 
 def bundle_network(folder: Path, manifest: Manifest) -> Network:
@@ -111,6 +113,7 @@ def onnx_network(classifier: OnnxClassifier) -> Network:
             "uncounted": list(classifier.uncounted),
         },
         write=write,
+        notes=classifier.notes,
     )
 
 
