@@ -294,6 +294,8 @@ EDITS = {
     "classes": "5",
     "rule": {"score": "entropi", "sharpness": 1.0, "ensemble": "none", "harm": None},
     "path": {"thresholds": [[None]], "risk": [0.0], "macs": [1.0]},
+    # Also beyond what a float can be.
+    "paper_path": {"thresholds": [[0.5, 0.5]], "risk": [10**400], "macs": [1.0]},
 }
 
 

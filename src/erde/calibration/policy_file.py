@@ -9,8 +9,16 @@ from pydantic import TypeAdapter
 
 from erde.calibration.choice import Contender
 from erde.calibration.thresholds import ThresholdPath
+from erde.common.errors import UserError
 from erde.policy.points import Calibration, LeftOut, OperatingPoint, ScoreCandidate
 from erde.policy.rule import ExitRule
+
+# Reading the bytes of something else raises one of these.
+NO_POLICY = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+
+class UnreadablePolicyError(UserError):
+    """No policy, or one that is damaged or of another version."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class CalibratedPolicy:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> CalibratedPolicy:
-        """Read the content of ``policy.json``; ``ValueError`` or ``TypeError`` where it is something else."""
+        """Read the content of ``policy.json``; ``ValueError``, ``TypeError`` or ``OverflowError`` where it is something else."""
         return _ADAPTER.validate_python(value)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from erde.calibration.checks import Request, check_logits, check_reuse
 from erde.calibration.labelled_images import halves
 from erde.calibration.logits import calibrate_logits
-from erde.calibration.policy_file import CalibratedPolicy
+from erde.calibration.policy_file import NO_POLICY, CalibratedPolicy, UnreadablePolicyError
 from erde.calibration.settings import Settings
 from erde.common.array_file import ArrayFileError, read_npz
 from erde.common.errors import UserError
@@ -268,10 +268,6 @@ class SavedPolicy:
             raise ValueError("its parts do not fit one another")
 
 
-class UnreadablePolicyError(UserError):
-    """No policy file, or one that this version did not write."""
-
-
 def read_policy(path: Path) -> SavedPolicy:
     """The policy that :func:`calibrate_file` wrote; :class:`UserError` where ``path`` is something else."""
     try:
@@ -284,7 +280,7 @@ def read_policy(path: Path) -> SavedPolicy:
         saved.check()
     except OSError as error:
         raise UnreadablePolicyError(f"no policy at {path}: erde calibrate LOGITS.npz writes one") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except NO_POLICY as error:
         raise UnreadablePolicyError(
             f"{path} is not a policy that erde calibrate LOGITS.npz wrote: calibrate again"
         ) from error

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from erde.bundle.sealing import file_hash
 from erde.calibration.exit_choice import ExitChoice
-from erde.calibration.policy_file import CalibratedPolicy
+from erde.calibration.policy_file import NO_POLICY, CalibratedPolicy, UnreadablePolicyError
 from erde.common.array_file import ArrayFileError, read_npz
 from erde.common.errors import UserError
 from erde.common.splits import CertifyLogits, TestLogits, TuneLogits
@@ -27,10 +27,6 @@ EXITS = "exits.json"
 LOGITS = "logits.npz"
 # In it: the SHA-256 of the stages that gave the logits.
 STAGES_HASHES = "stages_sha256"
-
-
-class UnreadablePolicyError(UserError):
-    """A ``policy.json`` that is damaged, or of another version."""
 
 
 def arm_folder(run: Path, arm: str) -> Path:
@@ -94,7 +90,7 @@ def read_policy(run: Path, arm: str) -> CalibratedPolicy:
         raise UserError(f"arm '{arm}' of {run} is not calibrated yet: run erde calibrate first")
     try:
         return CalibratedPolicy.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except NO_POLICY as error:
         raise UnreadablePolicyError(
             f"{path} is not a policy of this erde: run erde calibrate again"
         ) from error

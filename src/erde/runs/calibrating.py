@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from erde.calibration.checks import Request, check_reuse
 from erde.calibration.logits import calibrate_logits
+from erde.calibration.policy_file import UnreadablePolicyError
 from erde.calibration.settings import Settings
 from erde.common.files import write_json
 from erde.evaluation import run_folder
@@ -32,7 +33,7 @@ def calibrate(run: Run) -> None:
         network = run.stages(arm).cost
         cost = Cost(network.macs, network.no_exit_macs)
         # A policy that this version cannot read is as good as none: it is written anew.
-        with contextlib.suppress(run_folder.UnreadablePolicyError):
+        with contextlib.suppress(UnreadablePolicyError):
             if path.exists():
                 request = Request(tune, certify, cost, settings, (), tune_right, certify_right)
                 check_reuse(run_folder.read_policy(run.folder, arm).calibration, request)
