@@ -252,7 +252,8 @@ class SavedPolicy:
         fits = (
             exits >= 2
             and all(
-                type(macs) is int and macs >= 1 for macs in (*self.cost.exit_macs, self.cost.no_exit_macs)
+                type(macs) is int and float(macs) >= 1
+                for macs in (*self.cost.exit_macs, self.cost.no_exit_macs)
             )
             and type(self.classes) is int
             and len(calibrated.temperatures) == exits
