@@ -12,12 +12,13 @@ from mapie.risk_control.methods import (
 )
 from numpy.typing import NDArray
 
-from erde.calibration.certificates import binomial_p_value, certify
+from erde.calibration.certificates import binomial_p_value
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path
 from erde.common.splits import CertifyLogits, TuneLogits
 from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule
+from tests.helpers.certified import certify
 from tests.helpers.oracles import synthetic_logits
 
 COST = Cost(exit_macs=(42, 71, 104), no_exit_macs=100)

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from erde.calibration.certificates import (
     METHODS,
     PathCounts,
-    certify,
     count_along,
     images_needed,
     most_lost,
@@ -21,6 +20,7 @@ from erde.common.splits import CertifyLogits, TuneLogits
 from erde.policy import rule as policy
 from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule
+from tests.helpers.certified import certify
 from tests.helpers.oracles import synthetic_logits
 
 COST = Cost(exit_macs=(42, 71, 104), no_exit_macs=100)

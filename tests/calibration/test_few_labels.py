@@ -12,7 +12,6 @@ import pytest
 from scipy.stats import binom
 
 from erde.bundle.sealing import read
-from erde.calibration.certificates import certify
 from erde.calibration.few_labels import UNKNOWN, FewLabels, read_label_file
 from erde.calibration.labelled_images import load_unlabelled
 from erde.calibration.recalibration import ask_for_labels, recalibrate_with_labels
@@ -25,6 +24,7 @@ from erde.evaluation.logits_file import LogitsFile
 from erde.policy.cost import Cost
 from erde.policy.rule import ExitRule, decide, take_exit
 from erde.runtime.session import Session
+from tests.helpers.certified import certify
 from tests.helpers.checks import user_error
 from tests.helpers.hand_made_bundle import pixel_bundle
 
