@@ -98,11 +98,6 @@ def test_probabilities_become_logits(dynamo: bool, tmp_path: Path) -> None:
     logits = as_stage(classifier, tmp_path)
     np.testing.assert_allclose(torch.from_numpy(logits).softmax(1), expected, atol=1e-5)
     np.testing.assert_allclose(logits, np.log(expected), atol=1e-4)
-    assert read_classifier(path, PREPROCESSING, output="probabilities") == classifier
-    with user_error(
-        "net.onnx gives probabilities, not logits as said: .* are all between 0 and 1 with sum 1"
-    ):
-        read_classifier(path, PREPROCESSING, output="logits")
 
 
 def test_a_probability_of_zero_is_a_finite_logit(tmp_path: Path) -> None:
@@ -119,13 +114,6 @@ def test_a_probability_of_zero_is_a_finite_logit(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         logits, [[np.log(1e-30)] * 2 + [0] + [np.log(1e-30)] * 2] * len(IMAGES), rtol=1e-6
     )
-
-
-def test_logits_that_were_said_to_be_probabilities(tmp_path: Path) -> None:
-    with user_error(
-        "net.onnx gives logits, not probabilities as said: on random images its outputs reach from"
-    ):
-        read_classifier(saved(hand_made(), tmp_path), PLAIN, output="probabilities")
 
 
 def test_float16(tmp_path: Path) -> None:
@@ -409,7 +397,6 @@ def test_one_of_several_outputs(tmp_path: Path) -> None:
     both = {"probabilities": ["N", 5], "output": ["N", 5]}
     path = saved(hand_made(flat, product, softmax, outputs=both), tmp_path)
     assert read_classifier(path, PLAIN).output_kind == "logits"
-    assert read_classifier(path, PLAIN, output="probabilities").output_kind == "probabilities"
     product.output[0] = "scores"
     shapes: dict[str, list[Any]] = {"features": ["N", 48], "scores": ["N", 5]}
     two = hand_made(flat, product, features, outputs=shapes)

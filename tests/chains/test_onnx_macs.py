@@ -126,7 +126,6 @@ def test_what_cannot_be_counted_is_named() -> None:
     any_size: dict[str, Any] = {"inputs": {"input": ["N", 3, "H", "W"]}, "outputs": {"output": []}}
     model = hand_made(conv, weights={"w": array(2, 3, 3, 3)}, **any_size)
     assert count_macs(model) == (0, ("Conv",))
-    assert count_macs(model, (3, 6, 6)) == (2 * 16 * 27, ())
 
 
 def test_shapes_that_inference_does_not_know() -> None:

@@ -33,16 +33,15 @@ _NO_PARAMETERS = {
 }
 
 
-def count_macs(model: Any, image_shape: Sequence[int] | None = None) -> tuple[int, tuple[str, ...]]:
+def count_macs(model: Any) -> tuple[int, tuple[str, ...]]:
     """MACs for one image, of convolutions and matrix products; and operators with others, which are not counted.
 
     Batch norm, activations, pooling and resizing count nothing, as is the custom of the field.
 
     Args:
         model: a model of the onnx package with one input.
-        image_shape: the input's shape behind the batch axis, where the graph leaves it open.
     """
-    shapes = shapes_for_one_image(model, image_shape)
+    shapes = shapes_for_one_image(model)
     dependent = image_dependent(model)
     macs = 0
     uncounted = set()
@@ -104,7 +103,7 @@ def count_parameters(model: Any) -> int:
     )
 
 
-def shapes_for_one_image(model: Any, image_shape: Sequence[int] | None = None) -> Shapes:
+def shapes_for_one_image(model: Any) -> Shapes:
     """Shapes of the tensors in a graph for a batch of 1, as far as they are known.
 
     By shape inference; where that leaves something open that matters here, by running the graph once.
@@ -112,7 +111,7 @@ def shapes_for_one_image(model: Any, image_shape: Sequence[int] | None = None) -
     onnx = import_onnx()
     shapes: Shapes = {name: tuple(tensor.dims) for name, tensor in tensors(model).items()}
     skeleton = _without_large_weights(model)
-    _set_shape(skeleton.graph.input[0], image_shape)
+    _set_batch_of_one(skeleton.graph.input[0])
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
     except Exception:  # of its own kinds, for graphs that it finds inconsistent
@@ -131,14 +130,14 @@ def shapes_for_one_image(model: Any, image_shape: Sequence[int] | None = None) -
         if name and name not in shapes
     }
     if missing:
-        shapes.update(_shapes_by_running(model, sorted(missing), image_shape))
+        shapes.update(_shapes_by_running(model, sorted(missing)))
     return shapes
 
 
-def _shapes_by_running(model: Any, names: Sequence[str], image_shape: Sequence[int] | None) -> Shapes:
+def _shapes_by_running(model: Any, names: Sequence[str]) -> Shapes:
     onnx = import_onnx()
     exposed = copied(model)
-    _set_shape(exposed.graph.input[0], image_shape)
+    _set_batch_of_one(exposed.graph.input[0])
     kept = [value for value in exposed.graph.output if value.name not in names]
     del exposed.graph.output[:]
     exposed.graph.output.extend(kept)
@@ -159,12 +158,10 @@ def _shapes_by_running(model: Any, names: Sequence[str], image_shape: Sequence[i
     return {name: tuple(np.shape(result)) for name, result in zip(names, results, strict=True)}
 
 
-def _set_shape(value: Any, image_shape: Sequence[int] | None) -> None:
+def _set_batch_of_one(value: Any) -> None:
     sides = value.type.tensor_type.shape.dim
     if len(sides):
         sides[0].dim_value = 1
-    for side, length in zip(sides[1:], image_shape or (), strict=False):
-        side.dim_value = length
 
 
 def _without_large_weights(model: Any) -> Any:
