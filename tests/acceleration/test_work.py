@@ -61,7 +61,7 @@ def test_from_a_model_and_images_to_a_quicker_bundle(
     monkeypatch.setattr(Accelerated, "gains", True)
     # A start that was killed while it wrote the settings is no obstacle.
     out.mkdir()
-    (out / ".settings.json.12345678.partial").write_text("half")
+    (out / f".settings.json.{dead_process()}-12345678.partial").write_text("half")
     # Stopped in the middle of the training of the front, as by a kill.
     step = Learner.step
 

@@ -296,13 +296,12 @@ def test_sweep_leftovers(tmp_path: Path) -> None:
     inside.mkdir(parents=True)
     for name in ("last.safetensors", "some.partial.txt", "partial", "kd.partial", "x.12-12345678.aside"):
         (inside / name).write_text("kept")
-    (inside / ".last.safetensors.12345678.partial").write_text("half, of an older version")
     (inside / f".last.safetensors.{dead_process()}-12345678.partial").write_text("half")
     # A killed process had the id that this one has, as in a container that starts anew.
     (inside / f".last.safetensors.{os.getpid()}-12345678.partial").write_text("half")
-    folder = tmp_path / ".bundle.12345678.partial"
+    folder = tmp_path / f".bundle.{dead_process()}-12345678.partial"
     (folder / "deep").mkdir(parents=True)
-    (folder / "deep" / ".manifest.json.12345678.partial").write_text("half")
+    (folder / "deep" / f".manifest.json.{dead_process()}-12345678.partial").write_text("half")
     sweep_leftovers(tmp_path)
     assert entries(tmp_path) == ["arms"]
     assert entries(inside) == [

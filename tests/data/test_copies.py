@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from erde.common.errors import UserError
 from erde.data.encoded import StreamedImages
 from erde.data.load import DataSplits, load_splits
 from erde.recipe.schema import DataConfig
-from erde.runs.folder import Run
 from tests.helpers.image_sets import (
     SIZES,
     load,
@@ -35,15 +31,26 @@ def seen_in(splits: DataSplits) -> list[list[bytes]]:
     return [[row.tobytes() for row, _ in rows_and_labels(part)] for part in parts(splits)]
 
 
+def leave_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The splits as they are before copies are taken out."""
+    monkeypatch.setattr("erde.data.load._separate", lambda _, *splits: splits)
+
+
 @pytest.mark.parametrize("streaming", ["never", "always"])
-def test_a_set_without_copies_is_split_as_ever(tmp_path: Path, streaming: str) -> None:
+def test_a_set_without_copies_is_split_as_ever(
+    tmp_path: Path, streaming: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_set(tmp_path / "set")
     config = DataConfig(name=str(folder), streaming=streaming, **SIZES)
-    assert load_splits(config, 3).fingerprints() == load_splits(config, 3, copies_apart=False).fingerprints()
+    expected = load_splits(config, 3).fingerprints()
+    leave_copies(monkeypatch)
+    assert load_splits(config, 3).fingerprints() == expected
 
 
 @pytest.mark.parametrize("streaming", ["never", "always"])
-def test_copies_stand_on_one_side(tmp_path: Path, streaming: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copies_stand_on_one_side(
+    tmp_path: Path, streaming: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Each picture twice, and half of the test pictures in train as well.
     pictures = [picture(row // 2) for row in range(600)]
     pictures[:30] = [picture(10_000 + row) for row in range(30)]
@@ -57,7 +64,9 @@ def test_copies_stand_on_one_side(tmp_path: Path, streaming: str, capsys: pytest
         tmp_path / "set" / "data" / "test-0.parquet", list(map(png, tests)), [row % 10 for row in range(60)]
     )
     config = DataConfig(name=str(tmp_path / "set"), streaming=streaming, tune_size=90, certify_size=90)
-    before = seen_in(load_splits(config, 0, copies_apart=False))
+    with monkeypatch.context() as patch:
+        leave_copies(patch)
+        before = seen_in(load_splits(config, 0))
     assert set(before[0]) & set(before[2])
     capsys.readouterr()
     splits = load_splits(config, 0)
@@ -96,22 +105,6 @@ def test_images_that_weights_have_seen_are_not_held_out(
     path.write_bytes(next(folder.rglob("train-*")).read_bytes())
     sizes = {"tune_size": 20, "certify_size": 20}
     assert "no image of tune is left: all are copies" in refusal(folder, held_out="test", **sizes)
-
-
-def test_a_run_that_began_with_copies_goes_on(tmp_path: Path) -> None:
-    encoded = [png(picture(row % 220)) for row in range(240)]
-    write_split(tmp_path / "set" / "train.parquet", encoded, [row % 10 for row in range(240)])
-    config = DataConfig(name=str(tmp_path / "set"), test_size=50, **SIZES)
-    old, new = (load_splits(config, 0, copies_apart=apart).fingerprints() for apart in (False, True))
-    assert old != new
-    run: Any = SimpleNamespace(config=SimpleNamespace(data=config, seed=0), folder=tmp_path)
-    splits_of = vars(Run)["data"].func
-    for begun_with in (old, new):
-        (tmp_path / "splits.json").write_text(json.dumps(begun_with))
-        assert splits_of(run).fingerprints() == begun_with
-    (tmp_path / "splits.json").write_text(json.dumps({**old, "train": new["train"]}))
-    with pytest.raises(UserError, match="is not the one that this run started with"):
-        splits_of(run)
 
 
 def test_streamed_files_of_one_size_are_no_copies(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from sklearn.datasets import load_digits
 from erde.common.errors import UserError, check_seed
 from erde.common.images import to_array
 from erde.common.splits import TrainSplit
-from erde.data.load import load_data, load_splits, stratified_order
-from erde.recipe.schema import DataConfig
+from erde.data.load import load_data, stratified_order
 from tests.helpers.checks import user_error
 from tests.helpers.image_sets import load, parts, picture, png, write_set, write_split
 
@@ -243,11 +242,14 @@ def test_given_mean_and_std_are_kept(root: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 77])
-def test_constant_images_give_a_finite_std(tmp_path: Path, value: int) -> None:
+def test_constant_images_give_a_finite_std(
+    tmp_path: Path, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoded = [png(np.full((4, 4, 3), value, np.uint8))] * 60
     write_split(tmp_path / "set" / "train.parquet", encoded, [row % 2 for row in range(60)], names=2)
-    sizes = {"tune_size": 10, "certify_size": 10, "test_size": 10}
-    splits = load_splits(DataConfig(name=str(tmp_path / "set"), **sizes), 0, copies_apart=False)
+    # All are copies of one image.
+    monkeypatch.setattr("erde.data.load._separate", lambda _, *splits: splits)
+    splits = load(tmp_path / "set", tune_size=10, certify_size=10, test_size=10)
     assert splits.std == (1e-3,) * 3
     assert splits.mean == pytest.approx([value / 255] * 3, abs=1e-4)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,11 +25,12 @@ from erde.recipe.schema import Config
 from erde.runs import chain, networks
 from erde.runs.calibrating import calibrate
 from erde.runs.evaluating import evaluate
-from erde.runs.exporting import export, export_without_exits
+from erde.runs.exporting import export_without_exits
 from erde.runs.folder import Run
 from erde.runs.networks import trained_network
 from erde.runs.opening import existing_run, open_run, with_whole_paths
 from erde.runs.training import distill
+from tests.common.test_files import dead_process
 from tests.helpers.checks import entries, user_error
 
 SMALL: dict[str, Any] = {
@@ -79,21 +79,13 @@ def logits_of(graph: Path, images: Any) -> Any:
     return onnxruntime.InferenceSession(str(graph)).run(None, {"images": images})[0]
 
 
-@pytest.mark.parametrize("begun_by_an_older_version", [False, True])
-def test_an_arm_that_is_called_no_exit_is_not_the_exported_arms_baseline(
-    run_copy: Path, begun_by_an_older_version: bool
-) -> None:
-    baselines = run_copy / "baselines"
-    if begun_by_an_older_version:
-        # It kept one file of the two.
-        os.replace(baselines / "arm+no-exit.onnx", baselines / "no-exit.onnx")
-        with existing_run(run_copy) as run:
-            export(run)
+def test_an_arm_that_is_called_no_exit_is_not_the_exported_arms_baseline(finished: Path) -> None:
+    baselines = finished / "baselines"
     assert entries(baselines) == ["arm+no-exit.onnx", "no-exit.onnx"]
-    with existing_run(run_copy, read_only=True) as run:
+    with existing_run(finished, read_only=True) as run:
         images = run.data.test.images[:20]
     for graph, arm in (("no-exit", "early"), ("arm+no-exit", "no-exit")):
-        expected = run_folder.read_logits(run_copy, arm)[2].logits[-1, :20]
+        expected = run_folder.read_logits(finished, arm)[2].logits[-1, :20]
         assert np.allclose(logits_of(baselines / f"{graph}.onnx", images), expected, atol=1e-4), graph
 
 
@@ -193,7 +185,7 @@ def test_of_two_that_start_the_same_run_the_slower_one_writes_nothing(
 def test_a_start_that_was_killed_leaves_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text('{"pid": 1}')
-    (tmp_path / "run" / ".config.yaml.12345678.partial").write_text("half")
+    (tmp_path / "run" / f".config.yaml.{dead_process()}-12345678.partial").write_text("half")
     monkeypatch.setattr("erde.runs.training.check", lambda _: None)
     open_run(recipe(tmp_path), tmp_path / "run", resume=False).close()
     assert entries(tmp_path / "run") == ["config.yaml", "log.jsonl", "splits.json"]
@@ -430,7 +422,7 @@ def test_logits_that_the_stages_do_not_give_are_not_sealed(run_copy: Path) -> No
     before = json.loads((run_copy / "bundle" / "manifest.json").read_text())["seal"]
     path = run_copy / "arms" / "early" / "logits.npz"
     with np.load(path) as arrays:
-        changed = {name: arrays[name] for name in arrays.files if name != run_folder.STAGES_HASHES}
+        changed = dict(arrays)
     changed["test_logits"] = changed["test_logits"][:, :, ::-1]
     np.savez(path, **changed)
     with user_error("of 100 test images.*nothing is sealed.*erde export"), existing_run(run_copy) as run:

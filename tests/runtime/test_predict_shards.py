@@ -23,6 +23,7 @@ import pytest
 import erde
 from erde.runtime.predict_shards import SETTINGS, predict_shards
 from erde.runtime.session import Session
+from tests.common.test_files import dead_process
 from tests.e2e.conftest import erde as command
 from tests.e2e.conftest import erde_process
 from tests.helpers.checks import entries, user_error
@@ -224,7 +225,7 @@ def test_resume_refuses_what_was_begun_otherwise(bundle: Path, tmp_path: Path) -
     folder, out = write_shards(tmp_path / "shards", 2, 5), tmp_path / "answers"
     # Nothing begun is no error, and neither is a start that was killed while it wrote the settings.
     out.mkdir()
-    (out / ".settings.json.12345678.partial").write_text("half")
+    (out / f".settings.json.{dead_process()}-12345678.partial").write_text("half")
     predict_shards(bundle, [folder], out, resume=True)
     assert entries(out) == ["0.parquet", "1.parquet", SETTINGS]
     again = predict_shards(bundle, [folder], out, resume=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,42 +188,15 @@ class Request:
 
         Milliseconds are left out: nothing that is certified depends on them, and a new profile is no second choice.
         """
-        return self._hash(self._settings(), replace(self.cost, exit_milliseconds=None))
-
-    def is_that_of(self, earlier: Calibration) -> bool:
-        """True if an earlier calibration made the same choices.
-
-        Earlier versions hashed milliseconds too, whole numbers as they were given (1 and 1.0 were two choices), and no
-        reference.
-        """
-        settings = self._settings()
-        as_given = json.loads(json.dumps(settings), parse_float=_whole)
-        costs = (self.cost, replace(self.cost, exit_milliseconds=None))
-        requests = (self, replace(self, tune_reference_right=None, certify_reference_right=None))
-        return earlier.choices in [
-            request._hash(some, cost)
-            for request in requests
-            for some in (settings, as_given)
-            for cost in costs
-        ]
-
-    def fingerprint(self, split: Logits) -> str:
-        """That of tune or of certify, as a calibration notes it: for a promise of disagreement no label counts."""
-        unlabelled = self.settings.guarantee == "disagreement"
-        return (answers_as_labels(split) if unlabelled else split).fingerprint()
-
-    def _settings(self) -> dict[str, Any]:
         # A setting that an earlier version did not have changes no hash while it keeps its default.
         defaults = type(self.settings)().model_dump()
-        return {
+        settings = {
             key: value
             for key, value in self.settings.model_dump().items()
             if key in HASHED_ALWAYS or value != defaults[key]
         }
-
-    def _hash(self, settings: dict[str, Any], cost: Cost) -> str:
-        costs = asdict(cost)
-        if costs["networks"] == (0,):  # what earlier versions knew
+        costs = asdict(replace(self.cost, exit_milliseconds=None))
+        if costs["networks"] == (0,):  # likewise
             del costs["networks"]
         references = [
             hashlib.sha256(np.asarray(right, dtype=np.bool_).tobytes()).hexdigest()
@@ -233,15 +206,15 @@ class Request:
         value = [settings, costs, self.fingerprint(self.tune), *references]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-
-def _whole(text: str) -> float:
-    value = float(text)
-    return int(value) if value.is_integer() else value
+    def fingerprint(self, split: Logits) -> str:
+        """That of tune or of certify, as a calibration notes it: for a promise of disagreement no label counts."""
+        unlabelled = self.settings.guarantee == "disagreement"
+        return (answers_as_labels(split) if unlabelled else split).fingerprint()
 
 
 def check_reuse(earlier: Calibration | None, request: Request) -> None:
     """:class:`UserError` where images that would certify ``request`` already certified other choices."""
-    if earlier is None or request.is_that_of(earlier):
+    if earlier is None or earlier.choices == request.choices():
         return
     # Noted with its labels or, by a promise of disagreement, without: the images are the same.
     certify = {split.fingerprint() for split in (request.certify, answers_as_labels(request.certify))}

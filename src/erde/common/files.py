@@ -26,8 +26,8 @@ except ImportError:  # Windows
 
 # Of linux/fcntl.h and linux/fs.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# A file that a process is writing; its name holds the process's id (none before the release of erde 0.1.0).
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?:(?P<pid>\d+)-)?[0-9a-f]{8}\.partial")
+# A file that a process is writing; its name holds the process's id.
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 # The old folder while a new one takes its name.
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-[0-9a-f]{8}\.aside")
 # What the file of a lock begins with, unless its process was killed before it wrote anything.
@@ -184,9 +184,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_being_written(path: Path, pid: str | None) -> bool:
-    if pid is None:
-        return False
+def _is_being_written(path: Path, pid: str) -> bool:
     return path in _under_way if int(pid) == os.getpid() else _is_alive(int(pid))
 
 

@@ -89,11 +89,10 @@ def load_data(name: str | os.PathLike[str], *, seed: int = 0, **settings: Any) -
     return load_splits(validate(DataConfig, {"name": os.fspath(name), **settings}, prefix="data."), seed)
 
 
-def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> DataSplits:
+def load_splits(config: DataConfig, seed: int) -> DataSplits:
     """Load ``config.name`` and split it: stratified, by ``seed``, the same on every machine.
 
-    An image with copies in several splits stays in one of them (copies.py), unless ``copies_apart`` is False, as in
-    earlier versions of erde.
+    An image with copies in several splits stays in one of them (copies.py).
     """
     seed = seed if config.split_seed is None else config.split_seed
     pool, test, classes = load_digits() if config.name == "digits" else load_columns(config)
@@ -118,8 +117,7 @@ def load_splits(config: DataConfig, seed: int, copies_apart: bool = True) -> Dat
     certify = whole.take(order[tune_size:held_out])
     rest = whole.take(order[held_out:])
     train, test = (rest, test) if config.held_out == "train" else (pool, rest)
-    if copies_apart:
-        train, tune, certify, test = _separate(config, train, tune, certify, test)
+    train, tune, certify, test = _separate(config, train, tune, certify, test)
     # Only train needs every class: promises and measurements are about images as they come.
     missing = sorted(set(range(len(classes))) - set(train.labels.tolist()))
     if missing:
@@ -153,21 +151,9 @@ def load_splits_again(config: DataConfig, seed: int, fingerprints: Mapping[str, 
 
     Where a run held its train images in memory and this one streams them, or the other way round, the train split
     has another kind of fingerprint, and its mean and standard deviation are measured on another number of images:
-    both are then taken as they were. A run of an earlier erde left copies of images where they were.
+    both are then taken as they were.
     """
-    for copies_apart in (True, False):
-        data = _as_begun(config, seed, fingerprints, copies_apart)
-        if data is not None:
-            if not copies_apart:
-                say("data: copies of images stand in more than one split, as this run began with them")
-            return data
-    return None
-
-
-def _as_begun(
-    config: DataConfig, seed: int, fingerprints: Mapping[str, Any], copies_apart: bool
-) -> DataSplits | None:
-    data = load_splits(config, seed, copies_apart)
+    data = load_splits(config, seed)
     now = data.fingerprints()
     if now == fingerprints:
         return data
@@ -178,7 +164,7 @@ def _as_begun(
         began = data.train.decoded_fingerprint()
     elif config.name != "digits":
         always = config.model_copy(update={"streaming": "always"})
-        began = load_splits(always, seed, copies_apart).train.fingerprint()
+        began = load_splits(always, seed).train.fingerprint()
     else:
         return None
     train = {"size": len(data.train), "fingerprint": began}

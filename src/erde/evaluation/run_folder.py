@@ -8,6 +8,7 @@ from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -69,12 +70,9 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def check_stages(run: Path, arm: str, stages: Sequence[Path]) -> None:
-    """:class:`UserError` unless an arm's logits came from these very stages; of older runs nobody knows."""
+    """:class:`UserError` unless an arm's logits came from these very stages."""
     path = arm_folder(run, arm) / LOGITS
-    known = _arrays(path).get(STAGES_HASHES)
-    if known is None:
-        return
-    hashes = [str(value) for value in known.ravel()]
+    hashes = [str(value) for value in _arrays(path).get(STAGES_HASHES, np.empty(0)).ravel()]
     for stage, expected in zip_longest(stages, hashes):
         if stage is None or expected is None or file_hash(stage) != expected:
             raise UserError(

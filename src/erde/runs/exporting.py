@@ -21,7 +21,7 @@ from erde.exporting.onnx_files import (
     export_stages,
 )
 from erde.runs.choosing import choose_arms_exits
-from erde.runs.folder import NO_EXIT, NO_EXIT_INT8, Run
+from erde.runs.folder import NO_EXIT_INT8, Run
 from erde.runs.networks import trained_network
 from erde.runtime.stages import StageRunner
 
@@ -74,12 +74,6 @@ def _export_baselines(run: Run) -> None:
     """The exported arm without its exits, and every arm that has none, as ordinary ONNX files."""
     exported = run.config.export.arm
     arms = [arm for arm in run.config.trained_arms if arm == exported or len(run.stages(arm).files) == 1]
-    for arm in arms:
-        path = run.baseline(arm)
-        if path.stem == f"arm+{arm}" and not path.exists():
-            # An earlier version kept one file for both; nobody knows whose network it holds.
-            for name in (NO_EXIT, NO_EXIT_INT8):
-                (path.parent / f"{name}.onnx").unlink(missing_ok=True)
     for arm in arms:
         if not run.baseline(arm).exists():
             export_without_exits(run, arm, run.baseline(arm))
