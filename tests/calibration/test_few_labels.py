@@ -360,7 +360,7 @@ def test_rows_of_other_images_do_no_harm(
     )
     assert alone == with_others
     # A label belongs to bytes, not to a name.
-    assert read_label_file(ask, "0123456789", {rows[0]["image"]: "0" * 64}) == ({}, {})
+    assert read_label_file(ask, "0123456789", {rows[0]["image"]: "0" * 64}) == {}
     # An image of the list that is gone makes another pool, whose labels were not asked for.
     (folder / rows[0]["image"]).unlink()
     with user_error("has no row for .* the images, the bundle or an option have changed since"):

@@ -75,7 +75,7 @@ def test_networks_that_torch_exports(dynamo: bool, dynamic: bool, tmp_path: Path
         dynamic=dynamic,
     )
     classifier = read_classifier(path, PREPROCESSING)
-    assert (classifier.name, classifier.class_count, classifier.input_name) == ("net", CLASSES, "input")
+    assert (classifier.name, classifier.class_count) == ("net", CLASSES)
     assert (classifier.output_kind, classifier.preprocessing.layout) == ("logits", "NCHW")
     # A batch of 1 that the exporter wrote into the graph is taken out again.
     assert not classifier.fixed_batch_of_one

@@ -37,7 +37,6 @@ COLUMNS = ("image", "sha256", "label")
 # smaller number more labels are asked for at once, with a larger one more rounds are needed.
 HARM_SHARE = 0.4
 UNKNOWN = -1
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -191,10 +190,8 @@ def write_label_file(path: Path, images: Sequence[tuple[str, str, str]]) -> None
     write_text(path, text.getvalue())
 
 
-def read_label_file(
-    path: Path, classes: Sequence[str], digests: Mapping[str, str]
-) -> tuple[dict[str, int], dict[str, str]]:
-    """SHA-256 to label (``UNKNOWN`` where it was left empty) of a filled CSV, and SHA-256 to image name.
+def read_label_file(path: Path, classes: Sequence[str], digests: Mapping[str, str]) -> dict[str, int]:
+    """SHA-256 to label (``UNKNOWN`` where it was left empty) of a filled CSV.
 
     ``digests`` has the SHA-256 of each image of the pool by its name, as in the file. Rows of other images are skipped.
 
@@ -213,7 +210,6 @@ def read_label_file(
             f"{path} is not a CSV file in UTF-8: fill in the one that --labels-out wrote"
         ) from error
     labels: dict[str, int] = {}
-    names: dict[str, str] = {}
     known = set(digests.values())
     for number, row in enumerate(rows, start=2):
         values: list[Any] = [row.get(column) for column in COLUMNS]
@@ -233,10 +229,9 @@ def read_label_file(
         value = classes.index(label) if label else UNKNOWN
         if labels.setdefault(digest, value) != value:
             raise UserError(f"{path}, line {number}: {image} has two labels: keep the right one")
-        names[digest] = image
     # Where no label is needed there is nothing but the heading.
     if not set(COLUMNS) <= set(reader.fieldnames or ()):
         raise UserError(
             f"{path} has no rows: expected the columns {','.join(COLUMNS)}, as --labels-out wrote them"
         )
-    return labels, names
+    return labels

@@ -29,13 +29,13 @@ def fit_harm(tune: TuneLogits, reference_right: NDArray[np.bool_]) -> tuple[Harm
     )
 
 
-def out_of_fold_scores(tune: TuneLogits, reference_right: NDArray[np.bool_], seed: int = 0) -> Array:
+def out_of_fold_scores(tune: TuneLogits, reference_right: NDArray[np.bool_]) -> Array:
     """Scores (E, N) of tune images by regressions that did not see them: what new images would get.
 
     Thresholds are searched on these, since the scores of the images that a regression was fitted on flatter it.
     """
     exits, images = tune.logits.shape[:2]
-    folds = np.random.default_rng(seed).permutation(images) % FOLDS
+    folds = np.random.default_rng(0).permutation(images) % FOLDS
     scores = np.ones((exits, images))
     for index in range(exits - 1):
         for fold in range(FOLDS):

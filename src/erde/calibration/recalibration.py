@@ -136,7 +136,7 @@ class _Waiting:
         known = np.full(len(self.few.certify), UNKNOWN)
         if labels is None:
             return known
-        by_digest, _ = read_label_file(labels, self.session.classes, self.images.digests)
+        by_digest = read_label_file(labels, self.session.classes, self.images.digests)
         digests = [self.images.digests[name] for name in self.images.certify_names]
         missing = [row for row in self.few.asked() if digests[row] not in by_digest]
         if missing:

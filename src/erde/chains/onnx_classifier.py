@@ -66,7 +66,6 @@ class OnnxClassifier:
     name: str
     class_count: int
     preprocessing: Preprocessing
-    input_name: str
     output_kind: OutputKind
     macs: int
     uncounted: tuple[str, ...]
@@ -108,7 +107,6 @@ def read_classifier(path: Path, preprocessing: Preprocessing | None = None) -> O
         name=path.stem,
         class_count=math.prod(alone.shape[1:]),
         preprocessing=preprocessing,
-        input_name=model.graph.input[0].name,
         output_kind=output_kind,
         macs=macs,
         uncounted=uncounted,

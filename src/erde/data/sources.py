@@ -291,8 +291,8 @@ def _skipped(bad: dict[int, str], images: int, where: str) -> list[int]:
     return list(bad)
 
 
-def _listed(bad: dict[int, str], most: int = 10) -> str:
-    reasons = list(bad.values())
+def _listed(bad: dict[int, str]) -> str:
+    reasons, most = list(bad.values()), 10
     if len(reasons) == 1:
         return reasons[0]
     more = f"; and {len(reasons) - most:,} more" if len(reasons) > most else ""

@@ -42,9 +42,7 @@ class Answers:
         return cls(exits, policy.take_exit(scored.right, exits), cost.exit_macs)
 
 
-def compare_arms(
-    arms: Mapping[str, tuple[TestLogits, CalibratedPolicy, Cost]], seed: int = 0
-) -> list[Comparison]:
+def compare_arms(arms: Mapping[str, tuple[TestLogits, CalibratedPolicy, Cost]]) -> list[Comparison]:
     """Every pair of arms, earlier minus later in the order of ``arms``; each at its default point, then no-exit.
 
     All arms must have seen the same test images in the same order.
@@ -58,15 +56,13 @@ def compare_arms(
             f"{first}, {second}: other images"
         )
     return [
-        compare(first, answers[first][at], second, answers[second][at], at, seed)
+        compare(first, answers[first][at], second, answers[second][at], at)
         for first, second in combinations(arms, 2)
         for at in PLACES
     ]
 
 
-def compare(
-    first_name: str, first: Answers, second_name: str, second: Answers, at: At, seed: int = 0
-) -> Comparison:
+def compare(first_name: str, first: Answers, second_name: str, second: Answers, at: At) -> Comparison:
     """``first`` minus ``second`` in accuracy and mean MACs per image, paired image by image.
 
     Intervals are percentiles (95 %) of the paired bootstrap over images; McNemar's exact test (1947) is of
@@ -77,7 +73,7 @@ def compare(
     only_second = int((second.right & ~first.right).sum())
     accuracy = first.right.astype(np.int64) - second.right
     macs = np.asarray(first.exit_macs)[first.exits] - np.asarray(second.exit_macs)[second.exits]
-    accuracy_interval, macs_interval = paired_intervals(accuracy, macs, seed)
+    accuracy_interval, macs_interval = paired_intervals(accuracy, macs)
     return Comparison(
         first=first_name,
         second=second_name,

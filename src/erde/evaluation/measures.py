@@ -219,17 +219,17 @@ def score_outcomes(
 
 
 def measure_curve(
-    test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, reference_right: ReferenceRight, seed: int = 0
+    test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, reference_right: ReferenceRight
 ) -> Curve:
-    """Accuracy against MACs on test, along the path of thresholds that tune chose; ``seed`` resamples."""
-    return _curve(test, calibrated.rule, calibrated.path, cost, reference_right, seed)
+    """Accuracy against MACs on test, along the path of thresholds that tune chose."""
+    return _curve(test, calibrated.rule, calibrated.path, cost, reference_right)
 
 
 def paper_curve(
-    test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, reference_right: ReferenceRight, seed: int = 0
+    test: TestLogits, calibrated: CalibratedPolicy, cost: Cost, reference_right: ReferenceRight
 ) -> Curve:
     """Like :func:`measure_curve` for the paper's rule (entropy at sharpness 1) along its own path."""
-    return _curve(test, PAPER_RULE, calibrated.paper_path, cost, reference_right, seed)
+    return _curve(test, PAPER_RULE, calibrated.paper_path, cost, reference_right)
 
 
 def _curve(
@@ -238,7 +238,6 @@ def _curve(
     path: ThresholdPath,
     cost: Cost,
     reference_right: ReferenceRight,
-    seed: int,
 ) -> Curve:
     scored = ScoredSplit.of(test, rule, reference_right)
     count = len(path.thresholds)
@@ -258,7 +257,7 @@ def _curve(
         exit_rates=rates.tolist(),
         milliseconds=milliseconds,
         area=None if area is None else float(area),
-        area_interval=None if area is None else area_interval(scored, thresholds, cost, seed),
+        area_interval=None if area is None else area_interval(scored, thresholds, cost),
     )
 
 

@@ -248,20 +248,20 @@ def decide(scores: Array, thresholds: Thresholds) -> NDArray[np.int64]:
 BAND = 1e-5
 
 
-def in_band(scores: Array, thresholds: Thresholds, band: float = BAND) -> NDArray[np.bool_]:
-    """Images (N,) with a score within ``band`` of the threshold of an enabled exit that they reach."""
+def in_band(scores: Array, thresholds: Thresholds) -> NDArray[np.bool_]:
+    """Images (N,) with a score within ``BAND`` of the threshold of an enabled exit that they reach."""
     near = np.zeros(scores.shape[-1], dtype=np.bool_)
     exits = decide(scores, thresholds)
     for index, threshold in enumerate(thresholds):
         if threshold is not None:
-            near |= (np.abs(scores[index] - threshold) <= band) & (exits >= index)
+            near |= (np.abs(scores[index] - threshold) <= BAND) & (exits >= index)
     return near
 
 
-def near_tie(logits: NDArray[Any], band: float = BAND) -> NDArray[np.bool_]:
-    """Images (N,) whose two largest logits of some exit, (E, N, K), lie within ``band``: their label may tip over."""
+def near_tie(logits: NDArray[Any]) -> NDArray[np.bool_]:
+    """Images (N,) whose two largest logits of some exit, (E, N, K), lie within ``BAND``: their label may tip over."""
     top = np.partition(logits, -2, axis=-1)[..., -2:]
-    return np.asarray((top[..., 1] - top[..., 0] <= band).any(axis=0))
+    return np.asarray((top[..., 1] - top[..., 0] <= BAND).any(axis=0))
 
 
 def take_exit(values: NDArray[Any], exits: NDArray[np.int64]) -> NDArray[Any]:

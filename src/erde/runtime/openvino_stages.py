@@ -23,7 +23,7 @@ class OpenVinoStages(Stages):
     """The stages, each compiled for the CPU for the shortest answer, with a free number of images.
 
     Args:
-        paths, takes_image, gives_features: as of :class:`erde.runtime.stages.StageRunner`.
+        paths, takes_image: as of :class:`erde.runtime.stages.StageRunner`.
         threads: of OpenVINO within a stage; None leaves the choice to it.
 
     Raises:
@@ -35,9 +35,8 @@ class OpenVinoStages(Stages):
         paths: Sequence[Path],
         threads: int | None = None,
         takes_image: Sequence[bool] | None = None,
-        gives_features: Sequence[bool] | None = None,
     ) -> None:
-        super().__init__(len(paths), takes_image, gives_features)
+        super().__init__(len(paths), takes_image)
         self._openvino = openvino = _import_openvino()
         self.version = f"openvino {openvino.__version__}"
         # The front end by name, not by the file's content: bundle.sealing has looked at ONNX files, and at no others.

@@ -124,13 +124,12 @@ class Session:
 
     def profile(
         self,
-        path: str | Path | None = None,
         *,
         images: NDArray[np.uint8] | None = None,
         batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
         rounds: int = 30,
     ) -> Profile:
-        """Time every stage on this machine, and write ``profile.json`` (into the bundle's folder by default).
+        """Time every stage on this machine, and write ``profile.json`` into the bundle's folder.
 
         Batch sizes and stages take turns within each round, so that a busy moment hits all alike; the median
         of ``rounds`` counts. ``images``: uint8 (N, H, W, C), drawn from with replacement; the bundle's own
@@ -165,7 +164,7 @@ class Session:
             milliseconds={size: (1e3 * np.median(rows, axis=0)).tolist() for size, rows in times.items()},
             gather_milliseconds=(1e3 * np.median(gathering, axis=0)).tolist(),
         )
-        profile.write(Path(path) if path is not None else self.folder / PROFILE)
+        profile.write(self.folder / PROFILE)
         self._profile = self._profile_at_hand()
         return profile
 

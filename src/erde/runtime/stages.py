@@ -36,7 +36,10 @@ class Stages(ABC):
     _gives_features: list[bool]
 
     def __init__(
-        self, count: int, takes_image: Sequence[bool] | None, gives_features: Sequence[bool] | None
+        self,
+        count: int,
+        takes_image: Sequence[bool] | None,
+        gives_features: Sequence[bool] | None = None,
     ) -> None:
         self.takes_image = list(takes_image or [index == 0 for index in range(count)])
         self._gives_features = list(gives_features or [not taken for taken in [*self.takes_image[1:], True]])
