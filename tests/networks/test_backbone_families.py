@@ -99,6 +99,8 @@ def test_shuffle_against_a_loop(channels: int, groups: int) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("resnet20", [(16, 32), (16, 32), (32, 16), (64, 8)]),
+        ("wrn-16-1", [(16, 32), (16, 32), (32, 16), (64, 8)]),
         ("vgg8", [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
         (
             "mobilenetv2",
@@ -131,7 +133,7 @@ def test_linear_layers_start_small(name: str) -> None:
     assert len(biases) == (6 if name == "vgg8" else 1)
 
 
-@pytest.mark.parametrize("name", [*BY_HAND, *MSDNETS])
+@pytest.mark.parametrize("name", ["resnet8", *BY_HAND, *MSDNETS])
 def test_the_seed_decides_the_weights(name: str) -> None:
     states = []
     for seed in (0, 0, 1):
