@@ -215,7 +215,7 @@ def test_from_a_folder_without_labels_to_a_bundle(
         recalibrate_with_labels(
             out, folder, ask, tmp_path / "other", Settings(max_risks=(0.2,), confidence=0.8)
         )
-    with user_error("is there already, perhaps with labels"):
+    with user_error("is there already: it may hold labels"):
         ask_for_labels(tiny_bundle, folder, ask, SETTINGS)
     # Asked again, what is known is in the file already.
     more, _ = ask_for_labels(tiny_bundle, folder, tmp_path / "more.csv", SETTINGS, labels=ask)

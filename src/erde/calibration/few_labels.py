@@ -26,7 +26,7 @@ from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
 from erde.calibration.thresholds import ScoredSplit, ThresholdPath, search_path, sweep
 from erde.common.errors import UserError, nearest
-from erde.common.files import write_text
+from erde.common.files import check_new, write_text
 from erde.common.splits import CertifyLogits, Labels, TuneLogits
 from erde.policy import rule as policy
 from erde.policy.cost import Cost
@@ -37,6 +37,8 @@ COLUMNS = ("image", "sha256", "label")
 # smaller number more labels are asked for at once, with a larger one more rounds are needed.
 HARM_SHARE = 0.4
 UNKNOWN = -1
+# Of a file that is there already.
+LABELS_ADVICE = "it may hold labels; give another --labels-out"
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,7 @@ def _no_labels(logits: NDArray[np.float32]) -> Labels:
 
 def write_label_file(path: Path, images: Sequence[tuple[str, str, str]]) -> None:
     """Write the CSV that asks for labels: image, SHA-256 of its file, label (empty where it is asked for)."""
-    if path.exists():
-        raise UserError(
-            f"{path} is there already, perhaps with labels: give another --labels-out, or remove it"
-        )
+    check_new(path, LABELS_ADVICE)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([COLUMNS, *images])

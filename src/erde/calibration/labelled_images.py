@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from erde.common import progress
 from erde.common.errors import UserError, check_seed, listed, nearest
 from erde.common.images import SUFFIXES, load_image, read_file
 from erde.common.splits import CertifySplit, Images, Labels, TuneSplit
@@ -66,6 +67,14 @@ class Unlabelled:
         return TuneAndCertify(
             TuneSplit(self.tune, tune), CertifySplit(self.certify, certify), self.copies, self.fingerprint
         )
+
+
+def say_sizes(images: TuneAndCertify | Unlabelled, kind: str = "") -> None:
+    """Print how many images tune and certify; ``kind`` says more about them."""
+    copies = f"; {images.copies:,} copies left out" if images.copies else ""
+    progress.say(
+        f"data: {len(images.tune):,} images to tune, {len(images.certify):,} to certify{kind}{copies}"
+    )
 
 
 def load_unlabelled(

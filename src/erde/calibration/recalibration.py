@@ -13,8 +13,8 @@ from erde.bundle.manifest import Manifest
 from erde.calibration.bundles import calibrate_bundle, check_exits, seal_calibrated
 from erde.calibration.certificates import check_enough
 from erde.calibration.checks import Request, check_reuse
-from erde.calibration.few_labels import UNKNOWN, FewLabels, read_label_file, write_label_file
-from erde.calibration.labelled_images import Unlabelled, load_tune_and_certify, load_unlabelled
+from erde.calibration.few_labels import LABELS_ADVICE, UNKNOWN, FewLabels, read_label_file, write_label_file
+from erde.calibration.labelled_images import Unlabelled, load_tune_and_certify, load_unlabelled, say_sizes
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
 from erde.common import progress
@@ -82,8 +82,7 @@ def recalibrate_bundle(
         images = load_unlabelled(data, shape, tune_share, seed).without_labels()
     else:
         images = load_tune_and_certify(data, session.classes, shape, tune_share, seed)
-    copies = f"; {images.copies:,} copies left out" if images.copies else ""
-    progress.say(f"data: {len(images.tune):,} images to tune, {len(images.certify):,} to certify{copies}")
+    say_sizes(images)
     return calibrate_bundle(session, images, settings, out, [images.fingerprint])
 
 
@@ -111,10 +110,7 @@ class _Waiting:
         session = Session(bundle)
         check_exits(session.manifest)
         images = load_unlabelled(data, session.manifest.input_shape, tune_share, seed)
-        copies = f"; {images.copies:,} copies left out" if images.copies else ""
-        progress.say(
-            f"data: {len(images.tune):,} images to tune, {len(images.certify):,} to certify, no labels{copies}"
-        )
+        say_sizes(images, ", no labels")
         # No label could help, and scoring the images may take long.
         check_enough(len(images.certify), settings.max_risks, settings.confidence, settings.guarantee)
         few = FewLabels.of(
@@ -163,10 +159,7 @@ def ask_for_labels(
     how many certify images there are.
     """
     bundle, data, labels_out = Path(bundle), Path(data), Path(labels_out)
-    if labels_out.exists():
-        raise UserError(
-            f"{labels_out} is there already, perhaps with labels: give another --labels-out, or remove it"
-        )
+    check_new(labels_out, LABELS_ADVICE)
     make_folder(labels_out.parent)
     waiting = _Waiting.of(bundle, data, settings, tune_share, seed)
     known = waiting.read(None if labels is None else Path(labels))

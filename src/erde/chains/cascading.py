@@ -14,6 +14,7 @@ from erde.calibration.labelled_images import (
     TuneAndCertify,
     load_tune_and_certify,
     load_unlabelled,
+    say_sizes,
 )
 from erde.calibration.policy_file import CalibratedPolicy
 from erde.calibration.settings import Settings
@@ -129,11 +130,7 @@ def load_images(
         splits = load_tune_and_certify(folder, classes, shape, tune_share, seed)
     else:
         splits = load_unlabelled(folder, shape, tune_share, seed).without_labels()
-    copies = f"; {splits.copies:,} copies left out" if splits.copies else ""
-    kind = "with labels" if labelled else "without labels"
-    progress.say(
-        f"data: {len(splits.tune):,} images to tune, {len(splits.certify):,} to certify, {kind}{copies}"
-    )
+    say_sizes(splits, ", with labels" if labelled else ", without labels")
     return Images(splits, labelled)
 
 

@@ -8,9 +8,11 @@ under ``environment`` and ``timings``. Only a choice of exits by time (``exit_ch
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import ValidationError
 
 from erde.calibration.exit_choice import ExitChoice
@@ -106,6 +108,12 @@ class EntropyHistograms(Frozen):
 
     teacher_right: list[list[int]]
     teacher_wrong: list[list[int]]
+
+
+def mean_of_bins(counts: Sequence[int]) -> float | None:
+    """The mean of what a histogram of equal bins over [0, 1] counts, by the middles of its bins."""
+    middles = (np.arange(len(counts)) + 0.5) / len(counts)
+    return float(np.asarray(counts) @ middles / sum(counts)) if sum(counts) else None
 
 
 class Comparison(Frozen):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from erde.calibration.logits import point_name
@@ -15,7 +14,7 @@ from erde.common.errors import UserError
 from erde.common.files import write_json
 from erde.common.model import Frozen
 from erde.common.splits import CertifyLogits, TestLogits, TuneLogits
-from erde.evaluation.results import Arm, Interval, Results, SplitInfo
+from erde.evaluation.results import Arm, Interval, Results, SplitInfo, mean_of_bins
 from erde.evaluation.run_folder import read_logits
 from erde.policy.rule import decide, entropy_score, take_exit
 
@@ -220,7 +219,7 @@ def measures(results: Results, name: str) -> dict[str, float | None]:
             ("wrong", arm.entropies.teacher_wrong),
         ):
             for exit, histogram in zip(exits, histograms, strict=True):
-                values[f"entropy of {exit}, teacher {kind}"] = _mean_of(np.asarray(histogram))
+                values[f"entropy of {exit}, teacher {kind}"] = mean_of_bins(histogram)
     if results.cascade is not None and name in results.cascade.fronts:
         front = results.cascade.fronts[name]
         for point in front.operating_points:
@@ -269,9 +268,3 @@ def at_macs(arm: Arm, share: float) -> float | None:
     if not macs[order[0]] <= wanted <= macs[order[-1]]:
         return None
     return float(np.interp(wanted, macs[order], accuracy[order]))
-
-
-def _mean_of(histogram: NDArray[np.int64]) -> float | None:
-    """The mean of what a histogram of equal bins over [0, 1] counts, by the middles of its bins."""
-    middles = (np.arange(len(histogram)) + 0.5) / len(histogram)
-    return float(histogram @ middles / histogram.sum()) if histogram.sum() else None

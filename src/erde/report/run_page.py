@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from erde.calibration.checks import poor_network
 from erde.common.files import write_text
 from erde.evaluation.evidence import Evidence
-from erde.evaluation.results import Arm, Results, ScoreOutcome
+from erde.evaluation.results import Arm, Results, ScoreOutcome, mean_of_bins
 from erde.policy.points import ScoreCandidate
 from erde.report.classes import class_rows, worst_class
 from erde.report.numbers import flat, rounded, signed
@@ -173,15 +172,9 @@ def mean_entropies(arm: Arm) -> list[tuple[float | None, float | None]]:
     if arm.entropies is None:
         return []
     return [
-        (_mean_of_bins(right), _mean_of_bins(wrong))
+        (mean_of_bins(right), mean_of_bins(wrong))
         for right, wrong in zip(arm.entropies.teacher_right, arm.entropies.teacher_wrong, strict=True)
     ]
-
-
-def _mean_of_bins(counts: Sequence[int]) -> float | None:
-    if not sum(counts):
-        return None
-    return sum((index + 0.5) / len(counts) * count for index, count in enumerate(counts)) / sum(counts)
 
 
 def losses_of(arm: Arm) -> list[dict[str, Any]]:
