@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,53 +21,7 @@ from erde.common.errors import UserError
 from erde.common.files import check_new, make_folder
 from erde.common.splits import Labels
 from erde.policy.points import Precision
-from erde.recipe.validation import validate
 from erde.runtime.session import Session
-
-
-def parse_share(text: str, option: str) -> float:
-    """``0.5%`` or ``0.005`` as 0.005."""
-    try:
-        value = float(text.strip().removesuffix("%"))
-    except ValueError as error:
-        raise UserError(f"{option} is '{text}': expected a share such as 0.5% or 0.005") from error
-    share = value / 100 if text.strip().endswith("%") else value
-    if not 0 < share < 1:
-        raise UserError(
-            f"{option} is '{text}': expected more than 0 % and less than 100 %, such as 0.5% or 0.005"
-        )
-    return share
-
-
-def parse_milliseconds(text: str, option: str) -> float:
-    """``2ms`` or ``2`` as 2.0."""
-    try:
-        value = float(text.strip().removesuffix("ms"))
-    except ValueError as error:
-        raise UserError(f"{option} is '{text}': expected milliseconds such as 2ms") from error
-    return value
-
-
-def settings_of(given: dict[str, Any]) -> Settings:
-    """The settings that the command line's words mean, by option; what was not given keeps its default."""
-    parsers = {
-        "max_risks": ("--max-risk", parse_share),
-        "confidence": ("--confidence", parse_share),
-        "budgets": ("--budget", parse_share),
-        "latency_budgets": ("--latency-budget", parse_milliseconds),
-    }
-    values = {}
-    for key, words in given.items():
-        if words is None or words == []:
-            continue
-        if key not in parsers:
-            values[key] = words
-            continue
-        option, parse = parsers[key]
-        values[key] = (
-            parse(words, option) if isinstance(words, str) else [parse(word, option) for word in words]
-        )
-    return validate(Settings, values)
 
 
 def recalibrate_bundle(

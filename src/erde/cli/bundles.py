@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from erde.cli.options import Bundle, Engine, Json, finish
+from erde.cli.options import Bundle, Engine, Json, finish, parse_share, settings_of
 from erde.cli.show import show_calibrated
 from erde.common.errors import MAX_SEED, UserError, printable
 
@@ -218,7 +218,6 @@ def cascade(
     """
     from erde.bundle.sealing import read
     from erde.bundle.shipped import bundle_folder
-    from erde.calibration.recalibration import parse_share, settings_of
     from erde.chains.cascading import cascade as build
     from erde.chains.cascading import read_class_names
     from erde.chains.preprocessing import read_preprocessing
@@ -278,7 +277,6 @@ def accelerate(
     The classifier is not touched: it answers what the front is not sure of. Needs no labels.
     """
     from erde.acceleration.work import accelerate as work
-    from erde.calibration.recalibration import parse_share
     from erde.chains.cascading import read_class_names
     from erde.chains.preprocessing import read_preprocessing
     from erde.policy.points import Agreement

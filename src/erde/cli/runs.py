@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from erde.cli.options import Json, finish
+from erde.cli.options import Json, finish, parse_share, settings_of
 from erde.cli.show import show_calibrated, show_results
 from erde.common.environment import check_one_process
 from erde.common.errors import MAX_SEED, UserError, nearest
@@ -181,12 +181,7 @@ def calibrate(
         _next_step(target, "calibrate", "erde evaluate", as_json)
         return
     from erde.bundle.sealing import read as read_bundle
-    from erde.calibration.recalibration import (
-        parse_share,
-        recalibrate_bundle,
-        recalibrate_with_labels,
-        settings_of,
-    )
+    from erde.calibration.recalibration import recalibrate_bundle, recalibrate_with_labels
 
     few = labels is not None or labels_out is not None
     settings = settings_of({
