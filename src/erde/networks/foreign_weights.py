@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from erde.common.array_file import ArrayFileError, read_npz
 from erde.common.errors import UserError
-from erde.common.splits import Split
 from erde.networks import checkpoint
 from erde.networks.network import EarlyExitNetwork
 
@@ -290,21 +289,3 @@ def _class_order(classes: Sequence[str], teacher_classes: Sequence[str]) -> list
             f"in any order ({', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''})"
         )
     return [teacher_classes.index(name) for name in classes]
-
-
-def measure_accuracy(
-    network: EarlyExitNetwork, split: Split, mean: Sequence[float], std: Sequence[float], device: torch.device
-) -> list[float]:
-    """Accuracy of each exit on ``split``, a share."""
-    was_training = network.training
-    network.to(device).eval()
-    shift, scale = (torch.tensor(list(values), device=device) for values in (mean, std))
-    right, start = torch.zeros(len(network.heads)), 0
-    with torch.no_grad():
-        for images in split.batches(256):
-            x = (torch.from_numpy(np.ascontiguousarray(images)).to(device).float() / 255 - shift) / scale
-            answers = network(x.permute(0, 3, 1, 2)).argmax(dim=-1).cpu()
-            right += (answers == torch.from_numpy(split.labels[start : start + len(images)])).sum(dim=1)
-            start += len(images)
-    network.train(was_training)
-    return [float(count) / len(split) for count in right]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from erde.common.errors import UserError, nearest
+from erde.common.splits import Split
 from erde.networks.gradients import scale_handed
 from erde.networks.shapes import Handed, InputSize, example_input, mode, new_modules_in_mode_of
 
@@ -163,3 +166,24 @@ def keep_exits(network: EarlyExitNetwork, names: Iterable[str]) -> EarlyExitNetw
     )
     new_modules_in_mode_of(reduced, network)
     return reduced
+
+
+def split_logits(
+    network: EarlyExitNetwork,
+    split: Split,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> NDArray[np.float32]:
+    """Raw logits (E, N, K) of the images of ``split``, normalised by ``mean`` and ``std`` of pixels between 0 and 1.
+
+    The network stays on ``device``, in evaluation mode.
+    """
+    network.to(device).eval()
+    shift, scale = (torch.tensor(list(values), device=device) for values in (mean, std))
+    parts = []
+    with torch.no_grad():
+        for images in split.batches(256):
+            x = (torch.from_numpy(np.ascontiguousarray(images)).to(device).float() / 255 - shift) / scale
+            parts.append(network(x.permute(0, 3, 1, 2)).cpu().numpy())
+    return np.concatenate(parts, axis=1)

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from erde.common.errors import UserError
-from erde.common.splits import Images, Split, TestSplit
+from erde.common.splits import TestSplit
 from erde.data.load import DataSplits
 from erde.evaluation.evidence import ArmInput
 from erde.evaluation.results import RuntimeAgreement
-from erde.networks.network import EarlyExitNetwork
+from erde.networks.network import EarlyExitNetwork, split_logits
 from erde.policy import rule as policy
 from erde.runtime.session import Session
 
@@ -29,7 +28,7 @@ def check_torch(
 
     A few differ where float32 is coarse; many come from another network, and are a :class:`UserError`.
     """
-    answers, scores = measured.policy.rule.apply(torch_logits(network, data, data.test))
+    answers, scores = measured.policy.rule.apply(split_logits(network, data.test, data.mean, data.std))
     total = 0
     for thresholds, exits, labels, band in _evaluated(measured):
         torch_exits = policy.decide(scores, thresholds)
@@ -79,17 +78,3 @@ def _evaluated(measured: ArmInput) -> Iterator[_Evaluated]:
         exits = policy.decide(scores, point.thresholds)
         labels = policy.take_exit(answers, exits).argmax(axis=-1)
         yield point.thresholds, exits, labels, policy.in_band(scores, point.thresholds) | ties
-
-
-def torch_logits(network: EarlyExitNetwork, data: DataSplits, split: Split) -> NDArray[np.float32]:
-    """Logits (E, N, K) that torch gives for the images of ``split``, normalised as ``data`` says."""
-    network.eval()
-    mean, std = torch.tensor(data.mean), torch.tensor(data.std)
-
-    def forward(images: Images) -> NDArray[np.float32]:
-        x = (torch.from_numpy(images).to(torch.float32) / 255 - mean) / std
-        logits: NDArray[np.float32] = network(x.permute(0, 3, 1, 2)).numpy()
-        return logits
-
-    with torch.no_grad():
-        return np.concatenate([forward(images) for images in split.batches(256)], axis=1)

@@ -12,8 +12,7 @@ from erde.common.errors import UserError
 from erde.common.files import make_folder, write_json
 from erde.networks import checkpoint
 from erde.networks.cost import network_cost
-from erde.networks.foreign_weights import measure_accuracy
-from erde.networks.network import EarlyExitNetwork
+from erde.networks.network import EarlyExitNetwork, split_logits
 from erde.policy.cost import Cost
 from erde.recipe.schema import TEACHER
 from erde.runs import cross_fitting
@@ -120,7 +119,8 @@ def _take_teacher(run: Run) -> None:
         return
     data, folder = run.data, run.arm_folder(TEACHER)
     network, report = foreign_teacher(run)
-    accuracy = measure_accuracy(network, data.tune, data.mean, data.std, run.device)
+    logits = split_logits(network, data.tune, data.mean, data.std, run.device)
+    accuracy = (logits.argmax(axis=-1) == data.tune.labels).mean(axis=1).tolist()
     progress.say(f"teacher: {report.line()}")
     percents = " / ".join(f"{100 * share:.2f}" for share in accuracy)
     # Its makers may well have trained on the images that tune and certify are cut from.
