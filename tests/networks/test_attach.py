@@ -305,6 +305,39 @@ def test_an_exit_before_a_step_that_writes_in_place() -> None:
     network.train()(images(4)).sum().backward()
 
 
+class Drops(nn.Module):
+    """Dropout in place before each convolution: it writes in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.drop, self.second = nn.Dropout(0.5, inplace=True), nn.Conv2d(8, 8, 3)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.drop(self.norm(self.stem(x))))
+        return self.fc(self.drop(x.mean(dim=(2, 3))))
+
+
+def test_an_exit_before_a_step_that_writes_in_place_in_training_only() -> None:
+    model = Drops().eval()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    attach_exits(model, 1, input_size=SIZE)  # no early head, which would draw its weights
+    assert torch.equal(torch.get_rng_state(), state)
+    network = attach_exits(model, ["norm"], input_size=SIZE)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    logits, features = network.train().forward_with_features(images(4))
+    assert torch.equal(features[0], network.stages[0](images(4)))
+    logits.sum().backward()
+    # What the final exit reads too.
+    torch.manual_seed(1)
+    features = network.forward_with_features(images(4))[1]
+    torch.manual_seed(1)
+    assert torch.equal(features[1], network.stages[1](network.stages[0](images(4))))
+    network(images(4)).sum().backward()
+
+
 class TwoStreams(nn.Module):
     """Two streams that meet only at the classifier; sizes and batch are used late."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,18 +90,35 @@ def gather_facts(trace: Trace, input_size: Sequence[int]) -> Facts:
     """
     prune(trace.graph)
     try:
-        return _gather(trace, input_size, without_computing(trace.model))
+        return _gather(
+            trace, input_size, without_computing(trace.model), _changed_in_training(trace, input_size)
+        )
     except StepError as error:
         if not isinstance(error.cause, DataDependentOutputException | DynamicOutputShapeException):
             raise
         # A module that stays whole may decide by values, which fake tensors do not have.
-        return _gather(trace, input_size, torch.no_grad())
+        return _gather(trace, input_size, torch.no_grad(), _changed_in_training(trace, input_size))
 
 
-def _gather(trace: Trace, input_size: Sequence[int], context: AbstractContextManager[None]) -> Facts:
+def _changed_in_training(trace: Trace, input_size: Sequence[int]) -> dict[fx.Node, list[int]]:
+    """``changed_by`` as far as a run in training shows it: dropout in place writes in training only."""
+    nodes = list(trace.graph.nodes)
+    changed_by: dict[fx.Node, list[int]] = {}
+    # A step that needs values ends the run early: what it has shown by then counts.
+    with suppress(StepError), without_computing(trace.model), mode(trace.model, True):
+        images = example_batches(trace.model, input_size)[0]
+        _run(trace, nodes, images, {node: [] for node in nodes}, changed_by)
+    return changed_by
+
+
+def _gather(
+    trace: Trace,
+    input_size: Sequence[int],
+    context: AbstractContextManager[None],
+    changed_by: dict[fx.Node, list[int]],
+) -> Facts:
     nodes = list(trace.graph.nodes)
     values: dict[fx.Node, list[Any]] = {node: [] for node in nodes}
-    changed_by: dict[fx.Node, list[int]] = {}
     with context, mode(trace.model, False):
         macs = [
             _run(trace, nodes, images, values, changed_by)
