@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from erde.common.errors import UserError
 from erde.networks.attach import attach_exits
 from erde.networks.backbones import Backbone, build_backbone
-from erde.networks.cost import count_parameters, network_cost
+from erde.networks.cost import count_macs, count_parameters, network_cost
 from erde.networks.heads import HEADS, ERDEHead, LinearHead
 from erde.networks.network import EarlyExitNetwork, keep_exits
 from tests.helpers.checks import user_error
@@ -333,6 +333,22 @@ def test_cost_against_the_independent_counter(name: str, head: str, exits: int) 
         assert cost.macs == (cost.no_exit_macs,)
     else:
         assert cost.macs[-1] > cost.no_exit_macs
+
+
+@pytest.mark.parametrize("module", [nn.Linear(8, 4), nn.Conv2d(3, 4, 3, padding=1), nn.LSTM(8, 4)])
+def test_macs_in_inference_mode(module: nn.Module) -> None:
+    x = torch.zeros(1, 3, 8, 8) if isinstance(module, nn.Conv2d) else torch.zeros(3, 8)
+    expected = count_macs(module, x)[0]
+    with torch.inference_mode():
+        assert count_macs(module, x)[0] == expected > 0
+
+
+def test_cost_in_inference_mode() -> None:
+    network = make(3)[1]
+    expected = network_cost(network, SIZE)
+    with torch.inference_mode():
+        assert network_cost(network, SIZE) == expected
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_macs_of_an_exit_are_those_of_running_until_it() -> None:

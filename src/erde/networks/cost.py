@@ -3,7 +3,7 @@
 MACs are counted by running the network once, on one image of zeros, with the formulas of torch's own
 :mod:`torch.utils.flop_counter`, for every convolution and matrix product that is computed, functional ones and fused
 attention included; they report 2 FLOPs per multiply-accumulate. Batch norm, activations and pooling are not counted,
-as is the custom of the field.
+as is the custom of the field. torch has no formulas for ``bilinear``, ``cdist``, ``mv`` and ``addmv``, which count 0.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
-        self._fused = True
+        self._fused: list[bool] = []  # it enters itself again
 
     @property
     def macs(self) -> int:
@@ -65,20 +65,28 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.flops // 2
 
     def __enter__(self) -> MacCounter:
-        self._fused = torch.backends.mha.get_fastpath_enabled()
+        self._fused.append(torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        torch.backends.mha.set_fastpath_enabled(self._fused)
+        torch.backends.mha.set_fastpath_enabled(self._fused.pop())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute, and count."""
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
+        if (
+            formula is None and func is not torch.ops.prim.device.default
+        ):  # a question about a tensor, no step
+            # In inference mode a layer arrives as a whole, and its products only in its parts.
+            with self:
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        output = func(*args, **kwargs)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=output)
         elif func._schema.name.startswith("aten::_scaled_dot_product"):
