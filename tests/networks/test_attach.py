@@ -140,6 +140,36 @@ def test_attaching_leaves_the_model_alone(training: bool) -> None:
     assert all(stage.training == training for stage in network.stages)
 
 
+class Normalises(nn.Module):
+    """Computes with buffers in its own forward."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3), persistent=False)
+        self.blocks = nn.Sequential(*[nn.Conv2d(3 if block == 0 else 8, 8, 3) for block in range(3)])
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean.view(1, 3, 1, 1)) * (1 / self.std).view(1, 3, 1, 1)
+        return self.fc(self.blocks(x).mean(dim=(2, 3)))
+
+
+def test_what_is_computed_from_buffers_follows_them() -> None:
+    model, network = make(Normalises())
+    keys = list(network.state_dict())
+    assert any(key.endswith("mean") for key in keys)
+    assert not any(key.endswith("std") or "constant" in key for key in keys)
+    assert isinstance(model, Normalises)
+    model.std.fill_(0.25)
+    model.load_state_dict({**model.state_dict(), "mean": torch.full((3,), 0.5)})
+    for expected, result in in_both_modes(model, network, images()):
+        assert torch.allclose(expected, result, rtol=1e-5)
+
+
 class Averages(nn.Module):
     """A statistic of its own, which training assigns anew."""
 

@@ -78,6 +78,9 @@ def choose(training: bool, in_training: Any, in_evaluation: Any) -> Any:
 class _Tracer(fx.Tracer):
     """Opens the modules in ``opened`` and no other; remembers each module's output, and where tracing failed."""
 
+    # What is computed from a buffer follows it; else its values of today would become constants.
+    proxy_buffer_attributes = True
+
     def __init__(self, opened: Collection[str]) -> None:
         super().__init__()
         self.opened = opened
