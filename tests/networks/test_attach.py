@@ -1153,8 +1153,20 @@ class ChannelsLast(nn.Module):
         return self.fc(self.third(torch.relu(self.merge(x))).mean(dim=(1, 2)))
 
 
+class TurnsOver(ChannelsLast):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.relu(self.first(self.stem(x).permute(0, 2, 3, 1))))
+        x = x.unflatten(1, (8, 2)).unflatten(3, (8, 2)).permute(0, 1, 3, 2, 4, 5).flatten(3)
+        x = self.third(torch.relu(self.merge(x))).permute(0, 3, 1, 2)
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 def test_as_many_channels_as_pixels_a_side() -> None:
     _, network = make(ChannelsLast(), ["second"])
+    assert network.feature_shapes(SIZE)[0] == (16, 16, 16)
+    assert type(network.heads[0][0]).__name__ == "ChannelsFirst"
+    # The features turn over before they are pooled, as in torchvision's Swin: the nearest shape that tells counts.
+    _, network = make(TurnsOver(), ["second"])
     assert network.feature_shapes(SIZE)[0] == (16, 16, 16)
     assert type(network.heads[0][0]).__name__ == "ChannelsFirst"
     # The other layout, by the same shape.

@@ -309,13 +309,14 @@ def _attach_to_trace(
     bounds: list[Cut | None] = [None, *plan.cuts, plan.tail]
     stages = [build_stage(plan.trace, plan.facts, start, end) for start, end in itertools.pairwise(bounds)]
     classifier = build_stage(plan.trace, plan.facts, plan.tail, None)
-    last = _channels_last(plan, input_size)
+    last = _channels_last(plan, plan.tail, input_size)
     kinds = [Features.of(shape, input_size, last) for shape in plan.tail.shapes]
     final = max(kinds, key=lambda features: features.channels)
     looked_at = _check_classifier(model, classifier, plan, final)
     heads: list[nn.Module] = []
     looks_at: list[int | None] = []
     for cut, name in zip(plan.cuts, plan.names, strict=True):
+        last = _channels_last(plan, cut, input_size)
         kinds = [Features.of(shape, input_size, last) for shape in cut.shapes]
         index = _deepest(kinds)
         looks_at.append(index if cut.tensors > 1 else None)
@@ -332,13 +333,15 @@ def _attach_to_trace(
     return network
 
 
-def _channels_last(plan: Plan, input_size: InputSize) -> bool:
-    """True if the model's maps have their channels last, by the last map whose shape tells.
+def _channels_last(plan: Plan, cut: Cut, input_size: InputSize) -> bool:
+    """True if the maps at ``cut`` have their channels last, by the nearest map from there on whose shape tells.
 
-    With as many channels as pixels a side the shape does not tell.
+    With as many channels as pixels a side the shape does not tell. Only where no later one does, earlier ones count.
     """
-    for cut in (plan.tail, *reversed(plan.cuts)):
-        for shape in cut.shapes:
+    later = [place for place in plan.places if place.place >= cut.place]
+    earlier = [place for place in reversed(plan.places) if place.place < cut.place]
+    for place in (*later, plan.tail, *earlier):
+        for shape in place.shapes:
             first, last = (Features.of(shape, input_size, layout) for layout in (False, True))
             if first.kind == "map" and first == last:
                 return first.channels_last

@@ -34,14 +34,15 @@ def wanted_share(number: int, exits: int, at_most: bool) -> float:
 class Plan:
     """A traced model with the cuts for its exits in order, and ``tail``, the cut before its own classifier.
 
-    ``notes`` name the exits that stand elsewhere than was asked for; ``distance`` is the largest distance of an exit from
-    its wanted place, in shares of the MACs.
+    ``places``: all clean cuts until ``tail``. ``notes`` name the exits that stand elsewhere than was asked for; ``distance``
+    is the largest distance of an exit from its wanted place, in shares of the MACs.
     """
 
     trace: Trace
     facts: Facts
     cuts: tuple[Cut, ...]
     names: tuple[str, ...]
+    places: tuple[Cut, ...]
     tail: Cut
     notes: tuple[str, ...]
     distance: float
@@ -113,6 +114,7 @@ def _plan(opener: Opener, exits: int | Sequence[str], input_size: Sequence[int],
         facts,
         tuple(cuts),
         tuple(names),
+        tuple(map_of.cuts),
         map_of.tail,
         tuple(map_of.notes),
         max(distances, default=0.0),
