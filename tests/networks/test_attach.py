@@ -579,6 +579,21 @@ def test_an_answer_that_depends_on_the_batch_is_not_exported(
     assert list(tmp_path.iterdir()) == []
 
 
+class TwoViews(Small):
+    """Each image and its mirror image, stacked behind one another: not image by image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = super().forward(torch.cat([x, x.flip(3)])).chunk(2)
+        return (first + second) / 2
+
+
+def test_early_exits_that_mix_images_are_refused() -> None:
+    with user_error("'conv'.* an image's answer depends on the other images of its batch"):
+        make(TwoViews(), ["conv"])
+    model, network = make(TwoViews(), 1)
+    assert torch.allclose(network.eval()(images())[-1], model.eval()(images()), atol=1e-6)
+
+
 # ---------------------------------------------------------------- places
 
 

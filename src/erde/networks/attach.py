@@ -419,7 +419,7 @@ def _check_classifier(model: nn.Module, classifier: nn.Module, plan: Plan, final
 
 
 def _check_same(model: nn.Module, network: EarlyExitNetwork, input_size: InputSize) -> None:
-    """Raise unless the final exit gives the model's logits, at several batch sizes."""
+    """Raise unless the final exit gives the model's logits, at several batch sizes, and early exits keep images apart."""
     for batch in _COMPARED_BATCHES:
         images = _probe(model, input_size, batch)
         with mode(model, False), mode(network, False), torch.no_grad():
@@ -430,6 +430,16 @@ def _check_same(model: nn.Module, network: EarlyExitNetwork, input_size: InputSi
                 f"cut at its exits {type(model).__name__} gives other logits than before (by {difference:.2g}, for a batch "
                 f"of {batch}): it keeps something from one call to the next, draws random numbers, its answer depends on the "
                 "number of images in the batch, or its forward switches something on for a while (torch.autocast)"
+            )
+    images = _probe(model, input_size)
+    others = torch.cat([images[:1], -3 * images[1:]])
+    with mode(network, False), torch.no_grad():
+        answers, changed = (network(batch)[:-1, 0] for batch in (images, others))
+    for name, answer, other in zip(network.exit_names, answers, changed, strict=False):
+        if not float((answer - other).abs().max()) <= _SAME * max(1.0, float(answer.abs().max())):
+            raise UserError(
+                f"no exit can stand at '{name}': there an image's answer depends on the other images of its batch, which early "
+                "exits would take away; let the model compute image by image, in the order of the batch"
             )
     _check_same_gradients(model, network, input_size)
 
