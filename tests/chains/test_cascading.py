@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from erde.bundle.sealing import read
 from erde.calibration.labelled_images import load_unlabelled
@@ -147,7 +148,16 @@ def test_chains_of_chains_and_of_networks_with_names(
 ) -> None:
     bigger = write_big_network(digits, tmp_path / "bigger.onnx", softmax=True, seed=1)
     out = tmp_path / "out"
-    cascade([chain, bigger], photos[1], out, settings=SETTINGS, preprocessing=[BIG])
+    # Images that certified a part can choose nothing again.
+    for folder in photos:
+        with user_error("already certified 'tiny . big', a part of this chain"):
+            cascade([chain, bigger], folder, out, settings=Settings(max_risks=(0.03,)), preprocessing=[BIG])
+    assert not out.exists()
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in photos[1].iterdir():
+        ImageOps.mirror(Image.open(path)).save(others / path.name)
+    cascade([chain, bigger], others, out, settings=SETTINGS, preprocessing=[BIG])
     manifest = read(out)
     assert manifest.networks() == (0, 3, 4)
     assert [stage.network for stage in manifest.stages[2:]] == ["tiny", "big", "bigger"]

@@ -56,7 +56,8 @@ def cascade(
         seed: of the split.
 
     Raises:
-        UserError: networks that cannot stand behind one another, or images that cannot be used; nothing is written.
+        UserError: networks that cannot stand behind one another, images that cannot be used or that certified a part of the
+            chain already; nothing is written.
     """
     out, folder = Path(out), Path(images)
     settings = settings or Settings()
@@ -65,7 +66,19 @@ def cascade(
     check_chain(opened)
     names = class_names(opened, classes)
     data = load_images(folder, names, common_shape(opened), settings, tune_share, seed)
+    _check_unused(opened, data.splits.fingerprint, folder)
     return seal_chain(opened, data, names, settings, out)
+
+
+def _check_unused(networks: Sequence[Network], fingerprint: str, images: Path) -> None:
+    """:class:`UserError` where a network of the chain was calibrated on these images already."""
+    for network in networks:
+        calibration = network.manifest.calibration if network.manifest is not None else None
+        if calibration is not None and fingerprint in calibration.sources:
+            raise UserError(
+                f"the images in {images} already certified '{network.name}', a part of this chain: trying again until the "
+                "answer pleases voids the promise; give images that it was not calibrated on"
+            )
 
 
 def seal_chain(
