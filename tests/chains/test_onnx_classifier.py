@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from erde.bundle.graph_check import check_graph_file
+from erde.bundle.manifest import MAX_TOLERANCE
+from erde.bundle.sealing import read
+from erde.chains.building import TOLERANCE, built_chain
+from erde.chains.networks import open_network
 from erde.chains.onnx_batch import probe_images
 from erde.chains.onnx_classifier import OnnxClassifier, read_classifier, resize_input, write_stage
 from erde.chains.preprocessing import Preprocessing
@@ -320,6 +325,35 @@ def test_int8_with_ranges_of_each_batch_runs_image_by_image(tmp_path: Path) -> N
     assert classifier.fixed_batch_of_one
     assert (classifier.macs, classifier.parameters) == (48 * 5, 48 * 5)
     as_stage(classifier, tmp_path, IMAGES[:, :4, :4])
+
+
+def test_a_chain_with_a_network_that_rounds_has_int8s_tolerance(tmp_path: Path) -> None:
+    scale, zero = np.array(0.1, dtype=np.float32), np.array(128, dtype=np.uint8)
+    matrix = np.random.default_rng(0).standard_normal((48, 5)).astype(np.float32)
+    rounding = [
+        node("QuantizeLinear", ["input", "scale", "zero"], ["whole"]),
+        node("DequantizeLinear", ["whole", "scale", "zero"], ["same"]),
+        node("Flatten", ["same"], ["flat"]),
+        node("MatMul", ["flat", "matrix"], ["output"]),
+    ]
+    plain = [node("Flatten", ["input"], ["flat"]), node("MatMul", ["flat", "matrix"], ["output"])]
+    weights = {"matrix": matrix, "scale": scale, "zero": zero}
+    saved(hand_made(*plain, weights={"matrix": matrix}), tmp_path, "plain.onnx")
+    saved(hand_made(*rounding, weights=weights), tmp_path, "rounds.onnx")
+
+    def tolerance(*places: Path) -> float:
+        networks = [open_network(place, PLAIN if place.suffix else None) for place in places]
+        folder = tmp_path / "+".join(place.stem for place in places)
+        with built_chain(networks, folder, IMAGES[:2, :4, :4], [*"01234"]) as built:
+            shutil.copytree(built, folder)
+        sample = read(folder).reference_sample
+        return sample.tolerance / max(1.0, float(np.abs(sample.logits).max()))
+
+    front, rounds = tmp_path / "plain.onnx", tmp_path / "rounds.onnx"
+    assert tolerance(front, front) == pytest.approx(TOLERANCE)
+    assert tolerance(front, rounds) == pytest.approx(MAX_TOLERANCE)
+    # And where that chain is a part of another.
+    assert tolerance(tmp_path / "plain+rounds", front) == pytest.approx(MAX_TOLERANCE)
 
 
 # ---------------------------------------------------------------- odd files

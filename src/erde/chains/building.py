@@ -160,7 +160,8 @@ def _manifest(
     ).all_logits(sample)
     precisions = {network.precision for network in networks}
     precision: Precision = precisions.pop() if len(precisions) == 1 else "mixed"
-    tolerance = TOLERANCE if precision == "fp32" else bundle.MAX_TOLERANCE
+    exact = precision == "fp32" and not any(network.rounds for network in networks)
+    tolerance = TOLERANCE if exact else bundle.MAX_TOLERANCE
     channels = sample.shape[3]
     front, last = networks[0].manifest, networks[-1]
     return bundle.uncalibrated(

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from erde import bundle
 from erde.bundle.manifest import Manifest, Stage
+from erde.chains.onnx_batch import ROUNDED_TOLERANCE, tolerance_of
 from erde.chains.onnx_classifier import OnnxClassifier, read_classifier, resize_input, write_stage
 from erde.chains.preprocessing import Preprocessing
 from erde.common.errors import UserError
@@ -29,6 +32,7 @@ class Network:
         stages: with costs that begin at 0.
         origin: what is known of its making, for the manifest.
         write: writes its graphs to a folder, under the names of the stages given, for images of a shape.
+        rounds: it computes in int8 or half precision inside, so its logits differ more on another machine.
         manifest: of a bundle.
         notes: lines that a user should see.
     """
@@ -44,6 +48,7 @@ class Network:
     stages: tuple[Stage, ...]
     origin: dict[str, Any]
     write: Callable[[Sequence[Stage], Path, Shape], None]
+    rounds: bool
     manifest: Manifest | None = None
     notes: tuple[str, ...] = ()
 
@@ -58,6 +63,7 @@ def bundle_network(folder: Path, manifest: Manifest) -> Network:
             else:
                 shutil.copyfile(folder / own.file, target / stage.file)
 
+    largest = max(1.0, float(np.abs(manifest.reference_sample.logits).max(initial=0.0)))
     return Network(
         name=manifest.name,
         class_count=len(manifest.classes),
@@ -74,6 +80,8 @@ def bundle_network(folder: Path, manifest: Manifest) -> Network:
             "provenance": manifest.provenance,
         },
         write=write,
+        # A chain of float32's precision may have a network of another program in it that rounds.
+        rounds=manifest.reference_sample.tolerance >= bundle.MAX_TOLERANCE * largest / 2,
         manifest=manifest,
     )
 
@@ -113,6 +121,7 @@ def onnx_network(classifier: OnnxClassifier) -> Network:
             "uncounted": list(classifier.uncounted),
         },
         write=write,
+        rounds=tolerance_of(classifier.model) == ROUNDED_TOLERANCE,
         notes=classifier.notes,
     )
 
