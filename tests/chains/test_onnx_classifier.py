@@ -374,6 +374,13 @@ def test_weights_in_another_file(tmp_path: Path) -> None:
     inside = as_stage(read_classifier(path, PLAIN), tmp_path, IMAGES[:, :4, :4])
     whole = read_classifier(saved(hand_made(), tmp_path, "whole.onnx"), PLAIN)
     np.testing.assert_array_equal(inside, as_stage(whole, tmp_path, IMAGES[:, :4, :4]))
+    # As in Hugging Face's cache.
+    links = tmp_path / "links"
+    links.mkdir()
+    for name in ("net.data", "net.onnx"):
+        (links / name).symlink_to(tmp_path / name)
+    with user_error("the weights of .*net.onnx are a link, .* copy its folder to real files with cp -rL"):
+        read_classifier(links / "net.onnx", PLAIN)
     (tmp_path / "net.data").write_bytes(b"short")
     with user_error(r"the weights of .*net.onnx cannot be read \("):
         read_classifier(path, PLAIN)
@@ -614,3 +621,17 @@ def test_without_the_onnx_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         'ONNX files are read and written by the onnx package, which is not installed: pip install "erde\\[analysis\\]"'
     ):
         read_classifier(path, PLAIN)
+
+
+@pytest.mark.parametrize("last", [{"op": "Identity"}, {"op": "Cast", "to": TensorProto.FLOAT}])
+def test_sigmoid_behind_which_nothing_is_computed(last: dict[str, Any], tmp_path: Path) -> None:
+    attributes = dict(last)
+    model = hand_made(
+        node("Flatten", ["input"], ["flat"]),
+        node("MatMul", ["flat", "matrix"], ["product"]),
+        node("Sigmoid", ["product"], ["scores"]),
+        node(attributes.pop("op"), ["scores"], ["output"], **attributes),
+        weights={"matrix": np.random.default_rng(0).standard_normal((48, 5)).astype(np.float32)},
+    )
+    with user_error("ends in Sigmoid"):
+        read_classifier(saved(model, tmp_path), PLAIN)

@@ -281,7 +281,12 @@ def _output_kind(model: Any, path: Path, rows: NDArray[Any]) -> OutputKind:
     in_range = bool((rows >= 0).all() and (rows <= 1).all())
     if bool(np.abs(rows.sum(axis=1) - 1).max() <= _SUM_TOLERANCE) and in_range:
         return "probabilities"
-    if model.graph.node[-1].op_type == "Sigmoid":
+    # Behind it nothing may be computed.
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    last = made_by.get(model.graph.output[0].name)
+    while last is not None and last.op_type in ("Identity", "Cast"):
+        last = made_by.get(last.input[0])
+    if last is not None and last.op_type == "Sigmoid":
         raise UserError(
             f"{path} ends in Sigmoid, a yes or no for each class by itself; expected a network that chooses one class"
         )

@@ -222,6 +222,11 @@ def _embed_weights(model: Any, path: Path) -> None:
     for name in sorted(names):
         if not (folder / name).is_file():
             raise UserError(f"{path} has its weights in the file '{name}', which is not beside it: copy both")
+    if any((folder / name).is_symlink() for name in names):  # which onnx does not follow
+        raise UserError(
+            f"the weights of {path} are a link, as in the cache of the Hugging Face hub: copy its folder to real files with "
+            "cp -rL"
+        )
     if path.stat().st_size + sum((folder / name).stat().st_size for name in names) > MAX_FILE_BYTES:
         raise UserError(_too_large(path))
     try:
