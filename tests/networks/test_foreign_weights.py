@@ -207,6 +207,18 @@ def test_weights_by_name(tmp_path: Path, rename: Any) -> None:
     assert report.missing == []
 
 
+def test_an_exact_name_comes_before_a_prefixed_one(tmp_path: Path) -> None:
+    source, target = make(1), make(1, seed=1)
+    plain = {
+        re.sub(r"^stages\.0\.|^heads\.0\.", "", name): tensor for name, tensor in weights_of(source).items()
+    }
+    # safetensors sorts by name: this prefix stands before most names.
+    prefixed = {f"backbone.{name}": torch.zeros_like(tensor) for name, tensor in plain.items()}
+    save_file({**prefixed, **plain}, tmp_path / "both.safetensors")
+    load_teacher_weights(target, tmp_path / "both.safetensors")
+    assert same_weights(source, target, counters=False)
+
+
 def test_plain_arrays_without_counters(tmp_path: Path) -> None:
     trained, network = make(seed=1), make(seed=2)
     arrays = {

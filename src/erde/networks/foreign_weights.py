@@ -129,10 +129,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _by_name(network: EarlyExitNetwork, tensors: dict[str, Tensor], path: Path) -> dict[str, str]:
     """Name in the network -> name in the file."""
-    aliases: dict[str, str] = {}
+    aliases = {name: name for name in tensors}  # an exact name is never another's
     for name in tensors:
         plain = _without_prefixes(name)
-        for alias in (name, plain, plain.removeprefix("blocks."), plain.removeprefix("classifier.")):
+        for alias in (plain, plain.removeprefix("blocks."), plain.removeprefix("classifier.")):
             aliases.setdefault(alias, name)
         aliases.setdefault(_renamed(plain), name)
     last = f"heads.{len(network.heads) - 1}."
