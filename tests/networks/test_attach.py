@@ -1153,6 +1153,15 @@ def test_hooks_of_the_model_itself_are_not_called_and_it_is_said(capsys: pytest.
     assert "the forward hooks of Mine itself are not called by the network" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_a_module_inside_are_called(register: str) -> None:
+    model, calls = Normalises(), list[int]()
+    getattr(model.blocks, register)(lambda *_: calls.append(1))
+    _, network = make(model, 1)
+    network(images().requires_grad_()).sum().backward()
+    assert len(calls) == 1
+
+
 class ChannelsLast(nn.Module):
     """As in Swin: channels last, twice as many at each halving; once as many as pixels a side."""
 

@@ -460,7 +460,7 @@ class Opener:
         module = self.model.get_submodule(path)
         if path in self.opened or type(module) in self.refused or not any(True for _ in module.children()):
             return False
-        if module._forward_hooks or module._forward_pre_hooks:
+        if _has_hooks(module):
             return False  # they would not be called
         if type(module).forward is nn.Sequential.forward:
             return True
@@ -472,8 +472,8 @@ class Opener:
         name = type(module).__name__
         if type(module) in self.refused:
             return f" ({name}): {self.refused[type(module)]}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f" ({name}): its forward hooks would not be called otherwise"
+        if _has_hooks(module):
+            return f" ({name}): its hooks would not be called otherwise"
         if not any(True for _ in module.children()):
             return f" ({name}): it is a single layer"
         return f" ({name}): it is a module of torch's own; call its layers in a loop in a forward of your own"
@@ -558,6 +558,15 @@ class Opener:
                     if inside:
                         return inside[-1]
         return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def enclosing_modules(node: fx.Node) -> list[str]:
