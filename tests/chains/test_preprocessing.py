@@ -76,6 +76,9 @@ def test_hugging_face_arithmetic(tmp_path: Path) -> None:
     np.testing.assert_allclose(network_takes(HALF), pixels / 127.5 - 1)
     np.testing.assert_allclose(network_takes({**HALF, "do_rescale": False}), (pixels - 0.5) / 0.5)
     np.testing.assert_allclose(network_takes({**HALF, "do_normalize": False}), pixels / 255)
+    # Without means of its own the file says nothing of the number of channels.
+    given = read_preprocessing(written({"size": 8, "do_normalize": False}, tmp_path))
+    assert (given.mean, given.std) == ((0.0,), (1.0,))
     # EfficientNet of transformers: with an offset of -1 after the scale, and normalised twice.
     offset = {**HALF, "rescale_factor": 1 / 127.5, "rescale_offset": True, "include_top": False}
     np.testing.assert_allclose(network_takes(offset), (pixels / 127.5 - 1 - 0.5) / 0.5)

@@ -167,7 +167,7 @@ def _hugging_face(values: Mapping[str, Any], path: Path) -> Preprocessing:
             raise UserError("no image_mean and image_std: give mean and std yourself")
         mean, std = _numbers(values["image_mean"]), _numbers(values["image_std"])
     else:
-        mean, std = (0.0,) * 3, (1.0,) * 3
+        mean, std = (0.0,), (1.0,)  # for any number of channels
     if values.get("rescale_offset"):  # EfficientNet: pixels * scale - 1
         mean = tuple(value + 1 for value in mean)
     # EfficientNet divides by std a second time, unless told not to.
