@@ -22,6 +22,7 @@ from erde.chains.building import TOLERANCE, built_chain
 from erde.chains.networks import open_network
 from erde.chains.onnx_batch import probe_images
 from erde.chains.onnx_classifier import OnnxClassifier, read_classifier, resize_input, write_stage
+from erde.chains.onnx_files import tensors
 from erde.chains.preprocessing import Preprocessing
 from erde.common.images import to_array
 from tests.helpers.checks import entries, user_error
@@ -635,3 +636,15 @@ def test_sigmoid_behind_which_nothing_is_computed(last: dict[str, Any], tmp_path
     )
     with user_error("ends in Sigmoid"):
         read_classifier(saved(model, tmp_path), PLAIN)
+
+
+def test_a_constant_in_plain_numbers_is_a_constant(tmp_path: Path) -> None:
+    model = hand_made(
+        node("Constant", [], ["shape"], value_ints=[1, 48]),
+        node("Reshape", ["input", "shape"], ["flat"]),
+        node("MatMul", ["flat", "matrix"], ["output"]),
+        weights={"matrix": np.random.default_rng(0).standard_normal((48, 5)).astype(np.float32)},
+    )
+    assert onnx.numpy_helper.to_array(tensors(model)["shape"]).tolist() == [1, 48]
+    classifier = read_classifier(saved(model, tmp_path), PLAIN)
+    assert not classifier.fixed_batch_of_one

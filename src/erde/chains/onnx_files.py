@@ -184,14 +184,25 @@ def open_session(model: Any, path: Path) -> onnxruntime.InferenceSession:
         raise UserError(f"ONNX Runtime cannot load {path}: {in_one_line(str(error))}") from error
 
 
+# Attributes of a ``Constant`` that hold numbers and no tensor.
+_PLAIN_CONSTANTS = {
+    "value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32,
+}  # fmt: skip
+
+
 def tensors(model: Any) -> dict[str, Any]:
     """Constant tensors of a graph by name: its weights, and what ``Constant`` nodes hold."""
+    onnx = import_onnx()
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
             for attribute in node.attribute:
                 if attribute.name == "value":
                     constants[node.output[0]] = attribute.t
+                elif attribute.name in _PLAIN_CONSTANTS:
+                    kind = _PLAIN_CONSTANTS[attribute.name]
+                    values = np.array(onnx.helper.get_attribute_value(attribute), dtype=kind)
+                    constants[node.output[0]] = onnx.numpy_helper.from_array(values, node.output[0])
     return constants
 
 
